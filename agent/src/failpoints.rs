@@ -1,0 +1,92 @@
+//! Every named point where a test can stop, delay or fail the agent, in one file.
+//!
+//! `COFFER_FAILPOINTS="name=abort;other=sleep(500);third=error"`; a name may be followed by `@n` (the n-th hit only,
+//! counted from 1). Only in builds with the feature `failpoints`; otherwise [`hit`] is nothing.
+
+/// A changeset's object is in the stores, its record is not.
+pub const SHIP_AFTER_OBJECTS: &str = "ship-after-objects";
+/// Before the first object of a ship is put.
+pub const SHIP_BEFORE_OBJECTS: &str = "ship-before-objects";
+/// The commit record is in the sequencer, not in the other stores.
+pub const LOG_AFTER_SEQUENCER: &str = "log-after-sequencer";
+/// The commit record is everywhere, the slot has not been told.
+pub const SHIP_AFTER_RECORD: &str = "ship-after-record";
+/// A new tenant's key is in the keyring, nothing uses it yet.
+pub const KEYRING_AFTER_PUT: &str = "keyring-after-put";
+/// The slot exists, the log has no record of it.
+pub const SLOT_AFTER_CREATE: &str = "slot-after-create";
+/// A base's rows are read, its marker is not written.
+pub const BASE_AFTER_COPY: &str = "base-after-copy";
+/// A base's marker is durable, its fulls are not written.
+pub const BASE_AFTER_MARKER: &str = "base-after-marker";
+/// A base's fulls are written, its record is not.
+pub const BASE_AFTER_FULLS: &str = "base-after-fulls";
+/// A buffer went to the spool.
+pub const SPOOL_AFTER_WRITE: &str = "spool-after-write";
+/// An in-place restore has fenced the tenant.
+pub const RESTORE_AFTER_FENCE: &str = "restore-after-fence";
+/// An in-place restore is about to commit.
+pub const RESTORE_BEFORE_COMMIT: &str = "restore-before-commit";
+
+/// All of them, for the tests that go through the list.
+pub const ALL: &[&str] = &[
+    SHIP_AFTER_OBJECTS,
+    SHIP_BEFORE_OBJECTS,
+    LOG_AFTER_SEQUENCER,
+    SHIP_AFTER_RECORD,
+    KEYRING_AFTER_PUT,
+    SLOT_AFTER_CREATE,
+    BASE_AFTER_COPY,
+    BASE_AFTER_MARKER,
+    BASE_AFTER_FULLS,
+    SPOOL_AFTER_WRITE,
+    RESTORE_AFTER_FENCE,
+    RESTORE_BEFORE_COMMIT,
+];
+
+/// Does what the environment asks for at this point. Blocking: a sleep holds the thread, as a stalled machine would.
+#[cfg(feature = "failpoints")]
+pub fn hit(name: &str) -> crate::error::Result<()> {
+    use std::collections::HashMap;
+    use std::sync::{LazyLock, Mutex};
+    static HITS: LazyLock<Mutex<HashMap<String, u64>>> = LazyLock::new(Mutex::default);
+    let Ok(spec) = std::env::var("COFFER_FAILPOINTS") else { return Ok(()) };
+    let n = {
+        let mut hits = HITS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let n = hits.entry(name.to_owned()).or_insert(0);
+        *n += 1;
+        *n
+    };
+    for part in spec.split(';') {
+        let Some((point, action)) = part.split_once('=') else { continue };
+        let (point, nth) = match point.split_once('@') {
+            Some((p, k)) => (p, k.parse::<u64>().ok()),
+            None => (point, None),
+        };
+        if point.trim() != name || nth.is_some_and(|k| k != n) {
+            continue;
+        }
+        match action.trim() {
+            "abort" => {
+                eprintln!("failpoint {name}: abort");
+                std::process::abort();
+            }
+            "error" => return Err(crate::error::Error::other(format!("failpoint {name}")).code("failpoint")),
+            a => {
+                if let Some(ms) =
+                    a.strip_prefix("sleep(").and_then(|s| s.strip_suffix(')')).and_then(|s| s.parse().ok())
+                {
+                    std::thread::sleep(std::time::Duration::from_millis(ms));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Does what the environment asks for at this point: nothing in this build.
+#[cfg(not(feature = "failpoints"))]
+#[inline]
+pub fn hit(_name: &str) -> crate::error::Result<()> {
+    Ok(())
+}
