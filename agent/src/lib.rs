@@ -5,3 +5,6 @@ pub mod config;
 pub mod error;
 pub mod failpoints;
 pub mod tenant;
+pub mod dial;
+pub mod dsn;
+pub mod sql;
