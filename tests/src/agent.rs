@@ -49,7 +49,8 @@ impl Agent {
     }
 
     fn unconfigured() -> Self {
-        let dir = std::env::temp_dir().join(format!("coffer-agent-{}-{:08x}", std::process::id(), rand::random::<u32>()));
+        let dir =
+            std::env::temp_dir().join(format!("coffer-agent-{}-{:08x}", std::process::id(), rand::random::<u32>()));
         std::fs::create_dir(&dir).expect("a folder for the agent");
         Self { dir, status_port: free_port(), child: None, runs: 0, env: Vec::new(), keep: false }
     }

@@ -48,7 +48,8 @@ impl Cluster {
     /// The same with more lines in postgresql.conf and more arguments for initdb.
     pub fn start_with(major: u32, conf: &str, initdb: &[&str]) -> Self {
         let bin = env_path(&format!("COFFER_PG{major}_BIN"));
-        let dir = std::env::temp_dir().join(format!("coffer-test-{}-{:08x}", std::process::id(), rand::random::<u32>()));
+        let dir =
+            std::env::temp_dir().join(format!("coffer-test-{}-{:08x}", std::process::id(), rand::random::<u32>()));
         std::fs::create_dir(&dir).expect("a folder for the cluster");
         if is_root() {
             run({
@@ -146,7 +147,10 @@ impl Cluster {
     /// A client program of this version, connected by the environment.
     pub fn client(&self, program: &str, db: &str) -> Command {
         let mut c = Command::new(self.bin.join(program));
-        c.env("PGHOST", "127.0.0.1").env("PGPORT", self.port.to_string()).env("PGUSER", "postgres").env("PGDATABASE", db);
+        c.env("PGHOST", "127.0.0.1")
+            .env("PGPORT", self.port.to_string())
+            .env("PGUSER", "postgres")
+            .env("PGDATABASE", db);
         c
     }
 

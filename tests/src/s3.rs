@@ -40,7 +40,13 @@ impl S3 {
             .arg("server")
             .arg(format!("-dir={}", self.dir.join("data").display()))
             .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=1000", "-master.volumeSizeLimitMB=64"])
-            .args(["-volume.preStopSeconds=1", "-master.telemetry=false", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0"])
+            .args([
+                "-volume.preStopSeconds=1",
+                "-master.telemetry=false",
+                "-s3",
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+            ])
             .arg(format!("-master.port={}", p[0]))
             .arg(format!("-master.port.grpc={}", p[1]))
             .arg(format!("-volume.port={}", p[2]))
@@ -117,10 +123,7 @@ impl S3 {
 
     /// The environment that gives an agent access.
     pub fn env() -> Vec<(String, String)> {
-        vec![
-            ("AWS_ACCESS_KEY_ID".into(), ACCESS_KEY.into()),
-            ("AWS_SECRET_ACCESS_KEY".into(), SECRET_KEY.into()),
-        ]
+        vec![("AWS_ACCESS_KEY_ID".into(), ACCESS_KEY.into()), ("AWS_SECRET_ACCESS_KEY".into(), SECRET_KEY.into())]
     }
 }
 
