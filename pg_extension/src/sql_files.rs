@@ -1,0 +1,16 @@
+//! The hand-written SQL, in the order of its needs.
+//!
+//! The tables come before the library's own functions, grants and event triggers after everything. What lies between
+//! refers to the library's functions only from plpgsql bodies, which are read when they run, so it may come before
+//! or after them.
+
+use pgrx::extension_sql_file;
+
+extension_sql_file!("../../sql/10_tables.sql", name = "tables", bootstrap);
+extension_sql_file!("../../sql/20_names.sql", name = "names", requires = ["tables"]);
+extension_sql_file!("../../sql/30_strategy.sql", name = "strategy", requires = ["names"]);
+extension_sql_file!("../../sql/40_registry.sql", name = "registry", requires = ["strategy"]);
+extension_sql_file!("../../sql/50_coverage.sql", name = "coverage", requires = ["registry"]);
+extension_sql_file!("../../sql/70_durability.sql", name = "durability", requires = ["coverage"]);
+extension_sql_file!("../../sql/75_agent.sql", name = "agent", requires = ["durability"]);
+extension_sql_file!("../../sql/90_grants.sql", name = "grants", finalize);

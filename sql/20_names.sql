@@ -1,0 +1,70 @@
+-- Small shared functions: names of strategies and classes, partition trees, the log's markers, the audit trail.
+
+CREATE FUNCTION coffer._strategy_name(strategy int2) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN (ARRAY['identity', 'tag', 'path', 'session', 'full_row', 'schema', 'shared'])[strategy + 1];
+
+CREATE FUNCTION coffer._class_name(class int2) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN (ARRAY['data', 'config', 'accounts', 'customization', 'audit'])[class + 1];
+
+CREATE FUNCTION coffer._class_number(class text) RETURNS int2
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    n int := array_position(ARRAY['data', 'config', 'accounts', 'customization', 'audit'], class);
+BEGIN
+    IF n IS NULL THEN
+        RAISE EXCEPTION 'unknown class %', coalesce(quote_literal(class), 'NULL')
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'The classes are data, config, accounts, customization and audit.';
+    END IF;
+    RETURN n - 1;
+END $$;
+
+-- The table whose rule governs a relation: the root of its partition tree, or itself.
+CREATE FUNCTION coffer._root(rel oid) RETURNS oid
+LANGUAGE sql STABLE
+RETURN coalesce(pg_catalog.pg_partition_root(rel::regclass)::oid, rel);
+
+-- A table with all its partitions, the root first.
+CREATE FUNCTION coffer._tree(root oid) RETURNS TABLE (relid oid, relkind "char")
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT c.oid, c.relkind FROM pg_class c WHERE c.oid = root
+    UNION ALL
+    SELECT c.oid, c.relkind FROM pg_partition_tree(root::regclass) t JOIN pg_class c ON c.oid = t.relid
+    WHERE t.level > 0
+$$;
+
+-- Puts a marker for the agent into the log, in the caller's transaction.
+CREATE FUNCTION coffer._mark(kind text, payload json) RETURNS pg_lsn
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ BEGIN RETURN coffer._marker(kind, convert_to(payload::text, 'UTF8')); END $$;
+
+-- A table's rule changed: decoding sessions forget what they cached, the agent hears of it.
+CREATE FUNCTION coffer._changed(root oid, action text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    PERFORM coffer._invalidate(t.relid) FROM coffer._tree(root) t;
+    PERFORM coffer._mark('registry', json_build_object('relid', root::int8, 'action', action));
+END $$;
+
+CREATE FUNCTION coffer._audit(action text, object text, detail jsonb DEFAULT '{}') RETURNS void
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    INSERT INTO coffer.audit_entries (actor, client_addr, application_name, action, object, detail)
+    VALUES (session_user, inet_client_addr(), current_setting('application_name'), action, object, detail)
+$$;
+
+CREATE FUNCTION coffer._audit_is_append_only() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    RAISE EXCEPTION 'the audit log is append-only' USING ERRCODE = 'insufficient_privilege';
+END $$;
+
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON coffer.audit_entries
+    FOR EACH STATEMENT EXECUTE FUNCTION coffer._audit_is_append_only();
+ALTER TABLE coffer.audit_entries ENABLE ALWAYS TRIGGER append_only;

@@ -1,0 +1,367 @@
+-- What a database administrator says about tables: cover, share, exclude, forget.
+
+-- Refuses what cannot be covered, with the reason. NULL relations are refused here as well.
+CREATE FUNCTION coffer._obstacle(rel oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT CASE
+        WHEN c.relkind = 'v' THEN 'is a view'
+        WHEN c.relkind = 'm' THEN 'is a materialized view: its rows come from other tables'
+        WHEN c.relkind = 'f' THEN 'is a foreign table: its rows are kept elsewhere'
+        WHEN c.relkind NOT IN ('r', 'p') THEN 'is not a table'
+        WHEN c.oid < 16384 OR n.nspname IN ('pg_catalog', 'information_schema', 'pg_toast') THEN 'is a system table'
+        WHEN n.nspname = 'coffer' THEN 'belongs to pg_coffer'
+        WHEN c.relpersistence = 't' THEN 'is a temporary table'
+        WHEN c.relpersistence = 'u' THEN 'is unlogged: its changes are not in the log'
+    END
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = rel
+$$;
+
+CREATE FUNCTION coffer._require_table(rel regclass) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    obstacle  text := coffer._obstacle(rel);
+BEGIN
+    IF rel IS NULL THEN
+        RAISE EXCEPTION 'no table given' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    IF obstacle IS NOT NULL THEN
+        RAISE EXCEPTION '% %', rel, obstacle USING ERRCODE = 'wrong_object_type';
+    END IF;
+    IF coffer._root(rel) <> rel THEN
+        RAISE EXCEPTION '% is a partition', rel USING ERRCODE = 'wrong_object_type',
+            HINT = format('Name the partitioned table: %s.', coffer._root(rel)::regclass);
+    END IF;
+END $$;
+
+CREATE FUNCTION coffer._lock(root oid, mode text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    -- Without ONLY a partitioned table's partitions are locked too; inheritance children are tables of their own.
+    EXECUTE format('LOCK TABLE %s%s IN %s MODE',
+        CASE (SELECT relkind FROM pg_class WHERE oid = root) WHEN 'p' THEN '' ELSE 'ONLY ' END, root::regclass, mode);
+END $$;
+
+-- Writes a rule and makes the table fit it. Locks nothing: the caller holds what it needs. `rebase` says that rows as
+-- they were archived so far no longer continue into what follows, so the table needs a new base.
+CREATE FUNCTION coffer._cover(root oid, plan_strategy int2, tenant name, class int2, rebase bool) RETURNS text
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    p       record;
+    before  coffer.rules;
+BEGIN
+    SELECT * INTO p FROM coffer._plan(root, tenant);
+    -- The rule goes first and comes back last: what the event triggers see in between is a table without a rule.
+    DELETE FROM coffer.rules WHERE relid = root RETURNING * INTO before;
+    IF before.strategy = 1 AND (p.strategy IS DISTINCT FROM 1 OR NOT coffer._tags_intact(root, tenant)) THEN
+        PERFORM coffer._drop_tags(root);
+    END IF;
+    PERFORM coffer._apply_identity(root, p.identity, p.key_index);
+    IF p.strategy = 1 AND NOT coffer._tags_intact(root, tenant) THEN
+        PERFORM coffer._drop_tags(root);
+        PERFORM coffer._create_tags(root, tenant);
+    END IF;
+    DELETE FROM coffer.exclusions WHERE relid = root;
+    rebase := rebase OR before.relid IS NULL
+        OR before.strategy <> coalesce(p.strategy, plan_strategy)
+        OR before.tenant_attnum <> coalesce((SELECT attnum FROM pg_attribute WHERE attrelid = root AND attname = tenant), 0)
+        OR before.key_columns IS DISTINCT FROM p.key_columns;
+    INSERT INTO coffer.rules (relid, strategy, class, tenant_attnum, registered_xid, registered_at,
+                              tenant_column, identity, key_index, key_columns, reason, types)
+    VALUES (root, coalesce(p.strategy, plan_strategy), class,
+            coalesce((SELECT attnum FROM pg_attribute WHERE attrelid = root AND attname = tenant), 0),
+            CASE WHEN rebase THEN pg_current_xact_id() ELSE before.registered_xid END,
+            CASE WHEN rebase THEN now() ELSE before.registered_at END,
+            tenant, p.identity, p.key_index, p.key_columns, p.reason, coffer._types(root));
+    PERFORM coffer._changed(root, 'add');
+    RETURN p.reason;
+END $$;
+
+-- The lock that covering a table needs, taken at once: a weaker one first would invite deadlocks with its readers.
+CREATE FUNCTION coffer._lock_to_cover(root oid, tenant name) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    p       record;
+    alters  bool;
+BEGIN
+    SELECT * INTO p FROM coffer._plan(root, tenant);
+    SELECT bool_or(c.relreplident <> p.identity OR (p.identity = 'i' AND NOT i.indisreplident)) INTO alters
+    FROM coffer._tree(root) t JOIN pg_class c ON c.oid = t.relid
+    LEFT JOIN pg_index i ON i.indexrelid = coffer._index_in(t.relid, p.key_index)
+    WHERE t.relkind IN ('r', 'p');
+    PERFORM coffer._lock(root, CASE WHEN alters THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END);
+END $$;
+
+-- Arguments and result columns of the public functions share names, which SQL allows and plpgsql does not: hence a body
+-- under a name of its own.
+CREATE FUNCTION coffer._add_table(rel regclass, by_column name, by_parent regclass, of_class text)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    class_no  int2 := coffer._class_number(of_class);
+    att       record;
+BEGIN
+    IF by_parent IS NOT NULL THEN
+        RAISE EXCEPTION 'a tenant behind a foreign key (parent => %) is not available in this version', by_parent
+            USING ERRCODE = 'feature_not_supported',
+                  HINT = 'Add the tenant column to the table, or register it with coffer.add_shared() or coffer.exclude().';
+    END IF;
+    IF by_column IS NULL THEN
+        RAISE EXCEPTION 'no tenant column given; the session''s tenant as a source is not available in this version'
+            USING ERRCODE = 'feature_not_supported',
+                  HINT = 'Say which column holds the tenant: coffer.add_table(rel, tenant_column => …).';
+    END IF;
+    PERFORM coffer._require_table(rel);
+    PERFORM coffer._lock_to_cover(rel, by_column);
+    PERFORM coffer._require_table(rel);
+    SELECT a.attnum, a.attgenerated INTO att FROM pg_attribute a
+    WHERE a.attrelid = rel AND a.attname = by_column AND a.attnum > 0 AND NOT a.attisdropped;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'table % has no column %', rel, quote_ident(by_column) USING ERRCODE = 'undefined_column';
+    END IF;
+    IF att.attgenerated = 'v' THEN
+        RAISE EXCEPTION 'column % of % is a virtual generated column: its values are not in the log', quote_ident(by_column), rel
+            USING ERRCODE = 'feature_not_supported', HINT = 'A stored generated column will do.';
+    END IF;
+    PERFORM coffer._cover(rel, NULL, by_column, class_no, false);
+    PERFORM coffer._audit('add_table', rel::text, jsonb_build_object('tenant_column', by_column, 'class', of_class));
+    RETURN QUERY
+        SELECT r.relid::regclass, coffer._strategy_name(r.strategy), r.tenant_column, nullif(r.parent, 0)::regclass,
+               coffer._class_name(r.class), r.reason
+        FROM coffer.rules r WHERE r.relid = rel;
+END $$;
+CREATE FUNCTION coffer.add_table(
+    rel regclass, tenant_column name DEFAULT NULL, parent regclass DEFAULT NULL, class text DEFAULT 'data')
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT * FROM coffer._add_table($1, $2, $3, $4) $$;
+COMMENT ON FUNCTION coffer.add_table IS
+'Covers a table whose rows belong to tenants: tenant_column holds the tenant, whose key is the column''s text. The cheapest strategy that is right is chosen and said: identity (the tenant is in the key: no cost), tag (a message in the log for a DELETE or a change of tenant), full_row (the whole old row in the log). No index is created; the reason names one that would be cheaper. Give the root of a partitioned table; its partitions follow. Calling it again re-plans. class (data, config, accounts, customization, audit) lets a restore be restricted. parent is reserved: tenants behind a foreign key are not available in this version.';
+
+CREATE FUNCTION coffer.add_shared(rel regclass)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    PERFORM coffer._require_table(rel);
+    PERFORM coffer._lock_to_cover(rel, NULL);
+    PERFORM coffer._require_table(rel);
+    PERFORM coffer._cover(rel, 6::int2, NULL, 0::int2, false);
+    PERFORM coffer._audit('add_shared', rel::text);
+    RETURN QUERY
+        SELECT r.relid::regclass, coffer._strategy_name(r.strategy), NULL::name, NULL::regclass, coffer._class_name(r.class), r.reason
+        FROM coffer.rules r WHERE r.relid = rel;
+END $$;
+COMMENT ON FUNCTION coffer.add_shared IS
+'Covers reference data that belongs to no tenant: it is kept once, under a reserved tenant of its own.';
+
+CREATE FUNCTION coffer._exclude(rel regclass, because text)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    kind  "char" := (SELECT relkind FROM pg_class WHERE oid = rel);
+BEGIN
+    IF coalesce(btrim(because), '') = '' THEN
+        RAISE EXCEPTION 'an exclusion needs a reason' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'It is shown in coffer.coverage to whoever asks why the table is not backed up.';
+    END IF;
+    -- What cannot be covered may well be excluded, so that coverage has nothing left to ask about.
+    IF rel IS NULL OR kind NOT IN ('r', 'p', 'f') THEN
+        PERFORM coffer._require_table(rel);
+    END IF;
+    IF coffer._root(rel) <> rel THEN
+        PERFORM coffer._require_table(rel);
+    END IF;
+    IF EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel) THEN
+        RAISE EXCEPTION '% lies in a schema that belongs to one tenant', rel USING ERRCODE = 'feature_not_supported',
+            HINT = 'Every table of such a schema is covered in this version; move the table to another schema.';
+    END IF;
+    PERFORM coffer._forget(rel);
+    INSERT INTO coffer.exclusions AS e (relid, reason) VALUES (rel, because)
+    ON CONFLICT (relid) DO UPDATE SET reason = excluded.reason, excluded_at = excluded.excluded_at, excluded_by = excluded.excluded_by;
+    PERFORM coffer._changed(rel, 'exclude');
+    PERFORM coffer._audit('exclude', rel::text, jsonb_build_object('reason', because));
+    RETURN QUERY SELECT rel, 'excluded', NULL::name, NULL::regclass, NULL::text, because;
+END $$;
+CREATE FUNCTION coffer.exclude(rel regclass, reason text)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT * FROM coffer._exclude($1, $2) $$;
+COMMENT ON FUNCTION coffer.exclude IS
+'Leaves a table out of the backup on purpose, and says why in coffer.coverage.';
+
+-- Ends a table's rule and takes back what was done to the table; says whether there was one.
+CREATE FUNCTION coffer._forget(rel oid) RETURNS bool
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    m  oid;
+BEGIN
+    IF NOT EXISTS (SELECT FROM coffer.rules WHERE relid = rel) THEN
+        RETURN false;
+    END IF;
+    PERFORM coffer._lock(rel, 'ACCESS EXCLUSIVE');
+    DELETE FROM coffer.rules WHERE relid = rel;
+    PERFORM coffer._drop_tags(rel);
+    FOR m IN SELECT relid FROM coffer.rule_relations WHERE root = rel LOOP
+        PERFORM coffer._restore_identity(m);
+    END LOOP;
+    RETURN true;
+END $$;
+
+CREATE FUNCTION coffer.remove_table(rel regclass)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    before  coffer.rules;
+BEGIN
+    SELECT * INTO before FROM coffer.rules r WHERE r.relid = rel;
+    IF coffer._forget(rel) THEN
+        PERFORM coffer._changed(rel, 'remove');
+        PERFORM coffer._audit('remove_table', rel::text);
+        RETURN QUERY SELECT rel, coffer._strategy_name(before.strategy), before.tenant_column, nullif(before.parent, 0)::regclass,
+                            coffer._class_name(before.class), 'no longer covered; replica identity and triggers are as they were before';
+        RETURN;
+    END IF;
+    DELETE FROM coffer.exclusions e WHERE e.relid = rel;
+    IF FOUND THEN
+        PERFORM coffer._changed(rel, 'remove');
+        PERFORM coffer._audit('remove_table', rel::text);
+        RETURN QUERY SELECT rel, 'excluded', NULL::name, NULL::regclass, NULL::text, 'no longer excluded';
+        RETURN;
+    END IF;
+    RAISE EXCEPTION '% is neither covered nor excluded by a rule of its own', rel USING ERRCODE = 'undefined_object',
+        HINT = CASE WHEN coffer._root(rel) <> rel THEN format('Name the partitioned table: %s.', coffer._root(rel)::regclass)
+                    WHEN EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel)
+                    THEN 'It is covered with its schema; see coffer.remove_schema().'
+                    ELSE 'See coffer.coverage.' END;
+END $$;
+COMMENT ON FUNCTION coffer.remove_table IS
+'Ends the coverage (or the exclusion) of a table. The triggers go, and the replica identity becomes what it was before. What is archived stays restorable by its retention.';
+
+-- The tables of a schema that its rule covers: those without a rule of their own.
+CREATE FUNCTION coffer._schema_tables(nsp oid) RETURNS SETOF oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT c.oid FROM pg_class c
+    WHERE c.relnamespace = nsp AND c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartition
+      AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = c.oid)
+    ORDER BY c.relname
+$$;
+
+CREATE FUNCTION coffer._cover_schema_table(rel oid) RETURNS text
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    p  record;
+BEGIN
+    SELECT * INTO p FROM coffer._plan(rel, NULL);
+    PERFORM coffer._apply_identity(rel, p.identity, p.key_index);
+    PERFORM coffer._invalidate(t.relid) FROM coffer._tree(rel) t;
+    RETURN p.reason;
+END $$;
+
+CREATE FUNCTION coffer._add_schema(of_schema name, of_tenant text, of_class text)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    class_no  int2 := coffer._class_number(of_class);
+    nsp       oid;
+    rel       oid;
+BEGIN
+    SELECT n.oid INTO nsp FROM pg_namespace n WHERE n.nspname = of_schema;
+    IF nsp IS NULL THEN
+        RAISE EXCEPTION 'schema % does not exist', coalesce(quote_ident(of_schema), 'NULL') USING ERRCODE = 'invalid_schema_name';
+    END IF;
+    IF nsp < 16384 AND of_schema <> 'public' OR of_schema = 'coffer' OR starts_with(of_schema, 'pg_') THEN
+        RAISE EXCEPTION 'schema % cannot belong to a tenant', quote_ident(of_schema) USING ERRCODE = 'wrong_object_type';
+    END IF;
+    IF of_tenant IS NULL THEN
+        RAISE EXCEPTION 'no tenant given' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
+        PERFORM coffer._lock_to_cover(rel, NULL);
+    END LOOP;
+    INSERT INTO coffer.schema_rules AS s (nspid, class, tenant, registered_xid, registered_at)
+    VALUES (nsp, class_no, of_tenant, pg_current_xact_id(), now())
+    ON CONFLICT (nspid) DO UPDATE SET class = excluded.class, tenant = excluded.tenant,
+        registered_xid = excluded.registered_xid, registered_at = excluded.registered_at;
+    DELETE FROM coffer.exclusions e USING pg_class c WHERE c.oid = e.relid AND c.relnamespace = nsp;
+    FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
+        relation := rel; strategy := 'schema'; tenant_column := NULL; parent := NULL; class := of_class;
+        reason := coffer._cover_schema_table(rel);
+        PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add'));
+        RETURN NEXT;
+    END LOOP;
+    PERFORM coffer._audit('add_schema', quote_ident(of_schema), jsonb_build_object('tenant', of_tenant, 'class', of_class));
+END $$;
+CREATE FUNCTION coffer.add_schema(schema name, tenant text, class text DEFAULT 'data')
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT * FROM coffer._add_schema($1, $2, $3) $$;
+COMMENT ON FUNCTION coffer.add_schema IS
+'Says that every table of a schema, present and to come, belongs to one tenant. A table with a rule of its own keeps it.';
+
+CREATE FUNCTION coffer.add_schema_pattern(pattern text)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    nsp  name;
+BEGIN
+    IF coalesce(pattern, '') = '' THEN
+        RAISE EXCEPTION 'no pattern given' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    INSERT INTO coffer.schema_patterns AS p (pattern) VALUES ($1) ON CONFLICT DO NOTHING;
+    FOR nsp IN
+        SELECT n.nspname FROM pg_namespace n
+        WHERE n.nspname LIKE $1 AND n.oid >= 16384 AND n.nspname <> 'coffer' AND NOT starts_with(n.nspname, 'pg_')
+          AND NOT EXISTS (SELECT FROM coffer.schema_rules s WHERE s.nspid = n.oid)
+        ORDER BY n.nspname
+    LOOP
+        RETURN QUERY SELECT * FROM coffer.add_schema(nsp, nsp::text);
+    END LOOP;
+    PERFORM coffer._audit('add_schema_pattern', $1);
+END $$;
+COMMENT ON FUNCTION coffer.add_schema_pattern IS
+'One tenant per schema: every schema whose name is LIKE the pattern, present and to come, belongs to the tenant of that name. A schema that has a rule already keeps it.';
+
+CREATE FUNCTION coffer.remove_schema(schema name)
+RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    nsp   oid := (SELECT n.oid FROM pg_namespace n WHERE n.nspname = $1);
+    rule  coffer.schema_rules;
+    rel   oid;
+    m     oid;
+BEGIN
+    SELECT * INTO rule FROM coffer.schema_rules s WHERE s.nspid = nsp;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'schema % has no rule', coalesce(quote_ident($1), 'NULL') USING ERRCODE = 'undefined_object';
+    END IF;
+    FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
+        PERFORM coffer._lock(rel, 'ACCESS EXCLUSIVE');
+    END LOOP;
+    DELETE FROM coffer.schema_rules s WHERE s.nspid = nsp;
+    FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
+        FOR m IN SELECT relid FROM coffer.rule_relations WHERE root = rel LOOP
+            PERFORM coffer._restore_identity(m);
+        END LOOP;
+        PERFORM coffer._changed(rel, 'remove');
+        relation := rel; strategy := 'schema'; tenant_column := NULL; parent := NULL; class := coffer._class_name(rule.class);
+        reason := 'no longer covered';
+        RETURN NEXT;
+    END LOOP;
+    PERFORM coffer._audit('remove_schema', quote_ident($1));
+END $$;
+COMMENT ON FUNCTION coffer.remove_schema IS
+'Ends a rule made by coffer.add_schema() or found by coffer.add_schema_pattern().';

@@ -1,0 +1,160 @@
+-- What the agent calls. Granted to its role by setup_agent, to nobody else.
+
+CREATE FUNCTION coffer._agent_rules()
+RETURNS TABLE (relid oid, schema text, name text, strategy int2, class int2, tenant_column text, registered_xid xid8,
+               key_columns text[], tenant text, kind "char", is_partitioned bool)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT c.oid, n.nspname::text, c.relname::text, r.strategy, r.class, r.tenant_column::text, r.registered_xid,
+           r.key_columns, NULL::text, c.relkind, c.relkind = 'p'
+    FROM coffer.rules r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relpersistence = 'p'
+    UNION ALL
+    SELECT c.oid, n.nspname::text, c.relname::text, 5::int2, s.class, NULL, s.registered_xid,
+           (SELECT k.sorted::text[] FROM coffer._keys(c.oid) k
+            WHERE k.index_oid = CASE WHEN m.own_identity = 'f' THEN 0 ELSE m.key_index END),
+           s.tenant, c.relkind, c.relkind = 'p'
+    FROM coffer.schema_rules s
+    JOIN pg_namespace n ON n.oid = s.nspid
+    CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t (oid)
+    JOIN pg_class c ON c.oid = t.oid
+    LEFT JOIN coffer.rule_relations m ON m.relid = c.oid
+    ORDER BY 1
+$$;
+COMMENT ON FUNCTION coffer._agent_rules() IS
+'Every covered table (roots of partition trees). key_columns are in the order of their attribute numbers, as in the stream; NULL: the row as a whole.';
+
+CREATE FUNCTION coffer._agent_base_marker(id bytea) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    IF octet_length(id) IS DISTINCT FROM 16 THEN
+        RAISE EXCEPTION 'the id of a base has 16 bytes' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    PERFORM coffer._marker('base', id);
+END $$;
+
+CREATE FUNCTION coffer._agent_progress(durable_lsn pg_lsn, durable_time timestamptz, agent text) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    INSERT INTO coffer.agent_state AS s (agent, durable_lsn, durable_time, reported_at) VALUES ($3, $1, $2, clock_timestamp())
+    ON CONFLICT (one) DO UPDATE SET agent = excluded.agent, durable_lsn = excluded.durable_lsn,
+        durable_time = excluded.durable_time, reported_at = excluded.reported_at;
+    PERFORM pg_notify('coffer_durable', $1::text);
+END $$;
+
+CREATE FUNCTION coffer._agent_waiting() RETURNS bool
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 6516583 AND l.objid = 0 AND l.objsubid = 2
+                   AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()))
+$$;
+COMMENT ON FUNCTION coffer._agent_waiting() IS 'Whether somebody is in coffer.wait_durable() now.';
+
+CREATE FUNCTION coffer._agent_tenant(key text, uid uuid, kind text) RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    INSERT INTO coffer.tenant_entries AS t (tenant, uid, kind) VALUES ($1, $2, $3)
+    ON CONFLICT (uid) DO UPDATE SET tenant = excluded.tenant, kind = excluded.kind, last_seen = now()
+$$;
+
+-- In-place restore holds off the writers of one tenant: each of their rows waits here while the restore holds the lock
+-- exclusively. The lock's number is the hash of the tenant's key (the reserved tenant without a key: of the empty text).
+CREATE FUNCTION coffer._fence() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(6516582, hashtext(TG_ARGV[0]));
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE FUNCTION coffer._agent_fence(rel regclass, tenant_column name, tenant text) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    is_old  text := format('(OLD.%I)::text IS NOT DISTINCT FROM %L', tenant_column, tenant);
+    is_new  text := format('(NEW.%I)::text IS NOT DISTINCT FROM %L', tenant_column, tenant);
+    f       record;
+BEGIN
+    IF NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel AND r.tenant_column = $2) THEN
+        RAISE EXCEPTION '% is not covered by column %', rel, quote_ident(tenant_column) USING ERRCODE = 'undefined_object';
+    END IF;
+    FOR f IN
+        SELECT * FROM (VALUES ('ins', 'INSERT', is_new), ('upd', 'UPDATE', is_old || ' OR ' || is_new), ('del', 'DELETE', is_old)) v (suffix, event, condition)
+    LOOP
+        EXECUTE format('CREATE TRIGGER aaa_coffer_fence_%s BEFORE %s ON %s FOR EACH ROW WHEN (%s) EXECUTE FUNCTION coffer._fence(%L)',
+                       f.suffix, f.event, rel, f.condition, coalesce(tenant, ''));
+    END LOOP;
+END $$;
+
+CREATE FUNCTION coffer._agent_unfence(rel regclass) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    suffix  text;
+BEGIN
+    FOREACH suffix IN ARRAY ARRAY['ins', 'upd', 'del'] LOOP
+        EXECUTE format('DROP TRIGGER IF EXISTS aaa_coffer_fence_%s ON %s', suffix, rel);
+    END LOOP;
+END $$;
+
+CREATE FUNCTION coffer.setup_agent(role name) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r        record;
+    allowed  text;
+    f        regprocedure;
+BEGIN
+    SELECT * INTO r FROM pg_roles a WHERE a.rolname = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'role % does not exist', coalesce(quote_ident($1), 'NULL') USING ERRCODE = 'undefined_object',
+            HINT = 'CREATE ROLE … LOGIN first.';
+    END IF;
+    IF NOT r.rolcanlogin THEN
+        RAISE WARNING 'role % cannot log in', quote_ident($1) USING HINT = format('ALTER ROLE %I LOGIN', $1);
+    END IF;
+
+    -- Reading, for bases and checks; writing, for restores in place; no row security in the way of either.
+    EXECUTE format('GRANT pg_read_all_data, pg_write_all_data, coffer_auditor TO %I', $1);
+    IF NOT (r.rolreplication AND r.rolbypassrls) AND NOT r.rolsuper THEN
+        BEGIN
+            EXECUTE format('ALTER ROLE %I REPLICATION BYPASSRLS', $1);
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE WARNING 'role % still needs the attributes REPLICATION and BYPASSRLS, which you may not give', quote_ident($1)
+                USING HINT = format('As a superuser: ALTER ROLE %I REPLICATION BYPASSRLS', $1);
+        END;
+    END IF;
+    EXECUTE format('GRANT CREATE ON DATABASE %I TO %I', current_database(), $1);
+    BEGIN
+        EXECUTE format('GRANT SET ON PARAMETER session_replication_role TO %I', $1);
+    EXCEPTION WHEN insufficient_privilege THEN
+        RAISE WARNING 'restores in place will fire triggers: you may not grant the right to switch them off'
+            USING HINT = format('As a superuser: GRANT SET ON PARAMETER session_replication_role TO %I', $1);
+    END;
+    EXECUTE format('GRANT USAGE ON SCHEMA coffer TO %I', $1);
+    FOR f IN
+        SELECT p.oid::regprocedure FROM pg_proc p
+        WHERE p.pronamespace = 'coffer'::regnamespace AND starts_with(p.proname, '_agent_') ORDER BY 1
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', f, $1);
+    END LOOP;
+
+    -- Minors from August 2026 on load only output plugins that are listed; older ones do not know the setting.
+    SELECT s.setting INTO allowed FROM pg_settings s WHERE s.name = 'output_plugin_libraries';
+    IF FOUND THEN
+        BEGIN
+            EXECUTE format('ALTER ROLE %I SET output_plugin_libraries = pgoutput, test_decoding, pg_coffer', $1);
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE WARNING 'role % may not load the output plugin, and you may not allow it', quote_ident($1)
+                USING HINT = format('As a superuser: ALTER ROLE %I SET output_plugin_libraries = pgoutput, test_decoding, pg_coffer', $1);
+        END;
+    END IF;
+    PERFORM coffer._audit('setup_agent', quote_ident($1));
+END $$;
+COMMENT ON FUNCTION coffer.setup_agent IS
+'Gives an existing role what the agent needs: to read and write every table, to replicate, to bypass row security, to load the output plugin, to create schemas for restores, and the agent''s own functions. Call it as a superuser; what you may not give is said in warnings, with the statement.';

@@ -1,0 +1,37 @@
+-- Roles, grants, and the key: last, when everything exists.
+
+-- Roles are the cluster's: another database's pg_coffer may have made them.
+DO $$
+DECLARE
+    r  text;
+BEGIN
+    FOREACH r IN ARRAY ARRAY['coffer_admin', 'coffer_operator', 'coffer_auditor'] LOOP
+        BEGIN
+            EXECUTE format('CREATE ROLE %I NOLOGIN', r);
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN
+            NULL;
+        END;
+    END LOOP;
+END $$;
+GRANT coffer_auditor TO coffer_operator;
+GRANT coffer_operator TO coffer_admin;
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA coffer FROM PUBLIC;
+REVOKE ALL ON ALL TABLES IN SCHEMA coffer FROM PUBLIC;
+GRANT USAGE ON SCHEMA coffer TO PUBLIC;
+
+-- The triggers on application tables run for whoever writes to them.
+GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fence() TO PUBLIC;
+-- Views call these with the rights of whoever reads them.
+GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) TO PUBLIC;
+
+GRANT SELECT ON coffer.coverage, coffer.tenants, coffer.jobs, coffer.audit_log, coffer.status, coffer.restore_points
+    TO coffer_auditor;
+GRANT EXECUTE ON FUNCTION coffer.wait_durable(pg_lsn, interval), coffer.restore_point(text) TO coffer_operator;
+GRANT EXECUTE ON FUNCTION
+    coffer.add_table(regclass, name, regclass, text), coffer.add_shared(regclass), coffer.exclude(regclass, text),
+    coffer.remove_table(regclass), coffer.add_schema(name, text, text), coffer.add_schema_pattern(text), coffer.remove_schema(name),
+    coffer.discover(name, bool), coffer.setup_agent(name)
+    TO coffer_admin;
+
+INSERT INTO coffer.secret (mac_key) VALUES (coffer._random(16));
