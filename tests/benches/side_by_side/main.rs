@@ -1,0 +1,50 @@
+//! The side-by-side benchmarks: ours and a peer, on one cluster, over the same WAL, in one run.
+//!
+//! `make bench` builds both halves in release and runs this; `make bench BENCH='decode'` runs those whose name contains
+//! a word. A benchmark is one file here: a function from the [`World`](world::World) to [`Figure`](figure::Figure)s and a
+//! line in [`ALL`]. Figures are ratios of medians of alternating repetitions, because a shared machine's absolute seconds
+//! mean little; the raw seconds are printed beside them and everything goes to `target/bench.json`.
+
+mod decode;
+mod figure;
+mod null_client;
+mod pipeline;
+mod world;
+
+use figure::Figure;
+use world::World;
+
+/// One benchmark.
+struct Benchmark {
+    name: &'static str,
+    /// Whether it needs an agent that has taken its bases before the workload is written.
+    with_agent: bool,
+    run: fn(&mut World) -> Figure,
+}
+
+/// In this order: the last one writes WAL of its own.
+const ALL: &[Benchmark] = &[
+    Benchmark { name: "decode", with_agent: false, run: decode::identity },
+    Benchmark { name: "pipeline", with_agent: true, run: pipeline::run },
+    Benchmark { name: "decode-tag", with_agent: false, run: decode::tag },
+];
+
+fn main() {
+    // `cargo bench` passes --bench; what is left are words to choose by.
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let chosen: Vec<&Benchmark> =
+        ALL.iter().filter(|b| words.is_empty() || words.iter().any(|w| b.name.contains(w.as_str()))).collect();
+    if chosen.is_empty() {
+        eprintln!("no benchmark is named so; there is: {}", ALL.iter().map(|b| b.name).collect::<Vec<_>>().join(", "));
+        std::process::exit(2);
+    }
+    let mut world = World::new(chosen.iter().any(|b| b.with_agent));
+    let mut figures = Vec::new();
+    for b in chosen {
+        println!("\n{}", b.name);
+        figures.push((b.run)(&mut world));
+        // After each: a later one that fails takes nothing with it.
+        figure::write(&figures);
+    }
+    figure::print(&figures);
+}
