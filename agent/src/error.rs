@@ -141,6 +141,11 @@ impl Error {
         self
     }
 
+    /// Whether it carries this code.
+    pub fn is_code(&self, code: &str) -> bool {
+        self.0.code == code
+    }
+
     pub fn kind(&self) -> Kind {
         self.0.kind
     }

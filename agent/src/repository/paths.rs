@@ -1,0 +1,115 @@
+//! Every name in a store and in a keyring, in one file. Names carry uids and positions only, never a tenant's key.
+
+use coffer_wire::Lsn;
+use uuid::Uuid;
+
+/// What a store says about its repository; at most one per store.
+pub const DESCRIPTOR: &str = "coffer-repository";
+/// Where stores are probed.
+pub const PROBES: &str = "probe";
+
+/// Digits of a record's number: names sort as the numbers do.
+const NUMBER_DIGITS: usize = 20;
+
+fn source(source: Uuid) -> String {
+    format!("s/{}", source.simple())
+}
+
+/// The folder of a source's commit log.
+pub fn log_dir(source_uid: Uuid) -> String {
+    format!("{}/log", source(source_uid))
+}
+
+/// Record `n` of a source's commit log.
+pub fn log_record(source_uid: Uuid, n: u64) -> String {
+    format!("{}/{n:0NUMBER_DIGITS$}", log_dir(source_uid))
+}
+
+/// The number of a record by its name; `None` for a name that is no record's.
+pub fn log_number(name: &str) -> Option<u64> {
+    let last = name.rsplit('/').next()?;
+    (last.len() == NUMBER_DIGITS && last.bytes().all(|b| b.is_ascii_digit())).then(|| last.parse().ok())?
+}
+
+/// What of a ship concerns every tenant.
+pub fn common(source_uid: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/common/{}", source(source_uid), leaf(lsn_end, object))
+}
+
+/// A tenant's changeset.
+pub fn changeset(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/t/{}/c/{}", source(source_uid), tenant.simple(), leaf(lsn_end, object))
+}
+
+/// A tenant's full.
+pub fn full(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/t/{}/f/{}", source(source_uid), tenant.simple(), leaf(lsn_end, object))
+}
+
+/// The definitions that go with a base.
+pub fn schema(source_uid: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/schema/{}", source(source_uid), leaf(lsn_end, object))
+}
+
+/// The folder of everything that a source has in a store.
+pub fn source_dir(source_uid: Uuid) -> String {
+    source(source_uid)
+}
+
+fn leaf(lsn: Lsn, object: Uuid) -> String {
+    format!("{:016x}-{}", lsn.0, object.simple())
+}
+
+/// What a keyring says about itself; one in each of its places.
+pub const KEYRING_DESCRIPTOR: &str = "coffer-keyring";
+/// The folder of a keyring's entries.
+pub const KEYS_DIR: &str = "k";
+
+/// The keyring's entry of one version of a key.
+pub fn key_entry(uid: Uuid, version: u32) -> String {
+    format!("{KEYS_DIR}/{}/{version:010}", uid.simple())
+}
+
+/// Uid and version of an entry by its name.
+pub fn parse_key_entry(name: &str) -> Option<(Uuid, u32)> {
+    let (uid, version) = name.strip_prefix(KEYS_DIR)?.strip_prefix('/')?.split_once('/')?;
+    let uid = Uuid::try_parse(uid).ok()?;
+    let version = version.parse().ok()?;
+    (key_entry(uid, version) == name).then_some((uid, version))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn record_names_sort_by_number_and_read_back() {
+        let s = Uuid::from_u128(7);
+        assert!(log_record(s, 9) < log_record(s, 10));
+        for n in [0, 1, 99, u64::MAX] {
+            assert_eq!(log_number(&log_record(s, n)), Some(n));
+        }
+        for bad in ["", "s/x/log/1", "s/x/log/0000000000000000000x", "s/x/log/00000000000000000001#1"] {
+            assert_eq!(log_number(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_are_as_documented() {
+        let (s, t, o) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
+        let (s_, t_, o_) = (
+            "00000000000000000000000000000001",
+            "00000000000000000000000000000002",
+            "00000000000000000000000000000003",
+        );
+        let lsn = Lsn(0x16_B374_D848);
+        assert_eq!(log_record(s, 12), format!("s/{s_}/log/00000000000000000012"));
+        assert_eq!(changeset(s, t, lsn, o), format!("s/{s_}/t/{t_}/c/00000016b374d848-{o_}"));
+        assert_eq!(full(s, t, lsn, o), format!("s/{s_}/t/{t_}/f/00000016b374d848-{o_}"));
+        assert_eq!(common(s, lsn, o), format!("s/{s_}/common/00000016b374d848-{o_}"));
+        assert_eq!(schema(s, lsn, o), format!("s/{s_}/schema/00000016b374d848-{o_}"));
+        assert_eq!(parse_key_entry(&key_entry(t, 12)), Some((t, 12)));
+        assert_eq!(parse_key_entry("k/00000000000000000000000000000002/1"), None);
+        assert_eq!(key_entry(t, 1), format!("k/{t_}/0000000001"));
+    }
+}

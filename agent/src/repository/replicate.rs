@@ -1,0 +1,206 @@
+//! Bringing a store that lags up to date: record by record, data before record.
+
+use super::descriptor::Descriptor;
+use super::io::PART_BYTES;
+use super::log::{numbers, open_record};
+use super::store::{Created, Store};
+use super::{Member, ObjectRef, Repository, paths};
+use crate::crypto::hex;
+use crate::error::{Error, Kind, Result};
+use futures::{StreamExt, TryStreamExt, stream};
+use object_store::PutPayload;
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Objects copied at a time.
+const PARALLEL: usize = 8;
+/// The copier looks at least this often; it is woken when the log grows.
+const IDLE: Duration = Duration::from_secs(30);
+/// Wait after a store failed.
+const AFTER_FAILURE: Duration = Duration::from_secs(15);
+
+/// What was copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    pub records: u64,
+    pub objects: u64,
+    pub bytes: u64,
+}
+
+impl Repository {
+    /// Keeps the optional stores up to date for as long as it is polled; never returns.
+    pub async fn replicate_optional(self: &Arc<Self>, source: Uuid) {
+        let optional: Vec<&Member> = self.members.iter().filter(|m| !m.store.required()).collect();
+        futures::future::join_all(optional.into_iter().map(|m| async move {
+            loop {
+                let grown = self.grown.notified();
+                match self.bring_up(m, source).await {
+                    Ok(c) if c.records > 0 => {
+                        tracing::debug!(
+                            "store {}: {} records, {} objects copied",
+                            m.store.name(),
+                            c.records,
+                            c.objects
+                        );
+                    }
+                    Ok(_) => {}
+                    Err(e) => {
+                        tracing::warn!("store {} lags: {e}", m.store.name());
+                        tokio::time::sleep(AFTER_FAILURE).await;
+                        continue;
+                    }
+                }
+                let _ = tokio::time::timeout(IDLE, grown).await;
+            }
+        }))
+        .await;
+    }
+
+    /// Brings one store to the highest head among all, once. A store that holds nothing yet is taken into the repository.
+    pub async fn replicate_to(self: &Arc<Self>, name: &str, source: Uuid) -> Result<Copied> {
+        let m = self
+            .members
+            .iter()
+            .find(|m| m.store.name() == name)
+            .ok_or_else(|| Error::usage(format!("there is no store '{name}'")))?;
+        self.bring_up(m, source).await
+    }
+
+    async fn bring_up(&self, m: &Member, source: Uuid) -> Result<Copied> {
+        if !m.attached() {
+            match self.attach(m).await {
+                Ok(()) => {}
+                Err(e) if e.kind() == Kind::NotFound => self.adopt(m).await?,
+                Err(e) => return Err(e),
+            }
+        }
+        let mut end = 0;
+        for other in self.members.iter().filter(|o| o.attached()) {
+            match numbers(&other.store, source).await {
+                Ok(n) => end = end.max(n.last().map_or(0, |n| n + 1)),
+                Err(e) if e.kind() == Kind::Unreachable && !other.store.required() => {}
+                Err(e) => return Err(e),
+            }
+        }
+        self.catch_up(m, source, end).await
+    }
+
+    /// Makes an empty store part of the repository.
+    async fn adopt(&self, m: &Member) -> Result<()> {
+        super::probe(&m.store).await?;
+        let sequencer = self.members[self.sequencer].store.name();
+        let key = self.keyring.repository_key();
+        Descriptor::new(self.uid, m.store.name(), sequencer, self.clock.now_us()).write(&m.store, &key).await?;
+        tracing::info!("store {} ({}) is now part of the repository", m.store.name(), m.store.shown());
+        self.attach(m).await
+    }
+
+    /// Copies what a store lacks of the records below `end` and of what they name.
+    pub(super) async fn catch_up(&self, m: &Member, source: Uuid, end: u64) -> Result<Copied> {
+        let has = numbers(&m.store, source).await?;
+        let mut copied = Copied::default();
+        for n in (0..end).filter(|n| !has.contains(n)) {
+            let path = paths::log_record(source, n);
+            let bytes = self.record_from_others(m, &path).await?;
+            let record = open_record(self, source, n, &bytes)?;
+            let counts = stream::iter(record.objects())
+                .map(|object| self.copy_object(m, object))
+                .buffer_unordered(PARALLEL)
+                .try_collect::<Vec<u64>>()
+                .await?;
+            copied.objects += counts.iter().filter(|n| **n > 0).count() as u64;
+            copied.bytes += counts.iter().sum::<u64>();
+            if let Created::Lost(_) = m.store.create(&path, bytes).await? {
+                return Err(Error::new(
+                    Kind::Verification,
+                    format!("store {} holds another record {path} than the sequencer", m.store.name()),
+                )
+                .code("chain_gap"));
+            }
+            copied.records += 1;
+            m.set_durable(source, record.upto_lsn);
+        }
+        if copied.records == 0
+            && let Some(last) = has.last()
+            && m.durable(source).is_none()
+        {
+            let bytes = m.store.get(&paths::log_record(source, *last)).await?;
+            m.set_durable(source, open_record(self, source, *last, &bytes)?.upto_lsn);
+        }
+        Ok(copied)
+    }
+
+    /// Stores to copy from, the target left out, required ones first.
+    fn others<'a>(&'a self, target: &'a Member) -> impl Iterator<Item = &'a Arc<Store>> {
+        let mut others: Vec<_> = self.members.iter().filter(|m| m.attached() && !std::ptr::eq(*m, target)).collect();
+        others.sort_by_key(|m| !m.store.required());
+        others.into_iter().map(|m| &m.store)
+    }
+
+    async fn record_from_others(&self, target: &Member, path: &str) -> Result<bytes::Bytes> {
+        let mut last = None;
+        for store in self.others(target) {
+            match store.get(path).await {
+                Ok(b) => return Ok(b),
+                Err(e) => last = Some(e),
+            }
+        }
+        Err(last.unwrap_or_else(|| nowhere(path)))
+    }
+
+    /// Bytes copied; 0 when the store has the object.
+    async fn copy_object(&self, target: &Member, object: &ObjectRef) -> Result<u64> {
+        if target.store.size(&object.path).await? == Some(object.bytes) {
+            return Ok(0);
+        }
+        let mut last = None;
+        for from in self.others(target) {
+            match copy(from, &target.store, object).await {
+                Ok(()) => return Ok(object.bytes),
+                Err(e) => last = Some(e),
+            }
+        }
+        Err(last.unwrap_or_else(|| nowhere(&object.path)))
+    }
+}
+
+fn nowhere(path: &str) -> Error {
+    Error::new(Kind::Unreachable, format!("no other store answers to copy {path} from"))
+}
+
+/// Copies one object, part by part when it is large; what does not match its record is not written.
+async fn copy(from: &Store, to: &Store, object: &ObjectRef) -> Result<()> {
+    let part = PART_BYTES as u64;
+    if object.bytes <= part {
+        let bytes = from.get(&object.path).await?;
+        object.check_hash(&hex(&crate::crypto::sha256(&bytes)))?;
+        return to.put(&object.path, bytes).await;
+    }
+    let mut upload = to.multipart(&object.path).await?;
+    let copied = async {
+        let mut hash = Sha256::new();
+        let mut at = 0;
+        while at < object.bytes {
+            let end = object.bytes.min(at + part.max(object.bytes.div_ceil(9000)));
+            let (bytes, _) = from.get_range(&object.path, at..end).await?;
+            if bytes.is_empty() {
+                return Err(
+                    Error::new(Kind::Verification, format!("object {} is cut short", object.path)).code("corrupt")
+                );
+            }
+            hash.update(&bytes);
+            at += bytes.len() as u64;
+            to.note(upload.put_part(PutPayload::from_bytes(bytes)).await)
+                .map_err(|e| to.write_error(&object.path, e))?;
+        }
+        object.check_hash(&hex(&hash.finalize()))?;
+        to.note(upload.complete().await).map(drop).map_err(|e| to.write_error(&object.path, e))
+    };
+    let done = copied.await;
+    if done.is_err() {
+        let _ = upload.abort().await;
+    }
+    done
+}
