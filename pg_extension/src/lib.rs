@@ -1,5 +1,17 @@
 //! pg_coffer: the extension's library, which is its output plugin too.
 
+mod api;
+mod catalog;
+mod compat;
+mod encoding;
+mod invalidation;
+mod layout;
+mod output_plugin;
+mod render;
+mod settings;
 mod sql_files;
+mod tag_trigger;
+mod tuple;
+mod wal_message;
 
 pgrx::pg_module_magic!();
