@@ -91,8 +91,7 @@ fn first_row<R>(
             &mut scan_key,
         );
         let tuple = pg_sys::systable_getnext(scan);
-        let row =
-            if tuple.is_null() { None } else { Some(read(&Column { tuple, desc: (*relation).rd_att })) };
+        let row = if tuple.is_null() { None } else { Some(read(&Column { tuple, desc: (*relation).rd_att })) };
         pg_sys::systable_endscan(scan);
         pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
         row.map(|r| (relid, r))
@@ -116,7 +115,11 @@ pub fn rule(relid: pg_sys::Oid) -> Option<Result<Rule, String>> {
 /// The rule of a schema.
 pub fn schema_rule(namespace: pg_sys::Oid) -> Option<SchemaRule> {
     let (_, rule) = first_row(c"schema_rules", Some((c"schema_rules_pkey", namespace)), |row| SchemaRule {
-        class: row.get(2).and_then(|d| u8::try_from(d.value() as i16).ok()).and_then(Class::from_u8).unwrap_or(Class::Data),
+        class: row
+            .get(2)
+            .and_then(|d| u8::try_from(d.value() as i16).ok())
+            .and_then(Class::from_u8)
+            .unwrap_or(Class::Data),
         tenant: row.bytes(3).and_then(|b| Encoding::of_database().to_utf8_string(&b)),
     })?;
     Some(rule)
@@ -134,8 +137,7 @@ pub fn enum_labels(enum_type: pg_sys::Oid) -> Vec<Vec<u8>> {
     // SAFETY: as in `first_row`; the index orders by sort order within the type.
     unsafe {
         let relation = pg_sys::table_open(pg_sys::EnumRelationId, pg_sys::AccessShareLock as i32);
-        let index =
-            pg_sys::index_open(pg_sys::EnumTypIdSortOrderIndexId.into(), pg_sys::AccessShareLock as i32);
+        let index = pg_sys::index_open(pg_sys::EnumTypIdSortOrderIndexId.into(), pg_sys::AccessShareLock as i32);
         let mut key = pg_sys::ScanKeyData::default();
         pg_sys::ScanKeyInit(
             &mut key,
@@ -146,8 +148,7 @@ pub fn enum_labels(enum_type: pg_sys::Oid) -> Vec<Vec<u8>> {
         );
         let scan = pg_sys::systable_beginscan_ordered(relation, index, std::ptr::null_mut(), 1, &mut key);
         loop {
-            let tuple =
-                pg_sys::systable_getnext_ordered(scan, pg_sys::ScanDirection::ForwardScanDirection);
+            let tuple = pg_sys::systable_getnext_ordered(scan, pg_sys::ScanDirection::ForwardScanDirection);
             if tuple.is_null() {
                 break;
             }

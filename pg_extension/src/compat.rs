@@ -64,8 +64,7 @@ pub unsafe fn attribute<'a>(desc: pg_sys::TupleDesc, i: usize) -> &'a pg_sys::Fo
         #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17"))]
         let attrs = (*desc).attrs.as_ptr();
         #[cfg(feature = "pg18")]
-        let attrs =
-            (*desc).compact_attrs.as_ptr().add((*desc).natts as usize).cast::<pg_sys::FormData_pg_attribute>();
+        let attrs = (*desc).compact_attrs.as_ptr().add((*desc).natts as usize).cast::<pg_sys::FormData_pg_attribute>();
         &*attrs.add(i)
     }
 }

@@ -50,7 +50,12 @@ impl Layout {
     ///
     /// # Safety
     /// Both relations are open.
-    pub unsafe fn of(relation: pg_sys::Relation, root: pg_sys::Relation, outputs: &mut Outputs, encoding: Encoding) -> Self {
+    pub unsafe fn of(
+        relation: pg_sys::Relation,
+        root: pg_sys::Relation,
+        outputs: &mut Outputs,
+        encoding: Encoding,
+    ) -> Self {
         // SAFETY: by the caller. The cache keeps a replaced descriptor until the transaction ends.
         unsafe {
             let desc = (*relation).rd_att;

@@ -86,8 +86,11 @@ pub unsafe fn fields_of(header: *const pg_sys::HeapTupleHeaderData, atts: &[Att]
     unsafe {
         let infomask = u32::from((*header).t_infomask);
         let natts = usize::from((*header).t_infomask2) & pg_sys::HEAP_NATTS_MASK as usize;
-        let nulls =
-            if infomask & pg_sys::HEAP_HASNULL != 0 { (&raw const (*header).t_bits).cast::<u8>() } else { std::ptr::null() };
+        let nulls = if infomask & pg_sys::HEAP_HASNULL != 0 {
+            (&raw const (*header).t_bits).cast::<u8>()
+        } else {
+            std::ptr::null()
+        };
         let data = header.cast::<u8>().add(usize::from((*header).t_hoff));
         let mut at = 0usize;
         for (i, att) in atts.iter().take(natts).enumerate() {

@@ -80,7 +80,8 @@ impl State {
     /// The object's beginning. The position is the commit's end: the point to restore to.
     fn json_head(&self, op: &str) -> Vec<u8> {
         let txn = &self.stream.txn;
-        let mut out = format!("{{\"lsn\":\"{}\",\"xid\":{},\"commit_time\":\"", Lsn(txn.end_lsn), txn.full_xid()).into_bytes();
+        let mut out =
+            format!("{{\"lsn\":\"{}\",\"xid\":{},\"commit_time\":\"", Lsn(txn.end_lsn), txn.full_xid()).into_bytes();
         render::timestamp(&mut out, txn.commit_time_us, b"+00");
         out.push(b'"');
         put_name(&mut out, "op");
@@ -96,11 +97,8 @@ unsafe fn write_object(ctx: *mut pg_sys::LogicalDecodingContext, object: &[u8], 
     unsafe {
         let mut text = object.to_vec();
         text.extend_from_slice(b"}\0");
-        let converted = pg_sys::pg_any_to_server(
-            text.as_ptr().cast(),
-            text.len() as i32 - 1,
-            pg_sys::pg_enc::PG_UTF8 as i32,
-        );
+        let converted =
+            pg_sys::pg_any_to_server(text.as_ptr().cast(), text.len() as i32 - 1, pg_sys::pg_enc::PG_UTF8 as i32);
         stream::write(ctx, std::ffi::CStr::from_ptr(converted).to_bytes(), last);
     }
 }
@@ -116,7 +114,11 @@ fn op_name(op: Op) -> &'static str {
 
 fn put_tenant(out: &mut Vec<u8>, kind: TenantKind, key: &[u8]) {
     put_name(out, "tenant");
-    if kind == TenantKind::Normal { put_string(out, key) } else { out.extend_from_slice(b"null") }
+    if kind == TenantKind::Normal {
+        put_string(out, key)
+    } else {
+        out.extend_from_slice(b"null")
+    }
     put_name(out, "tenant_kind");
     put_string(out, kind.name().as_bytes());
 }

@@ -7,9 +7,9 @@ use crate::encoding::Encoding;
 use crate::layout::{Column, Identity, Layout};
 use crate::render::{self, Output, Source};
 use crate::tuple::{self, Field, Varlena};
+use coffer_wire::Op;
 use coffer_wire::copy_text;
 use coffer_wire::tag::TagOp;
-use coffer_wire::Op;
 
 /// A value above this is not copied into the row.
 const LARGE_VALUE: usize = 32 << 10;
@@ -199,9 +199,7 @@ pub unsafe fn row<'a>(layout: &'a Layout, change: &Change<'a>, source: Source) -
             let same = matches!((&was.0[..], &is.0[..]), ([Piece::Done(a)], [Piece::Done(b)]) if a == b);
             if same { (Op::Update, vec![is, image(new)?]) } else { (Op::UpdateKey, vec![was, is, image(new)?]) }
         }
-        (Identity::FullRow, Some(old), Some(new)) => {
-            (Op::UpdateKey, vec![image(old)?, Line::default(), image(new)?])
-        }
+        (Identity::FullRow, Some(old), Some(new)) => (Op::UpdateKey, vec![image(old)?, Line::default(), image(new)?]),
         (Identity::FullRow, Some(old), None) => (Op::Delete, vec![image(old)?]),
         // A delete by key is small; the rest has its own reason there.
         _ => return Ok(None),

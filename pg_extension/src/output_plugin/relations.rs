@@ -232,8 +232,7 @@ unsafe fn cover(
     // SAFETY: by the caller; what comes from the server as a C string is copied at once.
     unsafe {
         let schema = pg_sys::get_namespace_name((*(*root).rd_rel).relnamespace);
-        let schema =
-            if schema.is_null() { Vec::new() } else { std::ffi::CStr::from_ptr(schema).to_bytes().to_vec() };
+        let schema = if schema.is_null() { Vec::new() } else { std::ffi::CStr::from_ptr(schema).to_bytes().to_vec() };
         let name = tuple::name_bytes(&(*(*root).rd_rel).relname).to_vec();
         let mut columns = Vec::with_capacity(layout.columns.len());
         for c in &layout.columns {

@@ -120,8 +120,8 @@ impl State {
             Change { op, old: old.map(|_| &old_fields[..]), new: new.map(|_| &new_fields[..]), external }
         };
         let tag = self.tags.take(covered.descriptor.leaf);
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            match self.whose(&covered, &change, tag, tenant, old_tenant, key)? {
+        let outcome =
+            catch_unwind(AssertUnwindSafe(|| match self.whose(&covered, &change, tag, tenant, old_tenant, key)? {
                 Whose::One => self.put(ctx, &covered, &change, tenant),
                 Whose::Moved => {
                     let fields = change.old.or(change.new);
@@ -130,8 +130,7 @@ impl State {
                     let left = self.put(ctx, &covered, &leaves, old_tenant)?;
                     Ok(self.put(ctx, &covered, &arrives, tenant)? || left)
                 }
-            }
-        }));
+            }));
         let taken = match outcome {
             Ok(Ok(taken)) => taken,
             Ok(Err(reason)) => self.unresolved(&covered, &change, &reason, key),
@@ -176,7 +175,9 @@ impl State {
                     // No tag and no old value: the tenant did not change.
                     return Ok(Whose::One);
                 } else {
-                    return Err(if change.old.is_none() { LOST_IDENTITY } else { "a delete without a valid tag" }.into());
+                    return Err(
+                        if change.old.is_none() { LOST_IDENTITY } else { "a delete without a valid tag" }.into()
+                    );
                 }
                 Ok(if change.new.is_none() || tenant == old_tenant { Whose::One } else { Whose::Moved })
             }
@@ -217,13 +218,7 @@ impl State {
     }
 
     #[inline]
-    fn tenant_in(
-        &self,
-        covered: &Covered,
-        column: usize,
-        fields: &[Field],
-        tenant: &mut Tenant,
-    ) -> Result<(), Reason> {
+    fn tenant_in(&self, covered: &Covered, column: usize, fields: &[Field], tenant: &mut Tenant) -> Result<(), Reason> {
         tenant.key.clear();
         // SAFETY: the fields are of the change at hand.
         match unsafe { covered.layout.put_plain(&mut tenant.key, column, fields, self.source) } {
@@ -409,7 +404,8 @@ unsafe fn put_row(
     // SAFETY: by the caller.
     let key = |out: &mut Vec<u8>, fields: &[Field]| unsafe { sized(out, |out| layout.put_key(out, fields, source)) };
     // SAFETY: by the caller.
-    let image = |out: &mut Vec<u8>, fields: &[Field]| unsafe { sized(out, |out| layout.put_image(out, fields, source)) };
+    let image =
+        |out: &mut Vec<u8>, fields: &[Field]| unsafe { sized(out, |out| layout.put_image(out, fields, source)) };
     let mut whole = true;
     match (layout.identity, change.old, change.new) {
         (_, None, Some(new)) if change.op == TagOp::Insert => {
