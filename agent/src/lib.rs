@@ -10,6 +10,7 @@ pub mod dsn;
 pub mod error;
 pub mod failpoints;
 pub mod keyring;
+pub mod merge;
 pub mod repository;
 pub mod sql;
 pub mod tenant;
