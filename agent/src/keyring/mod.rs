@@ -373,7 +373,9 @@ impl Keyring {
 
     /// [`Self::ensure`] for many tenants, in parallel; the entries come in the tenants' order.
     pub async fn ensure_all(&self, source: Uuid, tenants: &[Tenant]) -> Result<Vec<TenantEntry>> {
-        stream::iter(tenants).map(|t| self.ensure(source, t)).buffered(PARALLEL).try_collect().await
+        // Collected first: a closure over borrowed tenants inside the stream would make this future unfit to be spawned.
+        let each: Vec<_> = tenants.iter().map(|t| self.ensure(source, t)).collect();
+        stream::iter(each).buffered(PARALLEL).try_collect().await
     }
 
     /// The tenant's entry if it was ever met.

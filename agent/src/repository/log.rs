@@ -162,10 +162,7 @@ impl Log {
         if let Some(why) = &self.broken {
             return Err(Error::new(Kind::Fenced, format!("the log is closed for this agent: {why}")));
         }
-        if !self.level {
-            self.level_required().await?;
-            self.level = true;
-        }
+        self.level().await?;
         let n = self.head.as_ref().map_or(0, |h| h.record.n + 1);
         let record = LogRecord {
             v: RECORD_VERSION,
@@ -223,9 +220,20 @@ impl Log {
         .hint("one agent writes a source's log: stop one of the two; the one that goes on resumes from the log"))
     }
 
-    /// Brings every required store to this log's head.
-    async fn level_required(&self) -> Result<()> {
-        let Some(head) = &self.head else { return Ok(()) };
+    /// Brings every required store to this log's head, which only then is durable: an append that was cut off may have
+    /// reached the sequencer alone.
+    pub async fn level(&mut self) -> Result<()> {
+        if self.level {
+            return Ok(());
+        }
+        if let Some(head) = &self.head {
+            self.level_to(head).await?;
+        }
+        self.level = true;
+        Ok(())
+    }
+
+    async fn level_to(&self, head: &Head) -> Result<()> {
         for m in self.repository.required() {
             patiently(&m.store, || async {
                 self.repository.catch_up(m, self.source, head.record.n + 1).await.map(drop)

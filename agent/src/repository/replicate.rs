@@ -105,8 +105,8 @@ impl Repository {
             let path = paths::log_record(source, n);
             let bytes = self.record_from_others(m, &path).await?;
             let record = open_record(self, source, n, &bytes)?;
-            let counts = stream::iter(record.objects())
-                .map(|object| self.copy_object(m, object))
+            let each: Vec<_> = record.objects().map(|object| self.copy_object(m, object)).collect();
+            let counts = stream::iter(each)
                 .buffer_unordered(PARALLEL)
                 .try_collect::<Vec<u64>>()
                 .await?;

@@ -1,0 +1,94 @@
+//! What needs attention now. An alarm is raised with a code and a scope, says what to do, and is cleared by who raised it.
+//!
+//! Raising is logged at error once, clearing at info; what is standing is in the status document and makes it unhealthy.
+
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+/// A standing alarm, as in the status document.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Alarm {
+    pub code: &'static str,
+    pub message: String,
+    /// The tenant's key, where it concerns one.
+    pub tenant: Option<String>,
+    /// The source or the store that it is about; empty for the whole agent.
+    pub scope: String,
+}
+
+/// Durability is further behind than `[rpo] limit`.
+pub const RPO_EXCEEDED: &str = "rpo_exceeded";
+/// The source does not answer, or the stream cannot be started.
+pub const SOURCE_DOWN: &str = "source_down";
+/// A store does not take what is to be shipped.
+pub const STORE_DOWN: &str = "store_down";
+/// A ship or its record fails and is tried again.
+pub const SHIP_FAILED: &str = "ship_failed";
+/// Rows arrived that capture could not attribute to a tenant.
+pub const UNRESOLVED_ROWS: &str = "unresolved_rows";
+/// The slot was lost or moved without us: what lies between is not in the repository.
+pub const GAP: &str = "gap";
+/// The slot's WAL is about to be removed.
+pub const SLOT_AT_RISK: &str = "slot_at_risk";
+/// The spool is full.
+pub const SPOOL_FULL: &str = "spool_full";
+/// The source's clock went back.
+pub const SOURCE_CLOCK: &str = "source_clock";
+/// Tables without a rule.
+pub const UNCOVERED: &str = "uncovered_tables";
+/// Bases fail.
+pub const BASE_FAILED: &str = "base_failed";
+
+/// All standing alarms.
+#[derive(Debug, Default)]
+pub struct Alarms {
+    standing: Mutex<BTreeMap<(&'static str, String), Alarm>>,
+}
+
+impl Alarms {
+    /// Raises an alarm, or changes the words of one that stands. True when it is new.
+    pub fn raise(&self, code: &'static str, scope: &str, message: impl Into<String>) -> bool {
+        let message = message.into();
+        let alarm = Alarm { code, message: message.clone(), tenant: None, scope: scope.to_owned() };
+        let new = self.lock().insert((code, scope.to_owned()), alarm).is_none();
+        if new {
+            tracing::error!(alarm = code, scope, "{message}");
+        }
+        new
+    }
+
+    /// Clears an alarm; nothing when it does not stand.
+    pub fn clear(&self, code: &'static str, scope: &str) {
+        if self.lock().remove(&(code, scope.to_owned())).is_some() {
+            tracing::info!(alarm = code, scope, "cleared");
+        }
+    }
+
+    /// Those that stand, by code and scope.
+    pub fn standing(&self) -> Vec<Alarm> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<(&'static str, String), Alarm>> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alarm_stands_until_it_is_cleared() {
+        let a = Alarms::default();
+        assert!(a.raise(GAP, "shop", "one"));
+        assert!(!a.raise(GAP, "shop", "two"));
+        assert!(a.raise(GAP, "crm", "three"));
+        assert_eq!(a.standing().len(), 2);
+        assert_eq!(a.standing()[1].message, "two");
+        a.clear(GAP, "shop");
+        a.clear(GAP, "shop");
+        assert_eq!(a.standing().len(), 1);
+    }
+}

@@ -1,0 +1,206 @@
+//! `coffer run`: one process, one stream per source, the status page.
+//!
+//! [`AgentContext`] is what everything that works for one source shares; the source's own life is in [`crate::source`].
+
+use crate::alarms::Alarms;
+use crate::clock::{SharedClock, SystemClock};
+use crate::config::Config;
+use crate::dial;
+use crate::dsn::Dsn;
+use crate::error::{Context, Error, Kind, Result};
+use crate::keyring::Keyring;
+use crate::repository::{Access, Log, LogRecord, Repository};
+use crate::seal_pool::SealPool;
+use crate::ship::Durable;
+use crate::source;
+use crate::status::{self, AgentStatus, SourceStatus};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+use tokio::sync::{Mutex, broadcast, watch};
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+/// How `limits.memory` is divided, in bytes. The rest is for what is sealed and on its way, and for the process itself.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryShares {
+    /// Buffers of the stream.
+    pub stream: u64,
+    /// Sorting and merging of bases.
+    pub base: u64,
+}
+
+impl MemoryShares {
+    /// The shares of one of `sources` sources.
+    pub fn of(memory: u64, sources: usize) -> Self {
+        let each = memory / sources.max(1) as u64;
+        Self { stream: each / 5, base: each / 4 }
+    }
+}
+
+/// The server that a source's stream comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct System {
+    pub system_identifier: u64,
+    pub timeline: u32,
+}
+
+/// What everything that works for one source shares.
+pub struct AgentContext {
+    pub config: Arc<Config>,
+    /// The source's name in the configuration.
+    pub source: String,
+    pub source_uid: Uuid,
+    pub slot: String,
+    pub repo: Arc<Repository>,
+    pub keyring: Arc<Keyring>,
+    pub log: Arc<Mutex<Log>>,
+    /// Every record as it becomes durable, in the log's order.
+    pub durable: broadcast::Sender<Durable>,
+    pub dsn: Dsn,
+    pub clock: SharedClock,
+    pub rt: tokio::runtime::Handle,
+    pub memory: MemoryShares,
+    pub alarms: Arc<Alarms>,
+    pub status: Arc<SourceStatus>,
+    /// True when the agent is stopping.
+    pub stop: watch::Receiver<bool>,
+    pub(crate) system: RwLock<System>,
+}
+
+impl AgentContext {
+    /// System identifier and timeline of the server, as last checked.
+    pub fn system(&self) -> (u64, u32) {
+        let s = *self.system.read().unwrap_or_else(PoisonError::into_inner);
+        (s.system_identifier, s.timeline)
+    }
+
+    pub(crate) fn set_system(&self, s: System) {
+        *self.system.write().unwrap_or_else(PoisonError::into_inner) = s;
+    }
+
+    /// Tells the listeners of a record without transactions.
+    pub fn publish(&self, record: Arc<LogRecord>) {
+        // Nobody listening is no error.
+        let _ = self.durable.send(Durable { record, markers: Arc::default() });
+    }
+
+    /// Whether the agent is stopping.
+    pub fn is_stopping(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Ready when the agent is stopping.
+    pub async fn stopped(&self) {
+        let mut stop = self.stop.clone();
+        // The sender lives as long as the process; its end is a stop too.
+        let _ = stop.wait_for(|s| *s).await;
+    }
+}
+
+/// Runs the agent until it is told to stop (SIGTERM, SIGINT) or a source cannot go on.
+pub async fn run(config: Config) -> Result<()> {
+    if config.source.is_empty() {
+        return Err(Error::usage("the configuration has no [source.NAME] section"));
+    }
+    dial::install_crypto_provider();
+    let clock: SharedClock = Arc::new(SystemClock);
+    let config = Arc::new(config);
+    let recorder = status::install_metrics();
+    let keyring = Keyring::open(&config.keys, clock.clone()).await?;
+    let repo = Repository::open(&config, keyring.clone(), clock.clone(), Access::Write).await?;
+    let alarms = Arc::new(Alarms::default());
+    let pool = Arc::new(SealPool::new()?);
+    let (stop_tx, stop) = watch::channel(false);
+
+    let mut contexts = Vec::new();
+    for (name, source) in &config.source {
+        let dsn = Dsn::parse(&source.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
+        let source_uid = keyring.ensure_source(name).await?;
+        let mut log = Log::open(&repo, source_uid, None).await?;
+        let status = SourceStatus::new(name, &source.slot_name(name));
+        if let Some(last) = log.last() {
+            status.set_durable(last.upto_lsn, last.upto_time_us);
+        }
+        // The newest record is all that a writer needs; bases read the log on their own.
+        log.forget_records();
+        contexts.push(Arc::new(AgentContext {
+            config: config.clone(),
+            source: name.clone(),
+            source_uid,
+            slot: source.slot_name(name),
+            repo: repo.clone(),
+            keyring: keyring.clone(),
+            log: Arc::new(Mutex::new(log)),
+            durable: broadcast::channel(1024).0,
+            dsn,
+            clock: clock.clone(),
+            rt: tokio::runtime::Handle::current(),
+            memory: MemoryShares::of(config.limits.memory, config.source.len()),
+            alarms: alarms.clone(),
+            status,
+            stop: stop.clone(),
+            system: RwLock::default(),
+        }));
+    }
+
+    let agent = Arc::new(AgentStatus::new(contexts.clone(), recorder));
+    let server = status::serve(&config.status.listen, agent.clone(), stop.clone()).await?;
+    let watcher = tokio::spawn(status::watch(agent, stop.clone()));
+
+    let mut sources = JoinSet::new();
+    for ctx in contexts {
+        sources.spawn(source::run(ctx, pool.clone()));
+    }
+    let mut signals = Signals::new()?;
+    let mut first_error = None;
+    loop {
+        tokio::select! {
+            name = signals.next(), if !*stop_tx.borrow() => {
+                tracing::info!("{name}: shipping what is complete, then stopping");
+                stop_tx.send_replace(true);
+            }
+            ended = sources.join_next() => match ended {
+                None => break,
+                Some(r) => {
+                    let r = r.unwrap_or_else(|e| Err(Error::other("a source's task panicked").source(e)));
+                    if let Err(e) = r {
+                        tracing::error!("{e}");
+                        first_error.get_or_insert(e);
+                    }
+                    // One agent, one fate: a supervisor restarts it, and the others resume from their logs.
+                    stop_tx.send_replace(true);
+                }
+            },
+        }
+    }
+    watcher.abort();
+    if let Some(s) = server {
+        // Clients that hold their connection open do not hold the agent.
+        let _ = tokio::time::timeout(Duration::from_secs(2), s).await;
+    }
+    first_error.map_or(Ok(()), Err)
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let what = "cannot listen for signals";
+        Ok(Self {
+            term: signal(SignalKind::terminate()).context(Kind::Other, what)?,
+            int: signal(SignalKind::interrupt()).context(Kind::Other, what)?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.int.recv() => "SIGINT",
+        }
+    }
+}

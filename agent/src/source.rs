@@ -1,0 +1,494 @@
+//! The life of one source: check who the server is and where the slot stands, stream, and begin again when the
+//! connection ends.
+//!
+//! The commit log is the truth, never the slot. On every connect the system identifier, the timeline and the slot are
+//! compared with it; what they cannot have in common is written down (a gap, another timeline) before anything else is
+//! archived, so that no later reader takes a chain for whole that is not.
+
+use crate::alarms;
+use crate::demux::{self, Flow, Intake, Limits, ShipItem};
+use crate::error::{Error, Kind, Result};
+use crate::failpoints;
+use crate::replication::client::{Identity, ReplicationClient};
+use crate::replication::sink::Durable;
+use crate::replication::stream::{self, Pace, Phase};
+use crate::reporter::Reporter;
+use crate::repository::Body;
+use crate::run::{AgentContext, System};
+use crate::seal_pool::SealPool;
+use crate::ship::{Anchors, CLOCK_MARGIN_US, Shipper};
+use crate::spool::Spool;
+use coffer_wire::Lsn;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// The output plugin.
+const PLUGIN: &str = "pg_coffer";
+/// Creating a slot waits for running transactions; after this long it is given up, said, and tried again.
+const CREATE_LOCK_TIMEOUT: &str = "SET lock_timeout = '20s'";
+/// First and longest wait before the next connection.
+const RECONNECT: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+/// A stream that held for so long makes the next wait the first again.
+const STEADY: Duration = Duration::from_secs(60);
+/// How long a stop waits for what is complete to become durable. Nothing is lost after that: the source still has it.
+const STOP_WAIT: Duration = Duration::from_secs(25);
+
+/// Where a slot stands, by `pg_replication_slots`.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Slot {
+    plugin: String,
+    database: String,
+    wal_status: String,
+    invalidated: Option<String>,
+    confirmed: Lsn,
+}
+
+/// Runs one source until the agent stops. `Err` only for what trying again cannot mend.
+pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
+    let anchors = Arc::new(Anchors::default());
+    // Until the first record there is nowhere to stream from.
+    let Some(resume) = begin(&ctx, &anchors).await? else { return Ok(()) };
+    let flow = Flow::new(
+        Limits { memory: ctx.memory.stream, spool: SPOOL_BYTES, interval: ctx.config.ship.interval },
+        Spool::new(ctx.config.spool.dir.clone()),
+    );
+    ctx.status.set_flow(flow.clone());
+    let (items_tx, items_rx) = mpsc::unbounded_channel();
+    let (intake, _thread) = demux::spawn(&ctx.source, flow.clone(), resume, items_tx.clone())?;
+    let (durable_tx, durable) = watch::channel(Durable(resume));
+    let (tenants_tx, tenants_rx) = mpsc::unbounded_channel();
+    let shipper = Shipper {
+        ctx: ctx.clone(),
+        flow: flow.clone(),
+        anchors: anchors.clone(),
+        pool,
+        durable: durable_tx,
+        new_tenants: tenants_tx,
+    };
+    let mut shipping = tokio::spawn(shipper.run(items_rx));
+    let helpers = [
+        tokio::spawn(Reporter::new(ctx.clone(), flow, anchors.clone(), tenants_rx, durable.clone()).run()),
+        tokio::spawn({
+            let ctx = ctx.clone();
+            async move { ctx.repo.replicate_optional(ctx.source_uid).await }
+        }),
+    ];
+    let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable };
+    let ended = |r: Result<Result<()>, tokio::task::JoinError>| match r {
+        Ok(Ok(())) => Err(Error::other("the shipping of changes has stopped")),
+        Ok(Err(e)) => Err(e),
+        Err(e) => Err(Error::other("the shipping of changes panicked").source(e)),
+    };
+    let result = tokio::select! {
+        biased;
+        r = &mut shipping => ended(r),
+        r = source.sessions(resume) => match r {
+            Ok(()) => Ok(()),
+            // When shipping ended, its own error says why; the session only noticed.
+            Err(e) => match tokio::time::timeout(Duration::from_millis(500), &mut shipping).await {
+                Ok(r) => ended(r),
+                Err(_) => Err(e),
+            },
+        },
+    };
+    for h in helpers {
+        h.abort();
+    }
+    shipping.abort();
+    ctx.status.set_state(if result.is_ok() { "stopped" } else { "broken" });
+    result
+}
+
+/// Bytes in the spool beyond which the stream waits for ships.
+const SPOOL_BYTES: u64 = 8 << 30;
+
+/// Sees to it that the log has a first record; the position to stream from, or `None` when told to stop first.
+async fn begin(ctx: &Arc<AgentContext>, anchors: &Anchors) -> Result<Option<Lsn>> {
+    let mut wait = RECONNECT.0;
+    loop {
+        if let Some(upto) = ctx.log.lock().await.upto_lsn() {
+            return Ok(Some(upto));
+        }
+        let e = match first_record(ctx).await {
+            Ok(()) => {
+                anchors.clear();
+                continue;
+            }
+            Err(e) => e,
+        };
+        report_down(ctx, e)?;
+        tokio::select! {
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(RECONNECT.1),
+            () = ctx.stopped() => return Ok(None),
+        }
+    }
+}
+
+/// Raises the alarm for what trying again may mend; gives back what it cannot.
+fn report_down(ctx: &AgentContext, e: Error) -> Result<()> {
+    // A slot in use is another agent, or the server has not noticed yet that our last connection is gone.
+    let again = match e.kind() {
+        Kind::Unreachable | Kind::Other | Kind::Verification | Kind::NotFound => true,
+        Kind::Fenced => e.is_code("slot_in_use"),
+        _ => false,
+    };
+    if !again {
+        return Err(e);
+    }
+    ctx.status.set_state("broken");
+    ctx.alarms.raise(alarms::SOURCE_DOWN, &ctx.source, format!("{e}; trying again"));
+    Ok(())
+}
+
+/// Takes over or creates the slot and writes the log's first record.
+async fn first_record(ctx: &AgentContext) -> Result<()> {
+    let mut client = ReplicationClient::connect(&ctx.dsn).await?;
+    let identity = client.identify().await?;
+    ctx.set_system(System { system_identifier: identity.system_identifier, timeline: identity.timeline });
+    // Read before the slot exists: every commit after its consistent point is later.
+    let before = source_now(&mut client).await?;
+    let from = match slot(&mut client, &ctx.slot, &identity).await? {
+        Some(s) if s.is_lost() => recreate(ctx, &mut client).await?,
+        // Made by hand, or by an agent that was killed before it wrote the record.
+        Some(s) => s.confirmed,
+        None => create(ctx, &mut client).await?,
+    };
+    failpoints::hit(failpoints::SLOT_AFTER_CREATE)?;
+    let record = ctx.append(from, from, before - CLOCK_MARGIN_US, Body::Init).await?;
+    tracing::info!(source = ctx.source, slot = ctx.slot, "the log begins at {from}");
+    ctx.status.set_durable(record.upto_lsn, record.upto_time_us);
+    ctx.publish(record);
+    Ok(())
+}
+
+/// What the sessions of a source share.
+struct Source {
+    ctx: Arc<AgentContext>,
+    anchors: Arc<Anchors>,
+    intake: Intake,
+    items: mpsc::UnboundedSender<ShipItem>,
+    durable: watch::Receiver<Durable>,
+}
+
+impl Source {
+    /// One connection after the other, until the agent stops.
+    async fn sessions(&self, mut resume: Lsn) -> Result<()> {
+        let mut wait = RECONNECT.0;
+        loop {
+            let started = tokio::time::Instant::now();
+            let e = tokio::select! {
+                r = self.session(resume) => match r {
+                    Ok(()) => return Ok(()),
+                    Err(e) => e,
+                },
+                // Before streaming has begun there is nothing of this session to ship.
+                () = self.stopped_before_streaming() => return self.finish().await,
+            };
+            resume = self.intake.end_session().await?;
+            report_down(&self.ctx, e)?;
+            if started.elapsed() > STEADY {
+                wait = RECONNECT.0;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(wait) => wait = (wait * 2).min(RECONNECT.1),
+                () = self.ctx.stopped() => return self.finish().await,
+            }
+        }
+    }
+
+    /// Ready when the agent stops while no stream runs; a running stream stops in its own way.
+    async fn stopped_before_streaming(&self) {
+        loop {
+            self.ctx.stopped().await;
+            if !self.ctx.status.is_streaming() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Ships what is complete without a connection.
+    async fn finish(&self) -> Result<()> {
+        self.intake.flush().await?;
+        self.settled().await;
+        Ok(())
+    }
+
+    /// Waits until everything handed to the shipper is durable, for a while.
+    async fn settled(&self) {
+        if tokio::time::timeout(STOP_WAIT, self.barrier()).await.is_err() {
+            tracing::warn!("stopping with changes that are not durable yet: the source keeps them for the next start");
+        }
+    }
+
+    async fn barrier(&self) -> Result<()> {
+        let (tx, rx) = oneshot::channel();
+        let gone = || Error::other("the shipping of changes has stopped");
+        self.items.send(ShipItem::Barrier(tx)).map_err(|_| gone())?;
+        rx.await.map_err(|_| gone())
+    }
+
+    /// Connects, checks, streams. `Ok` when the agent was told to stop and everything complete was shipped.
+    async fn session(&self, resume: Lsn) -> Result<()> {
+        let ctx = &self.ctx;
+        let mut client = ReplicationClient::connect(&ctx.dsn).await?;
+        let resume = self.check(&mut client, resume).await?;
+        let timeout = setting_ms(&mut client, "wal_sender_timeout").await?;
+        client.start(&ctx.slot, resume, &[("format", "frames")]).await?;
+        tracing::info!(source = ctx.source, tls = client.is_tls(), "streaming from {resume}");
+        ctx.alarms.clear(alarms::SOURCE_DOWN, &ctx.source);
+        ctx.status.set_state("streaming");
+        let (phase_tx, phase) = watch::channel(Phase::Stream);
+        let mut sink = self.intake.clone();
+        let streaming = stream::run(client, &mut sink, self.durable.clone(), phase, Pace::for_timeout(timeout));
+        tokio::pin!(streaming);
+        tokio::select! {
+            r = &mut streaming => return r.and_then(|()| Err(Error::new(Kind::Unreachable, "the stream ended"))),
+            () = ctx.stopped() => {}
+        }
+        phase_tx.send_replace(Phase::Drain);
+        let shipped = async {
+            self.intake.flush().await?;
+            self.settled().await;
+            phase_tx.send_replace(Phase::Close);
+            Ok::<_, Error>(())
+        };
+        // The connection may break while the last ship is under way; the ship matters, not the connection.
+        tokio::pin!(shipped);
+        tokio::select! {
+            r = &mut shipped => {
+                r?;
+                if let Err(e) = streaming.await {
+                    tracing::warn!("the server did not hear the last position: {e}");
+                }
+                Ok(())
+            }
+            r = &mut streaming => {
+                if let Err(e) = r {
+                    tracing::warn!("the connection ended while stopping: {e}");
+                }
+                shipped.await
+            }
+        }
+    }
+
+    /// Compares the server with the log and writes down what differs. Where to stream from.
+    async fn check(&self, client: &mut ReplicationClient, resume: Lsn) -> Result<Lsn> {
+        let ctx = &self.ctx;
+        let identity = client.identify().await?;
+        let last = ctx.log.lock().await.last().cloned().ok_or_else(|| Error::other("the log is empty"))?;
+        if identity.system_identifier != last.system_identifier {
+            return Err(Error::new(
+                Kind::Refused,
+                format!(
+                    "the server {} is system {}, the log of source {} is of system {}",
+                    ctx.dsn, identity.system_identifier, ctx.source, last.system_identifier
+                ),
+            )
+            .code("other_system")
+            .hint("the connection string leads to another cluster; a new cluster is a new [source.NAME]"));
+        }
+        if identity.timeline < last.timeline {
+            return Err(Error::new(
+                Kind::Fenced,
+                format!("the server is on timeline {}, the log on {}", identity.timeline, last.timeline),
+            )
+            .code("old_timeline")
+            .hint("this server was left behind by a promotion: point the source at the new primary"));
+        }
+        let system = System { system_identifier: identity.system_identifier, timeline: identity.timeline };
+        let mut resume = resume;
+        if identity.timeline > last.timeline {
+            resume = self.switch(client, &last, system).await?;
+        }
+        ctx.set_system(system);
+        let found = slot(client, &ctx.slot, &identity).await?;
+        let durable = ctx.log.lock().await.upto_lsn().unwrap_or(resume);
+        match found {
+            Some(s) if s.is_lost() => {
+                let why = s.invalidated.unwrap_or_else(|| "wal_removed".to_owned());
+                self.gap(client, format!("slot_lost: {why}"), None).await
+            }
+            None => self.gap(client, "slot_missing".to_owned(), None).await,
+            Some(s) if s.confirmed > durable => self.gap(client, "slot_ahead".to_owned(), Some(s.confirmed)).await,
+            Some(s) => {
+                if s.wal_status == "unreserved" {
+                    slot_at_risk(ctx);
+                }
+                Ok(resume)
+            }
+        }
+    }
+
+    /// Another timeline: everything read so far becomes durable, then the log says where it was left.
+    async fn switch(
+        &self,
+        client: &mut ReplicationClient,
+        last: &crate::repository::LogRecord,
+        to: System,
+    ) -> Result<Lsn> {
+        let ctx = &self.ctx;
+        self.intake.flush().await?;
+        self.barrier().await?;
+        let history = client.timeline_history(to.timeline).await?;
+        let left = history.iter().find(|s| s.timeline == last.timeline).ok_or_else(|| {
+            Error::new(
+                Kind::Refused,
+                format!("timeline {} does not descend from the log's timeline {}", to.timeline, last.timeline),
+            )
+            .code("other_history")
+            .hint("the server was restored from elsewhere; a new history is a new [source.NAME]")
+        })?;
+        let (upto, time) = {
+            let log = ctx.log.lock().await;
+            let r = log.last().ok_or_else(|| Error::other("the log is empty"))?;
+            (r.upto_lsn, r.upto_time_us)
+        };
+        let at = left.at.min(upto);
+        if left.at < upto {
+            ctx.alarms.raise(
+                alarms::GAP,
+                &ctx.source,
+                format!(
+                    "the source was promoted to timeline {} at {}, and {} bytes that were archived beyond it are an \
+                     abandoned branch; new bases follow",
+                    to.timeline,
+                    left.at,
+                    upto.0 - left.at.0
+                ),
+            );
+        }
+        ctx.set_system(to);
+        self.anchors.clear();
+        let body = Body::Timeline { from: last.timeline, to: to.timeline, at: left.at };
+        let record = ctx.append(at, at, time, body).await?;
+        tracing::warn!(source = ctx.source, "timeline {} follows {} at {}", to.timeline, last.timeline, left.at);
+        ctx.publish(record);
+        self.intake.jump(at)?;
+        Ok(at)
+    }
+
+    /// What lies between the log and the slot is lost: the log says so, and goes on where the slot does.
+    async fn gap(&self, client: &mut ReplicationClient, reason: String, slot_at: Option<Lsn>) -> Result<Lsn> {
+        let ctx = &self.ctx;
+        // What is whole and was read before the loss is still good.
+        self.intake.flush().await?;
+        self.barrier().await?;
+        let before = source_now(client).await?;
+        let upto = match slot_at {
+            Some(l) => l,
+            None => recreate(ctx, client).await?,
+        };
+        let from = ctx.log.lock().await.upto_lsn().unwrap_or(upto);
+        if from >= upto {
+            // What was still on its way has reached the slot: nothing is missing.
+            return Ok(from);
+        }
+        ctx.alarms.raise(
+            alarms::GAP,
+            &ctx.source,
+            format!("{reason}: changes between {from} and {upto} are not in the repository; new bases follow"),
+        );
+        let record = ctx.append(from, upto, before - CLOCK_MARGIN_US, Body::Gap { reason }).await?;
+        ctx.status.set_durable(record.upto_lsn, record.upto_time_us);
+        ctx.publish(record);
+        self.intake.jump(upto)?;
+        Ok(upto)
+    }
+}
+
+fn slot_at_risk(ctx: &AgentContext) {
+    ctx.alarms.raise(
+        alarms::SLOT_AT_RISK,
+        &ctx.source,
+        format!(
+            "slot {} is further behind than max_slot_wal_keep_size: its log is removed at the next checkpoint",
+            ctx.slot
+        ),
+    );
+}
+
+impl Slot {
+    fn is_lost(&self) -> bool {
+        self.wal_status == "lost" || self.invalidated.is_some()
+    }
+}
+
+/// The slot by its name; an error when it is somebody else's.
+async fn slot(client: &mut ReplicationClient, name: &str, identity: &Identity) -> Result<Option<Slot>> {
+    let sql = format!(
+        "SELECT coalesce(plugin, ''), coalesce(database, ''), coalesce(wal_status, ''), \
+         coalesce(pg_catalog.to_jsonb(s) ->> 'invalidation_reason', \
+                  CASE WHEN (pg_catalog.to_jsonb(s) ->> 'conflicting')::bool THEN 'conflict' END), \
+         coalesce(confirmed_flush_lsn, '0/0') \
+         FROM pg_catalog.pg_replication_slots s WHERE slot_name = '{}'",
+        name.replace('\'', "''")
+    );
+    let rows = client.query(&sql).await?;
+    let Some(row) = rows.into_iter().next() else { return Ok(None) };
+    let text = |i: usize| row.get(i).cloned().flatten().unwrap_or_default();
+    let s = Slot {
+        plugin: text(0),
+        database: text(1),
+        wal_status: text(2),
+        invalidated: row.get(3).cloned().flatten(),
+        confirmed: text(4).parse().map_err(Error::other)?,
+    };
+    if s.plugin != PLUGIN || s.database != identity.dbname {
+        return Err(Error::new(
+            Kind::Refused,
+            format!(
+                "replication slot {name} is not ours: plugin '{}' in database '{}', expected '{PLUGIN}' in '{}'",
+                s.plugin, s.database, identity.dbname
+            ),
+        )
+        .hint("choose another name: [source.NAME] slot"));
+    }
+    Ok(Some(s))
+}
+
+async fn create(ctx: &AgentContext, client: &mut ReplicationClient) -> Result<Lsn> {
+    client.query(CREATE_LOCK_TIMEOUT).await?;
+    let r = client.create_slot(&ctx.slot, PLUGIN).await;
+    match r {
+        Ok(at) => {
+            tracing::info!(source = ctx.source, slot = ctx.slot, "slot created at {at}");
+            client.query("SET lock_timeout = 0").await?;
+            Ok(at)
+        }
+        Err(e) if e.is_code("lock_timeout") => Err(Error::new(
+            Kind::Unreachable,
+            format!("slot {} waits for transactions that were running when its creation began", ctx.slot),
+        )
+        .hint("SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start")),
+        Err(e) => Err(e.during(format_args!("cannot create slot {}", ctx.slot)).hint(
+            "needs wal_level = logical, CREATE EXTENSION pg_coffer, and coffer.setup_agent(role) for the agent's role",
+        )),
+    }
+}
+
+async fn recreate(ctx: &AgentContext, client: &mut ReplicationClient) -> Result<Lsn> {
+    let name = ctx.slot.replace('\'', "''");
+    client
+        .query(&format!(
+            "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots \
+             WHERE slot_name = '{name}'"
+        ))
+        .await?;
+    create(ctx, client).await
+}
+
+/// The source's clock, microseconds since 1970-01-01 UTC.
+async fn source_now(client: &mut ReplicationClient) -> Result<i64> {
+    let rows = client.query("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").await?;
+    let text = rows.first().and_then(|r| r.first()).cloned().flatten();
+    text.and_then(|t| t.parse().ok()).ok_or_else(|| Error::other("the server does not say what time it is"))
+}
+
+/// A setting that `pg_settings` keeps in milliseconds.
+async fn setting_ms(client: &mut ReplicationClient, name: &str) -> Result<Duration> {
+    let rows = client.query(&format!("SELECT setting FROM pg_catalog.pg_settings WHERE name = '{name}'")).await?;
+    let text = rows.first().and_then(|r| r.first()).cloned().flatten();
+    Ok(Duration::from_millis(text.and_then(|t| t.parse().ok()).unwrap_or(60_000)))
+}
