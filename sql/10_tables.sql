@@ -44,10 +44,10 @@ CREATE TABLE coffer.rule_relations (
     prior_identity  "char" NOT NULL,
     prior_index     oid NOT NULL DEFAULT 0,
     own_identity    "char" NOT NULL,
-    key_index       oid NOT NULL DEFAULT 0
+    key_index       oid NOT NULL DEFAULT 0,
+    registered_xid  xid8                             -- of a table under a schema rule, when later than the rule's
 );
 CREATE INDEX rule_relations_root ON coffer.rule_relations (root);
-CREATE INDEX rule_relations_key_index ON coffer.rule_relations (key_index);
 
 CREATE TABLE coffer.exclusions (
     relid        oid PRIMARY KEY,
@@ -96,6 +96,10 @@ CREATE UNLOGGED TABLE coffer.agent_state (
     durable_time  timestamptz,
     reported_at   timestamptz NOT NULL
 ) WITH (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+
+-- Holds a row of the own transaction's while the extension itself runs DDL: its event triggers then look away. Always
+-- empty for everybody else, because the row goes before the transaction ends.
+CREATE UNLOGGED TABLE coffer.at_work (pid int);
 
 CREATE TABLE coffer.job_queue (
     job           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -51,6 +51,20 @@ BEGIN
     PERFORM coffer._mark('registry', json_build_object('relid', root::int8, 'action', action));
 END $$;
 
+-- Runs a DDL of the extension's own, which its event triggers pass over.
+CREATE FUNCTION coffer._ddl(statement text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    INSERT INTO coffer.at_work VALUES (pg_backend_pid());
+    EXECUTE statement;
+    DELETE FROM coffer.at_work;
+END $$;
+
+CREATE FUNCTION coffer._at_work() RETURNS bool
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT EXISTS (SELECT FROM coffer.at_work) $$;
+
 CREATE FUNCTION coffer._audit(action text, object text, detail jsonb DEFAULT '{}') RETURNS void
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$

@@ -82,14 +82,19 @@ DECLARE
     hint          text;
     computed      bool;
 BEGIN
-    -- What is there. A partitioned table's own replica identity is never used by the server; that of its leaves is.
-    SELECT CASE WHEN count(DISTINCT c.relreplident) = 1 THEN min(c.relreplident::text) ELSE 'd' END,
-           CASE WHEN count(DISTINCT c.relreplident) = 1 AND min(c.relreplident::text) = 'i'
-                THEN min(coalesce(pg_partition_root(i.indexrelid::regclass)::oid, i.indexrelid)) END
+    -- What is there; where an earlier plan changed it, what was there before. A partitioned table's own replica identity
+    -- is never used by the server; that of its leaves is.
+    SELECT CASE WHEN count(DISTINCT w.identity) = 1 THEN min(w.identity::text) ELSE 'd' END,
+           CASE WHEN count(DISTINCT w.identity) = 1 AND min(w.identity::text) = 'i'
+                THEN min(coalesce(pg_partition_root(w.index::regclass)::oid, w.index)) END
     INTO now_identity, now_index
     FROM coffer._tree(root) t
     JOIN pg_class c ON c.oid = t.relid
     LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisreplident
+    LEFT JOIN coffer.rule_relations m ON m.relid = c.oid AND m.own_identity = c.relreplident
+              AND (m.own_identity <> 'i' OR m.key_index = i.indexrelid)
+    CROSS JOIN LATERAL (SELECT coalesce(m.prior_identity, c.relreplident) AS identity,
+                               CASE WHEN m.relid IS NULL THEN i.indexrelid ELSE m.prior_index END AS index) w
     WHERE t.relkind = 'r';
     IF now_identity IS NULL THEN
         now_identity := 'd';
@@ -227,9 +232,9 @@ BEGIN
         VALUES (m.relid, root, m.identity, m.index, want, idx)
         ON CONFLICT (relid) DO UPDATE SET root = excluded.root, own_identity = excluded.own_identity, key_index = excluded.key_index;
         IF m.identity <> want OR (want = 'i' AND m.index <> idx) THEN
-            EXECUTE format('ALTER TABLE ONLY %s REPLICA IDENTITY %s', m.relid::regclass,
+            PERFORM coffer._ddl(format('ALTER TABLE ONLY %s REPLICA IDENTITY %s', m.relid::regclass,
                 CASE want WHEN 'd' THEN 'DEFAULT' WHEN 'f' THEN 'FULL'
-                          ELSE (SELECT format('USING INDEX %I', relname) FROM pg_class WHERE oid = idx) END);
+                          ELSE (SELECT format('USING INDEX %I', relname) FROM pg_class WHERE oid = idx) END));
         END IF;
     END LOOP;
 END $$;
@@ -250,28 +255,38 @@ BEGIN
     IF m.own_identity = 'i' AND NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = m.key_index AND indisreplident) THEN
         RETURN;
     END IF;
-    EXECUTE format('ALTER TABLE ONLY %s REPLICA IDENTITY %s', rel::regclass,
+    PERFORM coffer._ddl(format('ALTER TABLE ONLY %s REPLICA IDENTITY %s', rel::regclass,
         CASE m.prior_identity WHEN 'f' THEN 'FULL' WHEN 'n' THEN 'NOTHING'
              WHEN 'i' THEN coalesce((SELECT format('USING INDEX %I', c.relname) FROM pg_class c JOIN pg_index i ON i.indexrelid = c.oid
                                      WHERE c.oid = m.prior_index AND i.indrelid = rel), 'DEFAULT')
-             ELSE 'DEFAULT' END);
+             ELSE 'DEFAULT' END));
 END $$;
 
 -- The tag triggers, on the root: the server clones them to partitions, present and to come. ALWAYS: they also fire in
--- sessions that replicate or restore. The name sorts last, so that what the application's triggers do is in the row.
+-- sessions that replicate or restore. The name sorts last, so that what the application's triggers do is in the row. On
+-- a partitioned table it differs from that on a plain one: else a covered table could not be attached as a partition.
 CREATE FUNCTION coffer._create_tags(root oid, tenant name) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    t  record;
+    suffix  text := CASE (SELECT relkind FROM pg_class WHERE oid = root) WHEN 'p' THEN '_tree' ELSE '' END;
 BEGIN
-    EXECUTE format('CREATE TRIGGER zzz_coffer_tag_delete BEFORE DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._tag(%L)',
-                   root::regclass, tenant);
-    EXECUTE format('CREATE TRIGGER zzz_coffer_tag_move BEFORE UPDATE ON %s FOR EACH ROW WHEN (%s IS DISTINCT FROM %s) '
-                   'EXECUTE FUNCTION coffer._tag(%L)',
-                   root::regclass, coffer._key_expression('OLD', root, tenant), coffer._key_expression('NEW', root, tenant), tenant);
+    PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_delete%s BEFORE DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._tag(%L)',
+                   suffix, root::regclass, tenant));
+    PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_move%s BEFORE UPDATE ON %s FOR EACH ROW WHEN (%s IS DISTINCT FROM %s) '
+                   'EXECUTE FUNCTION coffer._tag(%L)', suffix, root::regclass,
+                   coffer._key_expression('OLD', root, tenant), coffer._key_expression('NEW', root, tenant), tenant));
     PERFORM coffer._always_tags(root);
 END $$;
+
+-- Every tag trigger of a tree.
+CREATE FUNCTION coffer._tags(root oid) RETURNS TABLE (relid oid, name name, is_clone bool, enabled "char", args bytea)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT g.tgrelid, g.tgname, g.tgparentid <> 0, g.tgenabled, g.tgargs
+    FROM coffer._tree(root) m JOIN pg_trigger g ON g.tgrelid = m.relid
+    WHERE g.tgname ~ '^zzz_coffer_tag_(delete|move)(_tree)?$'
+$$;
 
 CREATE FUNCTION coffer._always_tags(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
@@ -279,39 +294,29 @@ AS $$
 DECLARE
     t  record;
 BEGIN
-    FOR t IN
-        SELECT g.tgrelid, g.tgname FROM coffer._tree(root) m
-        JOIN pg_trigger g ON g.tgrelid = m.relid AND g.tgname IN ('zzz_coffer_tag_delete', 'zzz_coffer_tag_move')
-        WHERE g.tgenabled <> 'A'
-    LOOP
-        EXECUTE format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', t.tgrelid::regclass, t.tgname);
+    FOR t IN SELECT * FROM coffer._tags(root) WHERE enabled <> 'A' LOOP
+        PERFORM coffer._ddl(format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', t.relid::regclass, t.name));
     END LOOP;
 END $$;
 
+-- Clones go with the trigger they were made from.
 CREATE FUNCTION coffer._drop_tags(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
     t  record;
 BEGIN
-    -- On a partition the trigger is a clone that goes with the root's; on a detached one it stands alone.
-    FOR t IN
-        SELECT tgrelid, tgname FROM pg_trigger
-        WHERE tgrelid = root AND tgparentid = 0 AND tgname IN ('zzz_coffer_tag_delete', 'zzz_coffer_tag_move')
-    LOOP
-        EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', t.tgname, t.tgrelid::regclass);
+    FOR t IN SELECT * FROM coffer._tags(root) WHERE NOT is_clone LOOP
+        PERFORM coffer._ddl(format('DROP TRIGGER %I ON %s', t.name, t.relid::regclass));
     END LOOP;
 END $$;
 
--- Whether every relation of the tree has both triggers, for this column, firing always.
+-- Whether every relation of the tree has both triggers, for this column, firing always, and no left-over ones.
 CREATE FUNCTION coffer._tags_intact(root oid, tenant name) RETURNS bool
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT bool_and((
-        SELECT count(*) FROM pg_trigger g
-        WHERE g.tgrelid = m.relid AND g.tgname IN ('zzz_coffer_tag_delete', 'zzz_coffer_tag_move')
-          AND g.tgenabled = 'A' AND g.tgargs = convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea
-    ) = 2)
+    SELECT bool_and((SELECT count(*) = 2 AND bool_and(enabled = 'A' AND args = convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea)
+                     FROM coffer._tags(root) t WHERE t.relid = m.relid))
     FROM coffer._tree(root) m WHERE m.relkind IN ('r', 'p')
 $$;
 

@@ -10,7 +10,7 @@ AS $$
     FROM coffer.rules r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relpersistence = 'p'
     UNION ALL
-    SELECT c.oid, n.nspname::text, c.relname::text, 5::int2, s.class, NULL, s.registered_xid,
+    SELECT c.oid, n.nspname::text, c.relname::text, 5::int2, s.class, NULL, greatest(s.registered_xid, m.registered_xid),
            (SELECT k.sorted::text[] FROM coffer._keys(c.oid) k
             WHERE k.index_oid = CASE WHEN m.own_identity = 'f' THEN 0 ELSE m.key_index END),
            s.tenant, c.relkind, c.relkind = 'p'
@@ -86,8 +86,8 @@ BEGIN
     FOR f IN
         SELECT * FROM (VALUES ('ins', 'INSERT', is_new), ('upd', 'UPDATE', is_old || ' OR ' || is_new), ('del', 'DELETE', is_old)) v (suffix, event, condition)
     LOOP
-        EXECUTE format('CREATE TRIGGER aaa_coffer_fence_%s BEFORE %s ON %s FOR EACH ROW WHEN (%s) EXECUTE FUNCTION coffer._fence(%L)',
-                       f.suffix, f.event, rel, f.condition, coalesce(tenant, ''));
+        PERFORM coffer._ddl(format('CREATE TRIGGER aaa_coffer_fence_%s BEFORE %s ON %s FOR EACH ROW WHEN (%s) EXECUTE FUNCTION coffer._fence(%L)',
+                       f.suffix, f.event, rel, f.condition, coalesce(tenant, '')));
     END LOOP;
 END $$;
 
@@ -98,7 +98,7 @@ DECLARE
     suffix  text;
 BEGIN
     FOREACH suffix IN ARRAY ARRAY['ins', 'upd', 'del'] LOOP
-        EXECUTE format('DROP TRIGGER IF EXISTS aaa_coffer_fence_%s ON %s', suffix, rel);
+        PERFORM coffer._ddl(format('DROP TRIGGER IF EXISTS aaa_coffer_fence_%s ON %s', suffix, rel));
     END LOOP;
 END $$;
 

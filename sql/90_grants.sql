@@ -1,4 +1,4 @@
--- Roles, grants, and the key: last, when everything exists.
+-- Roles, grants, the key and the event triggers: last, when everything exists.
 
 -- Roles are the cluster's: another database's pg_coffer may have made them.
 DO $$
@@ -35,3 +35,11 @@ GRANT EXECUTE ON FUNCTION
     TO coffer_admin;
 
 INSERT INTO coffer.secret (mac_key) VALUES (coffer._random(16));
+
+-- From here on DDL is watched: in every session, those that replicate or restore included.
+CREATE EVENT TRIGGER coffer_ddl ON ddl_command_end EXECUTE FUNCTION coffer._on_ddl();
+CREATE EVENT TRIGGER coffer_drop ON sql_drop EXECUTE FUNCTION coffer._on_drop();
+CREATE EVENT TRIGGER coffer_rewrite ON table_rewrite EXECUTE FUNCTION coffer._on_rewrite();
+ALTER EVENT TRIGGER coffer_ddl ENABLE ALWAYS;
+ALTER EVENT TRIGGER coffer_drop ENABLE ALWAYS;
+ALTER EVENT TRIGGER coffer_rewrite ENABLE ALWAYS;

@@ -13,6 +13,7 @@ pub mod dsn;
 pub mod error;
 pub mod failpoints;
 pub mod keyring;
+pub mod merge;
 pub mod replication;
 pub mod reporter;
 pub mod repository;

@@ -1,0 +1,328 @@
+-- Event triggers: the log says what DDL did to covered tables, new tables are covered where that was asked for, and
+-- what a rule relies on is put back when a DDL takes it away.
+--
+-- They never break a DDL: what goes wrong here becomes a warning. The exception, SQLSTATE CF001, is what would lose data
+-- in silence: dropping the tenant column, or a table whose deletes would no longer say which row.
+
+CREATE FUNCTION coffer._auto_column() RETURNS name
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT s.value::name FROM coffer.settings s WHERE s.name = 'auto_tenant_column' $$;
+
+-- A partition's own rule, exclusion and triggers end when it is attached: the root's are in force.
+CREATE FUNCTION coffer._absorb(root oid) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root;
+    DELETE FROM coffer.exclusions e USING coffer._tree(root) t WHERE e.relid = t.relid AND t.relid <> root;
+END $$;
+
+-- What is wrong with what a rule relies on; no row when nothing is. `rebase`: rows came or went, or may have gone,
+-- without a trace in the log.
+CREATE FUNCTION coffer._findings(root oid) RETURNS TABLE (finding text, rebase bool)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT format('relation %s is no longer one of its partitions', m.relid), true
+    FROM coffer.rule_relations m
+    WHERE m.root = $1 AND NOT EXISTS (SELECT FROM coffer._tree($1) t WHERE t.relid = m.relid)
+    UNION ALL
+    SELECT format('%s is a new partition', t.relid::regclass), false
+    FROM coffer._tree($1) t
+    WHERE t.relkind IN ('r', 'p') AND NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = t.relid AND m.root = $1)
+    UNION ALL
+    SELECT format('the replica identity of %s is not what it relies on', t.relid::regclass), false
+    FROM coffer._tree($1) t JOIN coffer.rule_relations m ON m.relid = t.relid AND m.root = $1
+    WHERE t.relkind = 'r' AND coffer._effective_key(t.relid) IS DISTINCT FROM m.key_index
+    UNION ALL
+    SELECT 'a tag trigger is missing, disabled or for another column', false
+    FROM coffer.rules r JOIN pg_attribute a ON a.attrelid = r.relid AND a.attnum = r.tenant_attnum
+    WHERE r.relid = $1 AND r.strategy = 1 AND NOT coffer._tags_intact($1, a.attname)
+    UNION ALL
+    SELECT 'a type of its columns changed its meaning', true
+    FROM coffer.rules r WHERE r.relid = $1 AND NOT coffer._types_compatible(r.types, coffer._types($1))
+$$;
+
+-- Looks at a covered table after a DDL and repairs what the rule relies on.
+CREATE FUNCTION coffer._recheck(root oid, command text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r         coffer.rules;
+    now_r     coffer.rules;
+    col       name;
+    findings  text[];
+    gone      oid;
+    rebase    bool;
+BEGIN
+    SELECT * INTO r FROM coffer.rules u WHERE u.relid = root;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    IF r.tenant_attnum > 0 THEN
+        SELECT a.attname INTO col FROM pg_attribute a WHERE a.attrelid = root AND a.attnum = r.tenant_attnum AND NOT a.attisdropped;
+    END IF;
+    SELECT array_agg(f.finding), bool_or(f.rebase) INTO findings, rebase FROM coffer._findings(root) f;
+    -- A partition that is created is empty; one that is attached brings rows that are not in the log.
+    rebase := rebase OR (command = 'ALTER TABLE' AND EXISTS (
+        SELECT FROM coffer._tree(root) t WHERE t.relkind = 'r' AND t.relid <> root
+        AND NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = t.relid AND m.root = $1)));
+    IF findings IS NULL AND col IS NOT DISTINCT FROM r.tenant_column AND r.types = coffer._types(root)
+       AND NOT (command = 'ALTER TABLE' AND r.identity = 'f' AND (SELECT p.identity FROM coffer._plan(root, col) p) <> 'f')
+       AND (r.key_index = 0 OR r.key_columns = (SELECT k.sorted::text[] FROM coffer._keys(root) k WHERE k.index_oid = r.key_index)) THEN
+        RETURN;
+    END IF;
+
+    PERFORM coffer._absorb(root);
+    FOR gone IN
+        SELECT m.relid FROM coffer.rule_relations m
+        WHERE m.root = $1 AND NOT EXISTS (SELECT FROM coffer._tree($1) t WHERE t.relid = m.relid)
+    LOOP
+        IF EXISTS (SELECT FROM pg_class c WHERE c.oid = gone) THEN
+            PERFORM coffer._restore_identity(gone);
+            PERFORM coffer._consider(gone, 'CREATE TABLE');
+        ELSE
+            DELETE FROM coffer.rule_relations m WHERE m.relid = gone;
+        END IF;
+    END LOOP;
+    -- A renamed column is still the same key.
+    UPDATE coffer.rules u SET key_columns = k.sorted FROM coffer._keys(root) k WHERE u.relid = root AND k.index_oid = u.key_index;
+    PERFORM coffer._cover(root, r.strategy, col, r.class, rebase);
+
+    SELECT * INTO now_r FROM coffer.rules u WHERE u.relid = root;
+    IF now_r.identity = 'f' AND r.identity <> 'f' THEN
+        RAISE WARNING 'coffer: % is now covered by % (%); before: %', root::regclass,
+            coffer._strategy_name(now_r.strategy), now_r.reason, coffer._strategy_name(r.strategy);
+    ELSIF now_r.strategy <> r.strategy OR now_r.identity <> r.identity THEN
+        RAISE NOTICE 'coffer: % is now covered by % (%); before: %', root::regclass,
+            coffer._strategy_name(now_r.strategy), now_r.reason, coffer._strategy_name(r.strategy);
+    ELSIF 'a tag trigger is missing, disabled or for another column' = ANY (findings) AND col = r.tenant_column
+          AND command IN ('ALTER TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') AND NOT coalesce(rebase, false) THEN
+        RAISE WARNING 'coffer: the tag triggers of % are in force again', root::regclass
+            USING HINT = 'Without them a DELETE does not say whose row it was. To stop covering the table: coffer.remove_table().';
+    END IF;
+    IF now_r.registered_xid <> r.registered_xid THEN
+        RAISE NOTICE 'coffer: % gets a new base; it can be restored to points up to here and from that base on', root::regclass;
+    END IF;
+END $$;
+
+-- Looks at a table without a rule: covers it by policy, else says that it is not covered.
+CREATE FUNCTION coffer._consider(rel oid, command text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    c     pg_class;
+    auto  name := coffer._auto_column();
+    had   coffer.rule_relations;
+    told  text;
+BEGIN
+    SELECT * INTO c FROM pg_class k WHERE k.oid = rel;
+    IF c.oid IS NULL OR c.relispartition OR coffer._obstacle(rel) IS NOT NULL
+       OR EXISTS (SELECT FROM coffer.exclusions e WHERE e.relid = rel)
+       OR EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
+        RETURN;
+    END IF;
+    SELECT * INTO had FROM coffer.rule_relations m WHERE m.relid = rel;
+    IF EXISTS (SELECT FROM coffer.schema_rules s WHERE s.nspid = c.relnamespace) THEN
+        IF had.relid IS NULL OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
+            PERFORM coffer._cover_schema_table(rel);
+            UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
+            PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add'));
+        END IF;
+        RETURN;
+    END IF;
+    IF had.relid IS NOT NULL THEN
+        -- It was moved out of a tenant's schema.
+        PERFORM coffer._restore_identity(rel);
+        PERFORM coffer._changed(rel, 'remove');
+    END IF;
+    IF auto IS NOT NULL AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = auto AND a.attnum > 0
+                                    AND NOT a.attisdropped AND a.attgenerated <> 'v') THEN
+        told := coffer._cover(rel, NULL, auto, 0::int2, false);
+        PERFORM coffer._audit('auto_cover', rel::regclass::text, jsonb_build_object('tenant_column', auto));
+        RAISE NOTICE 'coffer: % is covered by % (%)', rel::regclass,
+            (SELECT coffer._strategy_name(r.strategy) FROM coffer.rules r WHERE r.relid = rel), told;
+    ELSIF had.relid IS NOT NULL
+          OR command <> 'ALTER TABLE' AND (auto IS NOT NULL OR EXISTS (SELECT FROM coffer.rules) OR EXISTS (SELECT FROM coffer.schema_rules)) THEN
+        RAISE WARNING 'coffer: % is not covered by the backup', rel::regclass
+            USING HINT = format('SELECT * FROM coffer.add_table(%L, …), coffer.add_shared(%1$L) or coffer.exclude(%1$L, …).', rel::regclass::text);
+    END IF;
+END $$;
+
+-- A table whose deletes no longer say which row, and which could not be repaired: the DDL must not stand.
+CREATE FUNCTION coffer._refuse_if_lost(root oid, why text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid
+               WHERE m.root = $1 AND c.relkind = 'r' AND coffer._effective_key(m.relid) IS NULL) THEN
+        RAISE EXCEPTION 'coffer: a DELETE on % would no longer be backed up', root::regclass
+            USING ERRCODE = 'CF001', DETAIL = why, HINT = 'End its coverage first: coffer.remove_table() or coffer.exclude().';
+    END IF;
+END $$;
+
+CREATE FUNCTION coffer._on_ddl() RETURNS event_trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    cmd      record;
+    rel      oid;
+    touched  oid[] := '{}';
+BEGIN
+    IF coffer._at_work() THEN
+        RETURN;
+    END IF;
+    FOR cmd IN
+        SELECT DISTINCT ON (d.classid, d.objid) d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
+               d.object_type IN ('table', 'table column', 'index', 'trigger', 'schema', 'type') AS relevant
+        FROM pg_event_trigger_ddl_commands() d
+        WHERE d.objid IS NOT NULL AND d.schema_name IS DISTINCT FROM 'pg_temp' AND d.schema_name IS DISTINCT FROM 'coffer'
+    LOOP
+        BEGIN
+            IF cmd.object_type = 'schema' AND cmd.command_tag = 'CREATE SCHEMA' THEN
+                INSERT INTO coffer.schema_rules (nspid, class, tenant, registered_xid, registered_at)
+                SELECT n.oid, p.class, n.nspname, pg_current_xact_id(), now()
+                FROM pg_namespace n JOIN coffer.schema_patterns p ON n.nspname LIKE p.pattern
+                WHERE n.oid = cmd.objid ORDER BY length(p.pattern) DESC LIMIT 1
+                ON CONFLICT DO NOTHING;
+                IF FOUND THEN
+                    RAISE NOTICE 'coffer: schema % belongs to the tenant of its name', cmd.objid::regnamespace;
+                END IF;
+            ELSIF cmd.object_type = 'type' THEN
+                FOR rel IN SELECT r.relid FROM coffer.rules r WHERE r.types ? cmd.objid::text LOOP
+                    PERFORM coffer._recheck(rel, TG_TAG);
+                    touched := touched || rel;
+                END LOOP;
+            ELSIF cmd.relevant THEN
+                SELECT coffer._root(coalesce(
+                    (SELECT c.oid FROM pg_class c WHERE c.oid = cmd.objid AND cmd.classid = 'pg_class'::regclass AND c.relkind IN ('r', 'p')),
+                    (SELECT i.indrelid FROM pg_index i WHERE i.indexrelid = cmd.objid AND cmd.classid = 'pg_class'::regclass),
+                    (SELECT g.tgrelid FROM pg_trigger g WHERE g.oid = cmd.objid AND cmd.classid = 'pg_trigger'::regclass)))
+                INTO rel;
+                IF rel IS NULL OR rel = ANY (touched) THEN
+                    CONTINUE;
+                END IF;
+                IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
+                    PERFORM coffer._recheck(rel, TG_TAG);
+                    touched := touched || rel;
+                ELSIF cmd.object_type LIKE 'table%' AND NOT cmd.in_extension THEN
+                    PERFORM coffer._consider(rel, cmd.command_tag);
+                    IF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
+                        touched := touched || rel;
+                    END IF;
+                END IF;
+            END IF;
+        EXCEPTION
+            WHEN SQLSTATE 'CF001' THEN
+                RAISE;
+            WHEN OTHERS THEN
+                PERFORM coffer._refuse_if_lost(rel, SQLERRM);
+                RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
+        END;
+    END LOOP;
+    IF touched <> '{}' THEN
+        PERFORM coffer._mark('ddl', json_build_object('tag', TG_TAG, 'objects', touched::int8[]));
+    END IF;
+EXCEPTION
+    WHEN SQLSTATE 'CF001' THEN
+        RAISE;
+    WHEN OTHERS THEN
+        RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
+END $$;
+
+CREATE FUNCTION coffer._on_drop() RETURNS event_trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    lost     record;
+    rel      oid;
+    dropped  oid[];
+    roots    oid[];
+BEGIN
+    IF coffer._at_work() THEN
+        RETURN;
+    END IF;
+    SELECT r.relid::regclass AS rel, r.tenant_column INTO lost
+    FROM pg_event_trigger_dropped_objects() d
+    JOIN coffer.rules r ON r.relid = d.objid AND r.tenant_attnum = d.objsubid
+    WHERE d.object_type = 'table column' AND r.tenant_attnum > 0;
+    IF FOUND THEN
+        RAISE EXCEPTION 'coffer: column % is how the rows of % belong to tenants', quote_ident(lost.tenant_column), lost.rel
+            USING ERRCODE = 'CF001', HINT = 'End the table''s coverage first: coffer.remove_table() or coffer.exclude().';
+    END IF;
+
+    -- Tables, and partitions of covered tables.
+    SELECT array_agg(DISTINCT m.relid), array_agg(DISTINCT m.root) FILTER (WHERE m.root <> m.relid) INTO dropped, roots
+    FROM pg_event_trigger_dropped_objects() d
+    JOIN coffer.rule_relations m ON m.relid = d.objid
+    WHERE d.classid = 'pg_class'::regclass AND d.objsubid = 0 AND d.object_type = 'table';
+    IF dropped IS NOT NULL THEN
+        DELETE FROM coffer.rules r WHERE r.relid = ANY (dropped);
+        DELETE FROM coffer.rule_relations m WHERE m.root = ANY (dropped);
+        PERFORM coffer._mark('drop', json_build_object('relids', dropped::int8[]));
+    END IF;
+    DELETE FROM coffer.exclusions e USING pg_event_trigger_dropped_objects() d
+    WHERE d.classid = 'pg_class'::regclass AND d.objsubid = 0 AND e.relid = d.objid;
+    DELETE FROM coffer.schema_rules s USING pg_event_trigger_dropped_objects() d
+    WHERE d.classid = 'pg_namespace'::regclass AND s.nspid = d.objid;
+
+    -- A table that lost a partition; one that lost the index behind its replica identity, which the server lets go
+    -- without a word; one that lost a tag trigger.
+    FOR rel IN
+        SELECT unnest(roots)
+        UNION
+        SELECT m.root FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid
+        WHERE EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.object_type IN ('index', 'table constraint', 'table column'))
+          AND (c.relreplident = 'i' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)
+               OR c.relreplident = 'd' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
+        UNION
+        SELECT coffer._root(c.oid)
+        FROM pg_event_trigger_dropped_objects() d
+        JOIN pg_namespace n ON n.nspname = d.address_names[1]
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = d.address_names[2]
+        WHERE d.object_type = 'trigger' AND starts_with(d.address_names[3], 'zzz_coffer_tag_')
+    LOOP
+        BEGIN
+            IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
+                PERFORM coffer._recheck(rel, TG_TAG);
+            ELSE
+                PERFORM coffer._consider(rel, TG_TAG);
+            END IF;
+        EXCEPTION
+            WHEN SQLSTATE 'CF001' THEN
+                RAISE;
+            WHEN OTHERS THEN
+                PERFORM coffer._refuse_if_lost(rel, SQLERRM);
+                RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
+        END;
+    END LOOP;
+EXCEPTION
+    WHEN SQLSTATE 'CF001' THEN
+        RAISE;
+    WHEN OTHERS THEN
+        RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
+END $$;
+
+CREATE FUNCTION coffer._on_rewrite() RETURNS event_trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    rel  oid := coffer._root(pg_event_trigger_table_rewrite_oid());
+BEGIN
+    IF coffer._at_work()
+       OR NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel)
+          AND NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
+        RETURN;
+    END IF;
+    PERFORM coffer._mark('rewrite', json_build_object('relid', rel::int8));
+    -- Reason 1: to or from UNLOGGED. What was not logged is not archived.
+    IF pg_event_trigger_table_rewrite_reason() & 1 <> 0 THEN
+        UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = rel;
+        UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
+        PERFORM coffer._changed(rel, 'add');
+        IF (SELECT c.relpersistence FROM pg_class c WHERE c.oid = pg_event_trigger_table_rewrite_oid()) = 'p' THEN
+            RAISE WARNING 'coffer: % becomes unlogged, and is not backed up while it is', pg_event_trigger_table_rewrite_oid()::regclass;
+        END IF;
+    END IF;
+EXCEPTION WHEN OTHERS THEN
+    RAISE WARNING 'coffer: before a rewrite by %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
+END $$;
