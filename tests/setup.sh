@@ -75,7 +75,8 @@ package 15 $PG15/bin/pg_config
 
 # --- the agent -------------------------------------------------------------------------------------------------------
 say "building the agent"
-cargo build -q -p coffer --features coffer/failpoints -j "$JOBS"
+# The default members together, as `cargo test` builds them: another selection would compile shared crates anew.
+cargo build -q --features coffer/failpoints -j "$JOBS"
 
 # --- what the postgres user must be able to read ---------------------------------------------------------------------
 # initdb refuses root, so clusters run as user postgres, who may not be able to enter the folder that this is in.
