@@ -34,6 +34,18 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 pub enum Verb {
+    /// Create the repository and the keyring; refuses to touch existing ones
+    Init {
+        /// Make the key-encryption key's file too (32 random bytes, base64, mode 0600)
+        #[arg(long)]
+        create_kek: bool,
+    },
+    /// The sidecar: stream, encrypt, ship, take bases; until SIGTERM
+    Run,
+    /// What the agent is doing, and how far it is; exit code 11 when something needs attention
+    Status,
+    /// Every precondition, with the statement or the setting that repairs it; exit code 11 when one is not met
+    Doctor,
     /// A private cluster, real traffic, a disaster, one tenant restored to a point in time, proof
     Demo(commands::demo::DemoArgs),
     /// Print a completion script for a shell

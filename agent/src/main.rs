@@ -4,6 +4,7 @@ use clap::Parser;
 use coffer::cli::{self, Cli, Verb};
 use coffer::commands;
 
+use coffer::config::Config;
 use coffer::error::{Context, Kind, Result};
 use std::process::ExitCode;
 
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
     };
     start_logging(&cli);
     match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(e) => {
             if cli.json {
                 println!("{}", e.to_json());
@@ -31,15 +32,44 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> Result<()> {
+/// Runs the verb; the exit code of what ended well, which for a report of ill health is not 0.
+fn run(cli: &Cli) -> Result<u8> {
     match &cli.verb {
-        Verb::Demo(args) => commands::demo::run(args),
+        Verb::Demo(args) => commands::demo::run(args).map(done),
         Verb::Completions { shell } => {
             cli::completions(*shell);
-            Ok(())
+            Ok(0)
         }
-        Verb::Man => cli::man().context(Kind::Other, "cannot print the manual"),
+        Verb::Man => cli::man().context(Kind::Other, "cannot print the manual").map(done),
+        verb => with_configuration(cli, verb),
     }
+}
+
+/// The verbs that need a configuration and a runtime.
+fn with_configuration(cli: &Cli, verb: &Verb) -> Result<u8> {
+    let config = Config::load(&cli.config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context(Kind::Other, "cannot start the runtime")?;
+    let source = cli.source.as_deref();
+    runtime.block_on(async {
+        match verb {
+            Verb::Init { create_kek } => commands::init::run(&config, *create_kek, cli.json).await.map(done),
+            Verb::Run => commands::run::run(config).await.map(done),
+            Verb::Status => commands::status::run(&config, source, cli.json).await.map(health),
+            Verb::Doctor => commands::doctor::run(&config, source, cli.json).await.map(health),
+            Verb::Demo(_) | Verb::Completions { .. } | Verb::Man => Ok(0),
+        }
+    })
+}
+
+fn done((): ()) -> u8 {
+    0
+}
+
+fn health(ok: bool) -> u8 {
+    if ok { 0 } else { Kind::Unhealthy.exit_code() }
 }
 
 /// Logs go to standard error: text for a terminal, JSON lines otherwise.

@@ -106,10 +106,7 @@ impl Repository {
             let bytes = self.record_from_others(m, &path).await?;
             let record = open_record(self, source, n, &bytes)?;
             let each: Vec<_> = record.objects().map(|object| self.copy_object(m, object)).collect();
-            let counts = stream::iter(each)
-                .buffer_unordered(PARALLEL)
-                .try_collect::<Vec<u64>>()
-                .await?;
+            let counts = stream::iter(each).buffer_unordered(PARALLEL).try_collect::<Vec<u64>>().await?;
             copied.objects += counts.iter().filter(|n| **n > 0).count() as u64;
             copied.bytes += counts.iter().sum::<u64>();
             if let Created::Lost(_) = m.store.create(&path, bytes).await? {
