@@ -1,0 +1,146 @@
+//! The tables as they are now: which of their rows are the tenant's, and those rows in the order of their key.
+
+use crate::error::{Error, Kind, Result};
+use crate::merge::{Cursor, Scratch, Sorted, Sorter};
+use crate::restore::in_place::diff::LiveRows;
+use crate::restore::in_place::mapping::Mapping;
+use crate::snapshot::catalog::{self, Rule};
+use crate::snapshot::read::Lines;
+use crate::sql::{SqlClient, SqlContext};
+use crate::tenant::Tenant;
+use coffer_wire::{Relation, Strategy, TenantKind, quote_ident};
+use futures::StreamExt;
+
+/// `int2 int4 int8 oid uuid bool date`: types whose `=` holds exactly when the texts are equal.
+const EXACT_TYPES: [u32; 7] = [21, 23, 20, 26, 2950, 16, 1082];
+
+/// A covered table that can hold rows of the tenant.
+#[derive(Clone, Debug)]
+pub struct LiveTable {
+    pub rule: Rule,
+    pub relation: Relation,
+    /// True for the tenant's rows of a table with the alias `t`.
+    pub is_tenants: String,
+}
+
+impl LiveTable {
+    /// For messages: `schema.name`.
+    pub fn name(&self) -> String {
+        self.rule.qualified()
+    }
+}
+
+/// A value as a literal; sessions have `standard_conforming_strings` on.
+pub fn literal(s: &str) -> String {
+    format!("'{}'", s.replace('\'', "''"))
+}
+
+/// Every covered table that can hold rows of the tenant and that `wanted` takes. Not inside a transaction: a tenant key
+/// that a column's type does not take is found out by an error.
+pub async fn tables(
+    client: &SqlClient,
+    tenant: &Tenant,
+    wanted: &(dyn Fn(&Rule) -> bool + Sync),
+) -> Result<Vec<LiveTable>> {
+    let mut out = Vec::new();
+    for rule in catalog::rules(client).await?.into_iter().filter(|r| wanted(r)) {
+        let relation = catalog::describe(client, &rule, rule.relid).await?;
+        if let Some(is_tenants) = condition(client, &rule, &relation, tenant).await? {
+            out.push(LiveTable { rule, relation, is_tenants });
+        }
+    }
+    Ok(out)
+}
+
+/// `None`: no row of the table can be the tenant's.
+async fn condition(client: &SqlClient, rule: &Rule, relation: &Relation, tenant: &Tenant) -> Result<Option<String>> {
+    if rule.strategy == Strategy::Shared {
+        return Ok(None);
+    }
+    if let Some(owner) = &rule.tenant {
+        return Ok((tenant.kind == TenantKind::Normal && *owner == tenant.key).then(|| "true".to_owned()));
+    }
+    let Some(name) = &rule.tenant_column else {
+        return Err(Error::new(
+            Kind::Refused,
+            format!(
+                "{}: its rows have no tenant column, so a restore in place cannot tell them apart",
+                rule.qualified()
+            ),
+        )
+        .hint("restore to a schema or to files, or leave the table out with --table"));
+    };
+    let Some(column) = relation.columns.iter().find(|c| c.name == *name) else {
+        return Err(Error::other(format!("{}: its tenant column {name} does not exist", rule.qualified())));
+    };
+    let at = format!("t.{}", quote_ident(name));
+    match tenant.kind {
+        TenantKind::Unassigned => return Ok(Some(format!("{at} IS NULL"))),
+        TenantKind::Normal => {}
+        k => {
+            return Err(Error::new(
+                Kind::Refused,
+                format!("rows of the tenant ({}) have no place in a live table", k.name()),
+            ));
+        }
+    }
+    let value = literal(&tenant.key);
+    // A key that the column's type does not take is no row's tenant.
+    if let Err(e) = client.simple_query(&format!("SELECT {value}::{}", column.type_name)).await {
+        return match e.code() {
+            Some(c) if c.code().starts_with("22") => Ok(None),
+            _ => Err(crate::sql::sql_error(e, format!("cannot compare the tenant column of {}", rule.qualified()))),
+        };
+    }
+    Ok(Some(if EXACT_TYPES.contains(&column.type_oid) {
+        format!("{at} = {value}")
+    } else {
+        // The tenant is the text; `=` can be wider (1.0 = 1.00), but it is what an index answers.
+        format!("({at} = {value} AND pg_catalog.concat({at}) COLLATE \"C\" = {value})")
+    }))
+}
+
+/// The tenant's live rows of one table, sorted. `memory`: bytes for the sort.
+pub async fn read(
+    client: &SqlClient,
+    table: &LiveTable,
+    mapping: &Mapping,
+    scratch: &Scratch,
+    memory: usize,
+) -> Result<Sorted> {
+    let columns = mapping.columns.iter().map(|c| format!("t.{}", quote_ident(&c.name))).collect::<Vec<_>>().join(", ");
+    let statement =
+        format!("COPY (SELECT {columns} FROM {} t WHERE {}) TO STDOUT", table.rule.from_clause(), table.is_tenants);
+    let what = || format!("cannot read {}", table.name());
+    let stream = client.copy_out(&statement).await.sql(what())?;
+    let mut stream = std::pin::pin!(stream);
+    let (mut sorter, mut lines, mut key) = (Sorter::new(scratch, memory), Lines::default(), Vec::new());
+    while let Some(chunk) = stream.next().await {
+        let mut broken = Ok(());
+        lines.feed(&chunk.sql(what())?, |line| {
+            if broken.is_ok() {
+                broken = mapping.key_of(line, &mut key).and_then(|()| sorter.push(&key, line));
+            }
+        });
+        broken?;
+    }
+    sorter.finish()
+}
+
+/// Sorted rows to join with.
+pub struct SortedRows(Box<dyn Cursor + Send>);
+
+impl SortedRows {
+    pub fn new(sorted: Sorted) -> Result<Self> {
+        Ok(Self(sorted.into_cursor()?))
+    }
+}
+
+impl LiveRows for SortedRows {
+    fn next(&mut self) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
+        let Some((k, v)) = self.0.entry() else { return Ok(None) };
+        let row = (k.to_vec(), v.to_vec());
+        self.0.advance()?;
+        Ok(Some(row))
+    }
+}

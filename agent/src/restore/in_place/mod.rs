@@ -1,0 +1,311 @@
+//! Restore into the live database, while everybody else goes on working.
+//!
+//! The difference between the tenant's rows at the target and its live rows is computed first and staged in temporary
+//! tables; then the tenant's writers are fenced off, the difference is applied in one transaction, checked and
+//! committed, and the fences are removed. Rows that do not differ are not touched, rows of other tenants cannot be:
+//! every statement asks whose the row is. No table is locked beyond ROW EXCLUSIVE, but for the instant in which a
+//! fence is made or removed.
+
+mod apply;
+pub mod compare;
+mod constraints;
+mod diff;
+mod fence;
+mod live;
+mod mapping;
+mod stage;
+mod statements;
+
+use crate::dsn::Dsn;
+use crate::error::{Error, Kind, Result};
+use crate::failpoints;
+use crate::merge::Scratch;
+use crate::sql::{self, SqlClient, SqlContext};
+use crate::tenant::Tenant;
+use coffer_wire::{Class, Lsn, TenantKind, quote_ident};
+use compare::{Comparison, CoveredTable, Pass, Target};
+use live::LiveTable;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// What the caller asks for.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Counts only; nothing is staged, fenced or changed.
+    pub dry_run: bool,
+    /// `name` or `schema.name`; empty: all.
+    pub tables: Vec<String>,
+    /// Empty: all.
+    pub classes: Vec<Class>,
+}
+
+/// What a restore in place did, or would do.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub tables: Vec<TableCount>,
+    /// Of the target's rows, as text.
+    pub bytes: u64,
+    /// A restore to here takes this one back; `None` when nothing was changed.
+    pub undo: Option<Lsn>,
+    pub warnings: Vec<String>,
+}
+
+/// One table of an [`Outcome`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableCount {
+    /// `schema.name`, quoted where SQL needs it.
+    pub relation: String,
+    pub inserted: u64,
+    pub updated: u64,
+    pub deleted: u64,
+    pub unchanged: u64,
+}
+
+/// A restore in place: where, whose, and what with.
+pub struct InPlace<'a> {
+    pub dsn: &'a Dsn,
+    pub tenant: &'a Tenant,
+    pub target: Arc<dyn Target>,
+    pub scratch: &'a Scratch,
+    /// Bytes for sorting.
+    pub memory: usize,
+    pub options: &'a Options,
+}
+
+impl InPlace<'_> {
+    /// Does it.
+    ///
+    /// # Errors
+    /// `Refused`: rows of the target belong to others now, or a constraint would break; nothing was changed. `Fenced`:
+    /// another restore runs, or locks were not to be had; nothing was changed.
+    pub async fn run(&self) -> Result<Outcome> {
+        if self.tenant.kind == TenantKind::Shared {
+            return Err(Error::new(
+                Kind::Refused,
+                "shared tables are everybody's: they are not restored in place, only to files or to a new database",
+            ));
+        }
+        let client = sql::connect(&self.dsn.with_application_name("coffer restore")).await?;
+        standby_is_refused(&client).await?;
+        let mut warnings = Vec::new();
+        let tables = self.tables(&client).await?;
+        if tables.is_empty() {
+            return Err(Error::new(Kind::NotFound, "none of the covered tables can hold rows of this tenant")
+                .hint("see coffer.coverage; --table takes name or schema.name"));
+        }
+        let pass = || Pass {
+            dsn: self.dsn,
+            target: &self.target,
+            tables: &tables,
+            restricted: !self.options.tables.is_empty() || !self.options.classes.is_empty(),
+            scratch: self.scratch,
+            memory: self.memory,
+        };
+        if self.options.dry_run {
+            let found = pass().run(None).await?;
+            return Ok(outcome(&tables, found, None, warnings));
+        }
+        fence::only_one(&client).await?;
+        fence::remove_leftovers(&client).await?;
+        session_settings(&client, &mut warnings).await?;
+        let mut staged = BTreeSet::new();
+        let (tx, rx) = tokio::sync::mpsc::channel(8);
+        let first = pass();
+        let (found, written) = tokio::join!(first.run(Some(tx)), stage::write(&client, &tables, &mut staged, rx));
+        // A staging that failed ends the comparison too; its own error says why.
+        written?;
+        let found = found?;
+        if found.tables.iter().all(|t| t.counts.is_empty()) {
+            return Ok(outcome(&tables, found, None, warnings));
+        }
+        let compared: Vec<&LiveTable> = found.tables.iter().map(|t| &tables[&t.relid]).collect();
+        let done = match self.fence(&client, &compared).await {
+            Err(e) => Err(e),
+            Ok(()) => {
+                apply::Apply { client: &client, tenant: self.tenant, pass: pass(), staged, comparison: found }
+                    .run()
+                    .await
+            }
+        };
+        let unfenced = unfence(self.dsn, client, &compared).await;
+        let done = match (done, unfenced) {
+            (Err(e), Err(u)) => return Err(e.hint(format!("fences are left behind: {u}; `coffer run` removes them"))),
+            (Err(e), Ok(_)) => return Err(e),
+            (Ok(d), Ok(client)) => {
+                move_sequences(&client, &tables, &d.comparison, &mut warnings).await;
+                d
+            }
+            (Ok(d), Err(u)) => {
+                warnings.push(format!("fences are left behind and hold nobody up: {u}; `coffer run` removes them"));
+                d
+            }
+        };
+        Ok(outcome(&tables, done.comparison, Some(done.undo), warnings))
+    }
+
+    async fn tables(&self, client: &SqlClient) -> Result<BTreeMap<u32, LiveTable>> {
+        let o = self.options;
+        let mut out = BTreeMap::new();
+        let mut asked: BTreeSet<&String> = o.tables.iter().collect();
+        for t in live::tables(client, self.tenant, &|rule| {
+            let plain = format!("{}.{}", rule.schema, rule.name);
+            let named = o.tables.iter().any(|n| *n == rule.name || *n == plain || *n == rule.qualified());
+            (o.tables.is_empty() || named) && (o.classes.is_empty() || o.classes.contains(&rule.class))
+        })
+        .await?
+        {
+            let plain = format!("{}.{}", t.rule.schema, t.rule.name);
+            asked.retain(|n| **n != t.rule.name && **n != plain && **n != t.rule.qualified());
+            out.insert(t.rule.relid, t);
+        }
+        if let Some(n) = asked.first() {
+            return Err(Error::new(Kind::NotFound, format!("no covered table {n} can hold rows of this tenant")));
+        }
+        Ok(out)
+    }
+
+    async fn fence(&self, client: &SqlClient, tables: &[&LiveTable]) -> Result<()> {
+        for t in tables {
+            fence::make(client, t, self.tenant).await?;
+        }
+        failpoints::hit(failpoints::RESTORE_AFTER_FENCE)
+    }
+}
+
+async fn standby_is_refused(client: &SqlClient) -> Result<()> {
+    let row =
+        client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await.sql("cannot ask for the server's role")?;
+    if row.get(0) {
+        return Err(Error::new(Kind::Refused, "the server is a standby and takes no writes")
+            .hint("let the source's url, or --target, name the primary"));
+    }
+    Ok(())
+}
+
+/// Settings that need a privilege, each with what follows without it.
+async fn session_settings(client: &SqlClient, warnings: &mut Vec<String>) -> Result<()> {
+    for (statement, without) in [
+        (
+            "SET session_replication_role = replica",
+            "triggers of the tables fire during the restore: the role may not set session_replication_role",
+        ),
+        (
+            "SET deadlock_timeout = '5ms'",
+            "clients of the tenant may be the ones to give way in a deadlock: the role may not set deadlock_timeout",
+        ),
+    ] {
+        match client.batch_execute(statement).await {
+            Ok(()) => {}
+            Err(e) if e.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => {
+                tracing::warn!("{without}");
+                warnings.push(without.to_owned());
+            }
+            Err(e) => return Err(sql::sql_error(e, statement)),
+        }
+    }
+    Ok(())
+}
+
+/// Removes the fences, over a new session when the restore's own is gone. Gives back the session.
+async fn unfence(dsn: &Dsn, client: SqlClient, tables: &[&LiveTable]) -> Result<SqlClient> {
+    let client = if client.is_closed() { sql::connect(dsn).await? } else { client };
+    for t in tables {
+        fence::remove(&client, t.rule.relid, &t.name()).await?;
+    }
+    Ok(client)
+}
+
+/// Removes fences that restores left that died, unless one is running. For the start of the agent.
+pub async fn remove_leftover_fences(dsn: &Dsn) -> Result<usize> {
+    let client = sql::connect(dsn).await?;
+    match fence::only_one(&client).await {
+        Ok(()) => fence::remove_leftovers(&client).await,
+        Err(e) if e.kind() == Kind::Fenced => Ok(0),
+        Err(e) => Err(e),
+    }
+}
+
+/// Sequences that stand behind a value that came back move past it; none moves back. The rows are safe without it, so
+/// what goes wrong here is a warning.
+async fn move_sequences(
+    client: &SqlClient,
+    tables: &BTreeMap<u32, LiveTable>,
+    comparison: &Comparison,
+    warnings: &mut Vec<String>,
+) {
+    for t in comparison.tables.iter().filter(|t| t.counts.inserted + t.counts.updated > 0) {
+        let live = &tables[&t.relid];
+        for c in &t.mapping.columns {
+            let (table, column) = (live::literal(&live.name()), live::literal(&c.name));
+            let asked =
+                client.query_one(&format!("SELECT pg_catalog.pg_get_serial_sequence({table}, {column})"), &[]).await;
+            let sequence = match asked {
+                Ok(row) => row.get::<_, Option<String>>(0),
+                Err(e) => {
+                    warnings.push(format!("{}: cannot look for its sequences: {e}", live.name()));
+                    continue;
+                }
+            };
+            let Some(sequence) = sequence else { continue };
+            let moved = client
+                .batch_execute(&format!(
+                    "SELECT pg_catalog.setval({}::pg_catalog.regclass, m.top) FROM \
+                     (SELECT pg_catalog.max(t.{})::int8 AS top FROM {} t WHERE {}) m, {sequence} s \
+                     WHERE m.top > s.last_value",
+                    live::literal(&sequence),
+                    quote_ident(&c.name),
+                    live.rule.from_clause(),
+                    live.is_tenants
+                ))
+                .await;
+            if let Err(e) = moved {
+                let e = sql::sql_error(e, format!("{}: cannot move the sequence {sequence} forward", live.name()));
+                warnings.push(e.to_string());
+            }
+        }
+    }
+}
+
+fn outcome(
+    tables: &BTreeMap<u32, LiveTable>,
+    comparison: Comparison,
+    undo: Option<Lsn>,
+    mut warnings: Vec<String>,
+) -> Outcome {
+    warnings.extend(comparison.warnings);
+    let bytes = comparison.tables.iter().map(|t| t.counts.bytes).sum();
+    let tables = comparison
+        .tables
+        .iter()
+        .map(|t| TableCount {
+            relation: tables[&t.relid].name(),
+            inserted: t.counts.inserted,
+            updated: t.counts.updated,
+            deleted: t.counts.deleted,
+            unchanged: t.counts.unchanged + t.counts.kept,
+        })
+        .collect();
+    Outcome { tables, bytes, undo, warnings }
+}
+
+/// Tables that the log's bases cover at a target, for a [`Target`].
+pub fn covered_at<'a>(
+    records: impl Iterator<Item = &'a crate::repository::model::LogRecord>,
+    target: Lsn,
+) -> Vec<CoveredTable> {
+    use crate::repository::model::Body;
+    let mut out: BTreeMap<u32, CoveredTable> = BTreeMap::new();
+    for r in records {
+        match &r.body {
+            Body::Base(b) => {
+                for t in b.tables.iter().filter(|t| t.cut_lsn <= target) {
+                    out.insert(t.relid, CoveredTable { relid: t.relid, name: t.name.clone() });
+                }
+            }
+            // What was covered before is covered again only by its new base.
+            Body::Gap { .. } if r.upto_lsn <= target => out.clear(),
+            _ => {}
+        }
+    }
+    out.into_values().collect()
+}

@@ -1,0 +1,339 @@
+//! Writes the fulls of a base: the merge gives every tenant's rows one after another, and each tenant's are sealed and
+//! uploaded by a worker of their own, a few at a time.
+
+use crate::crypto::{Codec, Header, KeySource, ObjectKind, Sealer, random};
+use crate::error::{Error, Result};
+use crate::keyring::Keyring;
+use crate::merge::{Image, RowSink};
+use crate::repository::{ObjectRef, ObjectWriter, Repository, paths};
+use crate::snapshot::progress::BaseProgress;
+use crate::tenant::Tenant;
+use coffer_wire::{
+    KeyMode, Lsn, Relation, RunHeader, TenantKind, put_insert, put_relation, put_run_data, put_run_header,
+};
+use std::io::Write;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+/// Rows of a RUN frame, in bytes.
+const RUN_BYTES: usize = 256 << 10;
+/// Frames on their way to a worker.
+const FRAMES_AHEAD: usize = 4;
+/// Tenants that are sealed and uploaded at a time.
+const WORKERS: usize = 8;
+
+/// What all fulls of a job have in common.
+pub struct Job {
+    pub repository: Arc<Repository>,
+    pub keyring: Arc<Keyring>,
+    pub rt: Handle,
+    pub source: Uuid,
+    pub system_identifier: u64,
+    pub timeline: u32,
+    pub cut: Lsn,
+    pub progress: Arc<BaseProgress>,
+}
+
+/// What a worker is sent.
+enum Piece {
+    /// Rows of this table follow: a section of the container.
+    Section(u32),
+    /// Whole frames, and how many rows they hold.
+    Frames(Vec<u8>, u64),
+    /// The tenant is complete. Without it, nothing is recorded.
+    End,
+}
+
+/// The sink of a base's merge; groups are indexes into `tenants`.
+pub struct FullWriter {
+    job: Arc<Job>,
+    tenants: Vec<Tenant>,
+    workers: Vec<std::thread::JoinHandle<()>>,
+    results: Arc<Mutex<Vec<Result<ObjectRef>>>>,
+    /// Lends a place to each worker.
+    places: (SyncSender<()>, Receiver<()>),
+    out: Option<SyncSender<Piece>>,
+    table: Option<Table>,
+    frame: Vec<u8>,
+    tenant: Option<Tenant>,
+}
+
+struct Table {
+    descriptor: [u8; 8],
+    full_row: bool,
+    rows: Vec<u8>,
+    count: u32,
+}
+
+impl FullWriter {
+    pub fn new(job: Job, tenants: Vec<Tenant>) -> Self {
+        let places = sync_channel(WORKERS);
+        for _ in 0..WORKERS {
+            // The channel has room for all of them.
+            let _ = places.0.send(());
+        }
+        Self {
+            job: Arc::new(job),
+            tenants,
+            workers: Vec::new(),
+            results: Arc::default(),
+            places,
+            out: None,
+            table: None,
+            frame: Vec::new(),
+            tenant: None,
+        }
+    }
+
+    /// Waits for the workers. All fulls are in the stores when this returns.
+    pub fn finish(mut self) -> Result<Vec<ObjectRef>> {
+        self.out = None;
+        for w in std::mem::take(&mut self.workers) {
+            w.join().map_err(|_| Error::other("a worker that writes fulls broke off"))?;
+        }
+        std::mem::take(&mut *self.results.lock().unwrap_or_else(PoisonError::into_inner)).into_iter().collect()
+    }
+
+    fn send(&mut self, p: Piece) -> Result<()> {
+        let sent = self.out.as_ref().is_some_and(|o| o.send(p).is_ok());
+        if sent {
+            return Ok(());
+        }
+        // The worker has put down why it stopped.
+        let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = results.iter().position(std::result::Result::is_err).map(|i| results.swap_remove(i));
+        Err(match failed {
+            Some(Err(e)) => e,
+            _ => Error::other("a worker that writes fulls has stopped"),
+        })
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let (Some(t), Some(tenant)) = (&mut self.table, &self.tenant) else { return Ok(()) };
+        if t.count == 0 {
+            return Ok(());
+        }
+        let header = RunHeader {
+            seq: 0,
+            tenant_kind: tenant.kind,
+            tenant_key: &tenant.key,
+            relations: &t.descriptor,
+            rows: t.count,
+            rows_len: t.rows.len() as u64,
+        };
+        put_run_header(&mut self.frame, &header, Some(&t.rows));
+        let n = u64::from(t.count);
+        t.rows.clear();
+        t.count = 0;
+        let frame = std::mem::take(&mut self.frame);
+        self.send(Piece::Frames(frame, n))
+    }
+
+    /// A row that is larger than a frame: its bytes go past in pieces.
+    fn large_row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        self.flush()?;
+        let (Some(t), Some(tenant)) = (&self.table, &self.tenant) else { return Ok(()) };
+        let length = u32::try_from(image.len())
+            .map_err(|_| Error::other("a row is longer than 4 GiB as text: no frame can hold it"))?;
+        let mut head = Vec::new();
+        put_insert(&mut head, 0, key, b"");
+        let at = head.len() - 4;
+        head[at..].copy_from_slice(&length.to_le_bytes());
+        let header = RunHeader {
+            seq: 0,
+            tenant_kind: tenant.kind,
+            tenant_key: &tenant.key,
+            relations: &t.descriptor,
+            rows: 1,
+            rows_len: head.len() as u64 + u64::from(length),
+        };
+        let mut frame = Vec::new();
+        put_run_header(&mut frame, &header, None);
+        self.send(Piece::Frames(frame, 1))?;
+        let mut pieces = Pieces { writer: self, buf: head, error: None };
+        let written = image
+            .write_to(&mut pieces)
+            .and_then(|()| pieces.flush().map_err(|e| Error::other("cannot pass a large row on").source(e)));
+        match pieces.error.take() {
+            Some(e) => Err(e),
+            None => written,
+        }
+    }
+}
+
+/// Cuts what is written into RUN_DATA frames.
+struct Pieces<'a> {
+    writer: &'a mut FullWriter,
+    buf: Vec<u8>,
+    error: Option<Error>,
+}
+
+impl Pieces<'_> {
+    fn send(&mut self) -> std::io::Result<()> {
+        let mut frame = Vec::with_capacity(self.buf.len() + 8);
+        put_run_data(&mut frame, &self.buf);
+        self.buf.clear();
+        self.writer.send(Piece::Frames(frame, 0)).map_err(|e| {
+            self.error = Some(e);
+            std::io::Error::other("the worker has stopped")
+        })
+    }
+}
+
+impl Write for Pieces<'_> {
+    fn write(&mut self, b: &[u8]) -> std::io::Result<usize> {
+        let n = b.len().min(RUN_BYTES);
+        self.buf.extend_from_slice(&b[..n]);
+        if self.buf.len() >= RUN_BYTES {
+            self.send()?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if self.buf.is_empty() { Ok(()) } else { self.send() }
+    }
+}
+
+impl RowSink for FullWriter {
+    fn begin_group(&mut self, group: u32) -> Result<()> {
+        let tenant = self.tenants[group as usize].clone();
+        self.places.1.recv().map_err(|_| Error::other("no worker is left to write fulls"))?;
+        let (tx, rx) = sync_channel(FRAMES_AHEAD);
+        let (job, results, place) = (self.job.clone(), self.results.clone(), self.places.0.clone());
+        let whose = tenant.clone();
+        let worker = std::thread::Builder::new()
+            .name("coffer-full".to_owned())
+            .spawn(move || {
+                let result = write_full(&job, &whose, &rx);
+                drop(rx);
+                results.lock().unwrap_or_else(PoisonError::into_inner).push(result);
+                let _ = place.send(());
+            })
+            .map_err(|e| Error::other("cannot start a worker").source(e))?;
+        self.workers.retain(|w| !w.is_finished());
+        self.workers.push(worker);
+        self.out = Some(tx);
+        self.tenant = Some(tenant);
+        Ok(())
+    }
+
+    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        let encoded = rel.encode();
+        let id = Relation::id_of(&encoded);
+        self.send(Piece::Section(rel.relid))?;
+        put_relation(&mut self.frame, id, &encoded);
+        self.table = Some(Table {
+            descriptor: id.to_le_bytes(),
+            full_row: rel.key_mode == KeyMode::FullRow,
+            rows: Vec::new(),
+            count: 0,
+        });
+        Ok(())
+    }
+
+    fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        let Some(line) = image.as_line().filter(|l| l.len() < RUN_BYTES) else { return self.large_row(key, image) };
+        let Some(t) = &mut self.table else { return Ok(()) };
+        put_insert(&mut t.rows, 0, if t.full_row { b"" } else { key }, line);
+        t.count += 1;
+        if t.rows.len() >= RUN_BYTES { self.flush() } else { Ok(()) }
+    }
+
+    fn end_table(&mut self) -> Result<()> {
+        self.flush()?;
+        self.table = None;
+        Ok(())
+    }
+
+    fn end_group(&mut self) -> Result<()> {
+        self.send(Piece::End)?;
+        self.out = None;
+        self.tenant = None;
+        Ok(())
+    }
+}
+
+/// Seals one tenant's full.
+fn write_full(job: &Job, tenant: &Tenant, pieces: &Receiver<Piece>) -> Result<ObjectRef> {
+    let entry = job.rt.block_on(job.keyring.ensure(job.source, tenant))?;
+    let key = job.keyring.key(entry.key_id())?;
+    let header = Header {
+        kind: ObjectKind::Full,
+        codec: Codec::Zstd,
+        tenant: entry.uid,
+        object: random::uuid(),
+        source: job.source,
+        system_identifier: job.system_identifier,
+        timeline: job.timeline,
+        lsn_start: Lsn::ZERO,
+        lsn_end: job.cut,
+        key_version: entry.version,
+    };
+    let path = paths::full(job.source, entry.uid, job.cut, header.object);
+    let object = job.repository.seal_to(job.rt.clone(), path, &header, &key, |sealer| copy(sealer, pieces))?;
+    job.progress.full_written();
+    tracing::debug!(tenant_uid = %entry.uid, rows = object.rows, bytes = object.bytes, "full written");
+    Ok(object)
+}
+
+fn copy(sealer: &mut Sealer<ObjectWriter>, pieces: &Receiver<Piece>) -> Result<u64> {
+    let mut rows = 0;
+    loop {
+        match pieces.recv() {
+            Ok(Piece::Section(relid)) => sealer.section(&relid.to_string())?,
+            Ok(Piece::Frames(bytes, n)) => {
+                rows += n;
+                sealer.write_all(&bytes).map_err(|e| Error::other("cannot seal a full").source(e))?;
+            }
+            Ok(Piece::End) => return Ok(rows),
+            Err(_) => return Err(Error::other("the merge stopped in the middle of a tenant").code("cut_off")),
+        }
+    }
+}
+
+/// The tenants of a job by the number of their group.
+#[derive(Default)]
+pub struct Groups {
+    tenants: Vec<Tenant>,
+    by_kind: [std::collections::HashMap<Vec<u8>, u32>; 4],
+}
+
+impl Groups {
+    /// The group of a tenant, made on first use.
+    pub fn of(&mut self, kind: TenantKind, key: &[u8]) -> Result<u32> {
+        let known = &mut self.by_kind[kind as usize];
+        if let Some(g) = known.get(key) {
+            return Ok(*g);
+        }
+        let text = String::from_utf8(key.to_vec()).map_err(|_| Error::other("a tenant's key is not UTF-8"))?;
+        let g = u32::try_from(self.tenants.len()).map_err(|_| Error::other("more than 2^32 tenants"))?;
+        known.insert(key.to_vec(), g);
+        self.tenants.push(Tenant { kind, key: text });
+        Ok(g)
+    }
+
+    pub fn into_tenants(self) -> Vec<Tenant> {
+        self.tenants
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenant_keeps_its_group_and_reserved_ones_have_their_own() {
+        let mut g = Groups::default();
+        let a = g.of(TenantKind::Normal, b"a").unwrap();
+        let none = g.of(TenantKind::Unassigned, b"").unwrap();
+        let empty = g.of(TenantKind::Normal, b"").unwrap();
+        assert_eq!(g.of(TenantKind::Normal, b"a").unwrap(), a);
+        assert_ne!(none, empty);
+        let tenants = g.into_tenants();
+        assert_eq!(tenants[none as usize], Tenant::reserved(TenantKind::Unassigned));
+        assert_eq!(tenants.len(), 3);
+    }
+}

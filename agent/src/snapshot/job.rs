@@ -1,0 +1,436 @@
+//! One job of bases: all tables that lack one are read, merged with what their snapshots do not see, and recorded at
+//! one cut.
+//!
+//! ```text
+//!  tables ─ COPY ─► merge ◄─ changesets and truncates that the snapshots do not see, up to the cut
+//!                     └─► one full per tenant ─► record
+//! ```
+//!
+//! Why each step is where it is:
+//! - the horizon is read after the rules: a transaction that ran when a table's rule took effect may have written rows
+//!   before the rule that the stream left out, so every snapshot has to see it whole;
+//! - the marker is written by the session that was open before the first snapshot: a server that crashed in between,
+//!   and forgot rows that the snapshots saw, has taken that session with it;
+//! - the cut is the marker's commit: the stream has delivered it, so everything that a snapshot could see is archived;
+//! - nothing exists before the record names it. A job that dies leaves objects that nobody names.
+
+use crate::crypto::{Codec, Header, ObjectKind, random};
+use crate::error::{Error, Kind, Result};
+use crate::failpoints;
+use crate::merge::{Holes, Image, Merge, MergeStats, Pick, RowSink, Scratch};
+use crate::repository::model::{Base, BaseTable, LogRecord, SequenceState};
+use crate::repository::{ObjectRef, paths};
+use crate::run::AgentContext;
+use crate::schema_dump;
+use crate::snapshot::catalog::Rule;
+use crate::snapshot::fulls::{FullWriter, Groups, Job};
+use crate::snapshot::progress::{BaseProgress, Phase};
+use crate::snapshot::read::{self, Batch, Outcome, TableRead};
+use crate::sql::{self, SqlClient, SqlContext};
+use coffer_wire::{Begin, Lsn, Relation, TenantKind, quote_ident};
+use futures::StreamExt;
+use std::collections::HashMap;
+use std::io::Read;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+/// Tables read at a time, and sessions that one table is read by.
+const TABLES: usize = 3;
+const SESSIONS: usize = 2;
+/// Batches of rows on their way to the merge.
+const BATCHES_AHEAD: usize = 8;
+/// How often a wait for old transactions looks again, and how often it says so.
+const HORIZON_CHECK: Duration = Duration::from_millis(300);
+const HORIZON_COMPLAINT: Duration = Duration::from_secs(30);
+
+/// Tables read under their snapshots, waiting for the cut.
+pub struct ReadTables {
+    /// Open since before the first snapshot: it writes the marker.
+    session: SqlClient,
+    tables: Vec<TableRead>,
+    /// Tables that were not read this time, and why.
+    pub left_out: Vec<(String, String)>,
+    /// In a mutex only because it may not be shared, which a reference across an await is.
+    merge: Mutex<Merge>,
+    groups: Groups,
+}
+
+/// A base, complete but for its record.
+pub struct Finished {
+    pub base: Base,
+    pub rows: u64,
+}
+
+/// Reads the tables.
+pub async fn read_tables(ctx: &AgentContext, rules: Vec<Rule>, progress: &Arc<BaseProgress>) -> Result<ReadTables> {
+    let dsn = ctx.dsn.with_application_name("coffer base");
+    let session = sql::connect(&dsn).await?;
+    refuse_standby(&session).await?;
+    progress.phase(Phase::WaitingForTransactions);
+    let horizon = wait_for_horizon(ctx, &session).await?;
+
+    progress.phase(Phase::Reading);
+    let scratch = Scratch::new(&ctx.config.spool.dir)?;
+    let memory = usize::try_from(ctx.memory.base).unwrap_or(usize::MAX);
+    let (tx, rx) = mpsc::channel(BATCHES_AHEAD);
+    let merging = tokio::task::spawn_blocking(move || take_rows(&scratch, memory, rx));
+    let results: Vec<(Rule, Result<Outcome>)> = futures::stream::iter(rules)
+        .map(|rule| {
+            let (dsn, tx) = (&dsn, &tx);
+            async move {
+                let r = read::read_table(dsn, &rule, horizon, SESSIONS, tx, progress).await;
+                progress.table_read();
+                (rule, r)
+            }
+        })
+        .buffer_unordered(TABLES)
+        .collect()
+        .await;
+    drop(tx);
+    let (merge, groups) =
+        merging.await.map_err(|e| Error::other(format!("the merge of base rows broke off: {e}")))??;
+
+    let (mut tables, mut left_out) = (Vec::new(), Vec::new());
+    for (rule, result) in results {
+        match result {
+            Ok(Outcome::Done(t)) => {
+                tracing::info!(table = %rule.qualified(), rows = t.rows, at = %t.insert_lsn, "table read");
+                tables.push(t);
+            }
+            Ok(Outcome::Yielded(why)) => {
+                tracing::info!(table = %rule.qualified(), "the base of this table waits: {why}");
+                left_out.push((rule.qualified(), why.to_owned()));
+            }
+            // The server went away: so has the session for the marker.
+            Err(e) if e.kind() == Kind::Unreachable => return Err(e),
+            // One table that cannot be read is no reason to leave the others without a base.
+            Err(e) => {
+                tracing::warn!(table = %rule.qualified(), "no base of this table: {e}");
+                left_out.push((rule.qualified(), e.to_string()));
+            }
+        }
+    }
+    tables.sort_by_key(|t| t.rule.relid);
+    failpoints::hit(failpoints::BASE_AFTER_COPY)?;
+    Ok(ReadTables { session, tables, left_out, merge: Mutex::new(merge), groups })
+}
+
+impl ReadTables {
+    /// Nothing could be read.
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty()
+    }
+
+    /// The oldest transaction that some snapshot does not see.
+    pub fn xmin(&self) -> u64 {
+        self.tables.iter().map(|t| t.snapshot.xmin).min().unwrap_or(u64::MAX)
+    }
+
+    /// Writes a marker; the base is as good as the stream's delivery of it.
+    pub async fn mark(&self) -> Result<[u8; 16]> {
+        let id: [u8; 16] = random::bytes();
+        self.session
+            .execute("SELECT coffer._agent_base_marker($1)", &[&id.as_slice()])
+            .await
+            .sql("cannot write the marker of a base")?;
+        Ok(id)
+    }
+
+    /// Merges, writes the fulls and the definitions. `ships`: those that may hold what the snapshots do not see.
+    pub async fn finish(
+        self,
+        ctx: &AgentContext,
+        job: Uuid,
+        cut: Lsn,
+        ships: Vec<Arc<LogRecord>>,
+        progress: &Arc<BaseProgress>,
+    ) -> Result<Finished> {
+        progress.phase(Phase::Writing);
+        if let Some(t) = self.tables.iter().find(|t| t.insert_lsn > cut) {
+            return Err(Error::other(format!(
+                "the marker of the base committed at {cut}, before {} was read at {}",
+                t.rule.qualified(),
+                t.insert_lsn
+            )));
+        }
+        let (system_identifier, timeline) = ctx.system();
+        let sequences = sequences(&self.session).await?;
+        let schema = dump(ctx, &self.session, cut);
+        let tables: Vec<BaseTable> = self
+            .tables
+            .iter()
+            .map(|t| BaseTable {
+                relid: t.rule.relid,
+                name: t.rule.qualified(),
+                cut_lsn: cut,
+                registered_xid: t.rule.registered_xid,
+                rows: t.rows,
+            })
+            .collect();
+        let writing = Job {
+            repository: ctx.repo.clone(),
+            keyring: ctx.keyring.clone(),
+            rt: ctx.rt.clone(),
+            source: ctx.source_uid,
+            system_identifier,
+            timeline,
+            cut,
+            progress: progress.clone(),
+        };
+        let pick = NotSeen {
+            tables: self.tables.into_iter().map(|t| (t.rule.relid, t)).collect(),
+            groups: self.groups,
+            cut,
+            refused: None,
+        };
+        let merge = self.merge.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let merging = tokio::task::spawn_blocking(move || merge_all(writing, merge, pick, &ships));
+        let (merged, schema) = tokio::join!(merging, schema);
+        let (fulls, stats) = merged.map_err(|e| Error::other(format!("the merge of a base broke off: {e}")))??;
+        let schema = match schema {
+            Ok(s) => Some(s),
+            // Rows are worth more than definitions, which the next base brings.
+            Err(e) => {
+                tracing::warn!("the base goes without the schema's definitions: {e}");
+                None
+            }
+        };
+        failpoints::hit(failpoints::BASE_AFTER_FULLS)?;
+        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences };
+        Ok(Finished { base, rows: stats.rows })
+    }
+}
+
+/// Sorts the rows that come, by tenant, table and key.
+fn take_rows(scratch: &Scratch, memory: usize, mut rows: mpsc::Receiver<Batch>) -> Result<(Merge, Groups)> {
+    let mut merge = Merge::new(scratch, memory)?;
+    let mut groups = Groups::default();
+    while let Some(batch) = rows.blocking_recv() {
+        let desc = merge.relation(&batch.relation)?;
+        for r in batch.rows() {
+            let group = groups.of(r.kind, r.tenant)?;
+            merge.base_row(group, desc, r.key, r.image)?;
+        }
+    }
+    Ok((merge, groups))
+}
+
+/// Chooses the changes that a base lacks: those of transactions that the table's snapshot does not see, up to the cut.
+struct NotSeen {
+    tables: HashMap<u32, TableRead>,
+    groups: Groups,
+    cut: Lsn,
+    /// What went wrong while choosing, which has no way to say so.
+    refused: Option<Error>,
+}
+
+impl Pick for NotSeen {
+    fn group(&mut self, _txn: &Begin, kind: TenantKind, key: &str) -> Option<u32> {
+        match self.groups.of(kind, key.as_bytes()) {
+            Ok(g) => Some(g),
+            Err(e) => {
+                self.refused = Some(e);
+                None
+            }
+        }
+    }
+
+    fn table(&mut self, txn: &Begin, relid: u32) -> bool {
+        txn.end_lsn <= self.cut && self.tables.get(&relid).is_some_and(|t| !t.snapshot.sees(txn.xid))
+    }
+}
+
+fn merge_all(
+    job: Job,
+    mut merge: Merge,
+    mut pick: NotSeen,
+    ships: &[Arc<LogRecord>],
+) -> Result<(Vec<ObjectRef>, MergeStats)> {
+    for record in ships {
+        // The common object first: truncates of a ship are known before its rows.
+        for object in record.objects() {
+            let mut plain = job.repository.open_object(&job.rt, object, None)?;
+            merge
+                .changes(&mut plain as &mut dyn Read, &mut pick)
+                .map_err(|e| e.during(format_args!("object {}", object.path)))?;
+            if let Some(e) = pick.refused.take() {
+                return Err(e);
+            }
+        }
+    }
+    let tables = pick.tables;
+    // A row that came from another tenant with values that did not change has holes here; a later change may fill them.
+    merge.on_holes(Holes::Keep);
+    let writer = FullWriter::new(job, pick.groups.into_tenants());
+    let mut sink = OnlyRead { tables: &tables, inner: writer, group: 0, in_group: false, in_table: false };
+    let stats = merge.run(&mut sink)?;
+    if stats.unmatched + stats.duplicates + stats.incomplete > 0 {
+        tracing::warn!(
+            "the base does not fit the changes after it: {} changes of rows that are not there, {} rows with the same \
+             key, {} rows that moved here with values that nothing holds",
+            stats.unmatched,
+            stats.duplicates,
+            stats.incomplete
+        );
+    }
+    Ok((sink.inner.finish()?, stats))
+}
+
+/// Passes on the tables of the job. Rows of a table whose read was given up came too, and do not count.
+struct OnlyRead<'a> {
+    tables: &'a HashMap<u32, TableRead>,
+    inner: FullWriter,
+    group: u32,
+    /// The inner sink knows of the group.
+    in_group: bool,
+    in_table: bool,
+}
+
+impl RowSink for OnlyRead<'_> {
+    fn begin_group(&mut self, group: u32) -> Result<()> {
+        self.group = group;
+        Ok(())
+    }
+
+    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        if !self.tables.contains_key(&rel.relid) {
+            return Ok(());
+        }
+        if !self.in_group {
+            self.inner.begin_group(self.group)?;
+            self.in_group = true;
+        }
+        self.in_table = true;
+        self.inner.begin_table(rel)
+    }
+
+    fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        if self.in_table { self.inner.row(key, image) } else { Ok(()) }
+    }
+
+    fn end_table(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.in_table) { self.inner.end_table() } else { Ok(()) }
+    }
+
+    fn end_group(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.in_group) { self.inner.end_group() } else { Ok(()) }
+    }
+}
+
+async fn refuse_standby(client: &SqlClient) -> Result<()> {
+    let row =
+        client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await.sql("cannot ask for the server's role")?;
+    if row.get(0) {
+        return Err(Error::new(
+            Kind::Refused,
+            "the server is a standby: its snapshots leave running transactions out, so no base is taken there",
+        )
+        .hint("let the source's url name the primary, or add target_session_attrs=primary"));
+    }
+    Ok(())
+}
+
+/// Waits until every transaction has ended that ran when the rules were read, and returns the first one that did not.
+async fn wait_for_horizon(ctx: &AgentContext, client: &SqlClient) -> Result<u64> {
+    let number = |row: &tokio_postgres::Row| -> Result<u64> {
+        row.get::<_, &str>(0).parse().map_err(|_| Error::other("the server's snapshot is not a number"))
+    };
+    let what = "cannot read which transactions run";
+    let row = client
+        .query_one("SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text", &[])
+        .await
+        .sql(what)?;
+    let horizon = number(&row)?;
+    let mut complained = Instant::now();
+    loop {
+        let row = client
+            .query_one("SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text", &[])
+            .await
+            .sql(what)?;
+        if number(&row)? >= horizon {
+            return Ok(horizon);
+        }
+        if complained.elapsed() >= HORIZON_COMPLAINT {
+            complained = Instant::now();
+            tracing::warn!("{}", oldest_transaction(client).await?);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(HORIZON_CHECK) => {}
+            () = ctx.stopped() => return Err(Error::other("the agent is stopping").code("stopping")),
+        }
+    }
+}
+
+async fn oldest_transaction(client: &SqlClient) -> Result<String> {
+    let row = client
+        .query_opt(
+            "SELECT pid, COALESCE(datname, ''), COALESCE(state, ''), \
+                COALESCE((pg_catalog.now() - xact_start)::text, '') \
+             FROM pg_catalog.pg_stat_activity WHERE backend_xid IS NOT NULL \
+             ORDER BY pg_catalog.age(backend_xid) DESC LIMIT 1",
+            &[],
+        )
+        .await
+        .sql("cannot look for the oldest transaction")?;
+    Ok(match row {
+        Some(r) => format!(
+            "bases wait for a transaction that began before the tables were covered: pid {} in database {} ({}), for {}",
+            r.get::<_, i32>(0),
+            r.get::<_, &str>(1),
+            r.get::<_, &str>(2),
+            r.get::<_, &str>(3)
+        ),
+        None => {
+            "bases wait for a prepared transaction that began before the tables were covered: see pg_prepared_xacts"
+                .to_owned()
+        }
+    })
+}
+
+async fn sequences(client: &SqlClient) -> Result<Vec<SequenceState>> {
+    Ok(schema_dump::sequences(client)
+        .await?
+        .into_iter()
+        .map(|s| SequenceState {
+            name: format!("{}.{}", quote_ident(&s.schema), quote_ident(&s.name)),
+            last_value: s.last_value.unwrap_or(s.start_value),
+            is_called: s.last_value.is_some(),
+        })
+        .collect())
+}
+
+/// The source's definitions as an object of the repository.
+async fn dump(ctx: &AgentContext, client: &SqlClient, cut: Lsn) -> Result<ObjectRef> {
+    let row = client
+        .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[])
+        .await
+        .sql("cannot ask for the server's version")?;
+    let version = u32::try_from(row.get::<_, i32>(0)).map_err(|_| Error::other("the server's version is negative"))?;
+    let (system_identifier, timeline) = ctx.system();
+    let key = ctx.keyring.repository_key();
+    let header = Header {
+        kind: ObjectKind::Schema,
+        // The dump is compressed already.
+        codec: Codec::None,
+        tenant: ctx.repo.uid(),
+        object: random::uuid(),
+        source: ctx.source_uid,
+        system_identifier,
+        timeline,
+        lsn_start: Lsn::ZERO,
+        lsn_end: cut,
+        key_version: key.id.version,
+    };
+    let path = paths::schema(ctx.source_uid, cut, header.object);
+    let (repo, rt, dsn) = (ctx.repo.clone(), ctx.rt.clone(), ctx.dsn.with_application_name("coffer schema"));
+    tokio::task::spawn_blocking(move || {
+        repo.seal_to(rt, path, &header, &key, |sealer| {
+            schema_dump::dump_schema(&dsn, version, sealer)?;
+            Ok(0)
+        })
+    })
+    .await
+    .map_err(|e| Error::other(format!("the schema dump broke off: {e}")))?
+}

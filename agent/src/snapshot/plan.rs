@@ -1,0 +1,180 @@
+//! Which tables need a base, and which ships a base has to be merged with: both from the log's records.
+
+use crate::repository::model::{Body, LogRecord};
+use crate::snapshot::catalog::Rule;
+use coffer_wire::Lsn;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// The log as bases see it. Fed with every record, in order.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// By table, the registration that its newest base was taken for.
+    covered: HashMap<u32, u64>,
+    /// Ships that a snapshot taken from now on may not see whole.
+    ships: VecDeque<Arc<LogRecord>>,
+    /// The next record's number.
+    next: u64,
+    /// Counts gaps and promotions: a base that began before one is not to be recorded after it.
+    breaks: u64,
+}
+
+impl Seen {
+    /// Takes a record in; one that was seen already is nothing. False when records in between are missing.
+    pub fn record(&mut self, r: &Arc<LogRecord>) -> bool {
+        if r.n < self.next {
+            return true;
+        }
+        if r.n > self.next {
+            return false;
+        }
+        self.next = r.n + 1;
+        match &r.body {
+            Body::Base(b) => self.covered.extend(b.tables.iter().map(|t| (t.relid, t.registered_xid))),
+            Body::Ship(_) => self.ships.push_back(r.clone()),
+            // What lies before is closed: everything is read anew. (After a promotion only what the old timeline
+            // archived beyond it would have to be; which rows that were, no table says.)
+            Body::Gap { .. } | Body::Timeline { .. } => {
+                self.covered.clear();
+                self.ships.clear();
+                self.breaks += 1;
+            }
+            Body::Init | Body::Idle => {}
+        }
+        true
+    }
+
+    /// The number of the record that comes next.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    pub fn breaks(&self) -> u64 {
+        self.breaks
+    }
+
+    /// Tables whose registration no base was taken for.
+    pub fn missing(&self, rules: Vec<Rule>) -> Vec<Rule> {
+        rules.into_iter().filter(|r| self.covered.get(&r.relid) != Some(&r.registered_xid)).collect()
+    }
+
+    /// A table's rows were changed outside of the stream: its base no longer stands.
+    pub fn forget(&mut self, relid: u32) {
+        self.covered.remove(&relid);
+    }
+
+    /// Drops ships whose every transaction any snapshot from now on sees. `xmin`: of a snapshot taken now.
+    pub fn prune(&mut self, xmin: u64) {
+        self.ships.retain(|r| matches!(&r.body, Body::Ship(s) if s.max_xid >= xmin));
+    }
+
+    /// Ships that may hold transactions which commit at or before `cut` and which snapshots from `xmin` on do not see.
+    pub fn ships(&self, xmin: u64, cut: Lsn) -> Vec<Arc<LogRecord>> {
+        self.ships
+            .iter()
+            .filter(|r| r.from_lsn < cut && matches!(&r.body, Body::Ship(s) if s.max_xid >= xmin))
+            .cloned()
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::model::{Base, BaseTable, Ship};
+    use coffer_wire::{Class, Strategy};
+    use uuid::Uuid;
+
+    fn record(n: u64, upto: u64, body: Body) -> Arc<LogRecord> {
+        Arc::new(LogRecord {
+            v: 1,
+            n,
+            prev: None,
+            source: Uuid::nil(),
+            writer: Uuid::nil(),
+            at_us: 0,
+            system_identifier: 1,
+            timeline: 1,
+            slot: "s".into(),
+            from_lsn: Lsn(upto.saturating_sub(10)),
+            upto_lsn: Lsn(upto),
+            upto_time_us: 0,
+            body,
+        })
+    }
+
+    fn rule(relid: u32, registered_xid: u64) -> Rule {
+        Rule {
+            relid,
+            schema: "public".into(),
+            name: format!("t{relid}"),
+            strategy: Strategy::Identity,
+            class: Class::Data,
+            tenant_column: Some("t".into()),
+            registered_xid,
+            key_columns: None,
+            tenant: None,
+            partitioned: false,
+        }
+    }
+
+    fn base(tables: &[(u32, u64)]) -> Body {
+        let table = |(relid, registered_xid): &(u32, u64)| BaseTable {
+            relid: *relid,
+            name: String::new(),
+            cut_lsn: Lsn(5),
+            registered_xid: *registered_xid,
+            rows: 0,
+        };
+        Body::Base(Base {
+            job: Uuid::nil(),
+            tables: tables.iter().map(table).collect(),
+            cut_lsn: Lsn(5),
+            fulls: vec![],
+            schema: None,
+            sequences: vec![],
+        })
+    }
+
+    fn missing(s: &Seen) -> Vec<u32> {
+        s.missing(vec![rule(1, 100), rule(2, 100)]).iter().map(|r| r.relid).collect()
+    }
+
+    #[test]
+    fn a_table_is_covered_by_a_base_for_its_registration_after_the_last_break() {
+        let mut s = Seen::default();
+        assert_eq!(missing(&s), [1, 2]);
+        assert!(s.record(&record(0, 10, Body::Init)) && s.record(&record(1, 10, base(&[(1, 100), (2, 99)]))));
+        assert_eq!(missing(&s), [2]);
+        s.record(&record(2, 10, base(&[(2, 100)])));
+        assert!(missing(&s).is_empty());
+        s.forget(1);
+        assert_eq!(missing(&s), [1]);
+        s.record(&record(3, 20, Body::Gap { reason: "slot_lost".into() }));
+        assert_eq!(missing(&s), [1, 2]);
+        assert_eq!(s.breaks(), 1);
+    }
+
+    #[test]
+    fn ships_stay_until_every_snapshot_sees_them() {
+        let ship = |max_xid| Body::Ship(Ship { max_xid, ..Ship::default() });
+        let mut s = Seen::default();
+        for (n, upto, xid) in [(0, 10, 5), (1, 20, 8), (2, 30, 7)] {
+            s.record(&record(n, upto, ship(xid)));
+        }
+        let ns = |v: Vec<Arc<LogRecord>>| v.iter().map(|r| r.n).collect::<Vec<_>>();
+        assert_eq!(ns(s.ships(7, Lsn(100))), [1, 2]);
+        assert_eq!(ns(s.ships(0, Lsn(15))), [0, 1]);
+        s.prune(8);
+        assert_eq!(ns(s.ships(0, Lsn(100))), [1]);
+    }
+
+    #[test]
+    fn a_missing_record_is_noticed() {
+        let mut s = Seen::default();
+        assert!(s.record(&record(0, 10, Body::Init)));
+        assert!(s.record(&record(0, 10, Body::Init)));
+        assert!(!s.record(&record(2, 10, Body::Idle)));
+        assert_eq!(s.next(), 1);
+    }
+}
