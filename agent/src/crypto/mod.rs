@@ -21,6 +21,8 @@ pub mod random;
 mod seal;
 mod sections;
 pub mod spool;
+#[cfg(test)]
+mod tests;
 
 pub use codec::Codec;
 pub use derive::{CONTEXT_BYTES, derive};
