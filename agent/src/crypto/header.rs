@@ -3,9 +3,9 @@
 //! All of it is bound to the content: the part before the salt goes into the key derivation, the whole into every chunk's
 //! associated data. It is clear so that an object can be told, counted and found without a key; it names uids only.
 
-use super::codec::Codec;
 use super::derive::CONTEXT_BYTES;
 use crate::error::{Error, Kind, Result};
+use coffer_cipher::Codec;
 use coffer_wire::Lsn;
 use uuid::Uuid;
 

@@ -12,7 +12,6 @@
 //!
 //! No I/O of its own and no tokio: a [`Sealer`] writes to any `Write`, an [`Opener`] reads from any `Read`.
 
-mod codec;
 mod derive;
 mod header;
 mod key;
@@ -24,16 +23,13 @@ pub mod spool;
 #[cfg(test)]
 mod tests;
 
-pub use codec::Codec;
+pub use coffer_cipher::{Codec, Sha256, sha256};
 pub use derive::{CONTEXT_BYTES, derive};
 pub use header::{CHUNK_BYTES, Expect, HEADER_BYTES, Header, ObjectKind};
 pub use key::{DataKey, KeyId, KeySource, SecretBytes};
 pub use open::Opener;
 pub use seal::{Sealed, Sealer};
 pub use sections::{RangeRead, Section, SectionReader};
-
-/// Bytes of an AES-256-GCM-SIV tag.
-const TAG_BYTES: usize = 16;
 
 /// Lower-case hexadecimal, as hashes and names are written everywhere.
 pub fn hex(bytes: &[u8]) -> String {
@@ -44,10 +40,4 @@ pub fn hex(bytes: &[u8]) -> String {
         s.push(char::from(DIGITS[usize::from(b & 15)]));
     }
     s
-}
-
-/// SHA-256 of bytes in one go.
-pub fn sha256(bytes: &[u8]) -> [u8; 32] {
-    use sha2::Digest;
-    sha2::Sha256::digest(bytes).into()
 }

@@ -1,14 +1,12 @@
 //! Reading a container from its start to its end.
 
-use super::TAG_BYTES;
-use super::codec::Decompressor;
 use super::derive::{ContainerKeys, equal};
 use super::header::{Expect, HEADER_BYTES, Header};
 use super::key::{KeyId, KeySource};
 use super::seal::{CHUNK_HEAD, LAST, LEN_MASK, RAW, aad};
 use super::sections::{Index, MAX_INDEX, TRAILER_BYTES};
 use crate::error::{Error, Kind, Result};
-use aes_gcm_siv::AeadInOut;
+use coffer_cipher::{Decompressor, TAG_BYTES};
 use std::io::{self, BufRead, Read};
 
 pub(super) fn corrupt(what: &str) -> Error {
@@ -75,7 +73,7 @@ impl Chunks {
         let chunks = Self {
             keys: container,
             header_hash: super::sha256(&raw.bytes),
-            decompressor: Decompressor::new(header.codec)?,
+            decompressor: Decompressor::new(header.codec),
             chunk_bytes: 1 << raw.chunk_log2,
             next: 0,
         };
@@ -99,7 +97,7 @@ impl Chunks {
         let nonce = self.keys.nonce(self.next, head.last);
         self.keys
             .cipher
-            .decrypt_inout_detached(&nonce, &aad(&self.header_hash, head.word), (&mut *body).into(), &tag.into())
+            .open(nonce, &aad(&self.header_hash, head.word), body, &tag)
             .map_err(|_| corrupt(&format!("chunk {} does not authenticate", self.next)))?;
         self.next = self.next.wrapping_add(1);
         if head.raw {
@@ -108,7 +106,9 @@ impl Chunks {
         }
         // The length is authenticated by now.
         plain.resize(head.plain_len, 0);
-        self.decompressor.decompress(body, plain)
+        self.decompressor
+            .decompress(body, plain)
+            .map_err(|_| corrupt("a chunk does not decompress to its stated length"))
     }
 }
 

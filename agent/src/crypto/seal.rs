@@ -1,14 +1,11 @@
 //! Writing a container.
 
-use super::TAG_BYTES;
-use super::codec::Compressor;
 use super::derive::ContainerKeys;
 use super::header::{CHUNK_BYTES, Header, RawHeader};
 use super::key::DataKey;
 use super::sections::{Index, Section, TRAILER_BYTES};
 use crate::error::{Context, Error, Kind, Result};
-use aes_gcm_siv::AeadInOut;
-use sha2::{Digest, Sha256};
+use coffer_cipher::{Compressor, Sha256, TAG_BYTES};
 use std::io::{self, Write};
 
 /// Bit of a chunk's length word: the plaintext is stored as it is.
@@ -69,12 +66,12 @@ impl<W: Write> Sealer<W> {
         raw.set_commitment(&keys.commitment);
         out.write_all(&raw.bytes).context(Kind::Other, "cannot write a sealed object")?;
         let mut hash = Sha256::new();
-        hash.update(raw.bytes);
+        hash.update(&raw.bytes);
         Ok(Self {
             out,
             keys,
             header_hash: super::sha256(&raw.bytes),
-            compressor: Compressor::new(header.codec)?,
+            compressor: Compressor::new(header.codec).map_err(|_| Error::other("cannot start the compressor"))?,
             hash,
             plain: Vec::new(),
             sealed: Vec::new(),
@@ -119,7 +116,7 @@ impl<W: Write> Sealer<W> {
         let trailer: [u8; TRAILER_BYTES] = index.trailer();
         self.put(&trailer).map_err(from_io)?;
         self.out.flush().map_err(from_io)?;
-        let sha256 = self.hash.finalize().into();
+        let sha256 = self.hash.finish();
         Ok((self.out, Sealed { bytes: self.at, plain_bytes: self.plain_at, sha256 }))
     }
 
@@ -157,7 +154,7 @@ impl<W: Write> Sealer<W> {
         let tag = self
             .keys
             .cipher
-            .encrypt_inout_detached(&nonce, &aad, (&mut self.sealed[CHUNK_HEAD..CHUNK_HEAD + n]).into())
+            .seal(nonce, &aad, &mut self.sealed[CHUNK_HEAD..CHUNK_HEAD + n])
             .map_err(|_| io::Error::other("a chunk is too long to seal"))?;
         self.sealed[..4].copy_from_slice(&word.to_le_bytes());
         self.sealed[4..8].copy_from_slice(&((n + TAG_BYTES) as u32).to_le_bytes());

@@ -5,12 +5,12 @@
 
 use super::derive::derive;
 use crate::error::{Error, Kind, Result};
-use aes_gcm_siv::{AeadInOut, Aes256GcmSiv, KeyInit};
+use coffer_cipher::{Cipher, TAG_BYTES};
 use std::sync::Arc;
 use zeroize::Zeroizing;
 
 /// Bytes that sealing adds to a segment.
-pub const OVERHEAD: usize = super::TAG_BYTES;
+pub const OVERHEAD: usize = TAG_BYTES;
 
 /// The process's own key for spool files. Clone it freely; the key is one.
 #[derive(Clone)]
@@ -29,7 +29,7 @@ impl SpoolKey {
     pub fn file(&self) -> SpoolCipher {
         let mut okm = Zeroizing::new([0; 32]);
         derive(&**self.0, &super::random::bytes::<32>(), &[b"pg_coffer spool 1"], &mut *okm);
-        SpoolCipher { cipher: Aes256GcmSiv::new_from_slice(&*okm).expect("32 bytes are a key") }
+        SpoolCipher { cipher: Cipher::new(&okm) }
     }
 }
 
@@ -42,7 +42,7 @@ impl std::fmt::Debug for SpoolKey {
 /// Seals and opens the segments of one spool file. A segment's number is its place in the file (a counter or its
 /// offset); sealing two different segments under one number is the caller's error, which GCM-SIV survives.
 pub struct SpoolCipher {
-    cipher: Aes256GcmSiv,
+    cipher: Cipher,
 }
 
 impl SpoolCipher {
@@ -56,7 +56,7 @@ impl SpoolCipher {
     pub fn seal(&self, number: u64, segment: &mut Vec<u8>) -> Result<()> {
         let tag = self
             .cipher
-            .encrypt_inout_detached(&nonce(number), &[], segment.as_mut_slice().into())
+            .seal(nonce(number), &[], segment)
             .map_err(|_| Error::other("a spool segment is too long to seal"))?;
         segment.extend_from_slice(&tag);
         Ok(())
@@ -68,7 +68,7 @@ impl SpoolCipher {
         out.extend_from_slice(plain);
         let tag = self
             .cipher
-            .encrypt_inout_detached(&nonce(number), &[], (&mut out[at..]).into())
+            .seal(nonce(number), &[], &mut out[at..])
             .map_err(|_| Error::other("a spool segment is too long to seal"))?;
         out.extend_from_slice(&tag);
         Ok(())
@@ -80,16 +80,14 @@ impl SpoolCipher {
         let at = segment.len().checked_sub(OVERHEAD).ok_or_else(bad)?;
         let tag: [u8; OVERHEAD] = segment[at..].try_into().expect("the tag's bytes");
         segment.truncate(at);
-        self.cipher
-            .decrypt_inout_detached(&nonce(number), &[], segment.as_mut_slice().into(), &tag.into())
-            .map_err(|_| bad())
+        self.cipher.open(nonce(number), &[], segment, &tag).map_err(|_| bad())
     }
 }
 
-fn nonce(number: u64) -> aes_gcm_siv::Nonce {
+fn nonce(number: u64) -> [u8; 12] {
     let mut n = [0; 12];
     n[4..].copy_from_slice(&number.to_be_bytes());
-    n.into()
+    n
 }
 
 #[cfg(test)]

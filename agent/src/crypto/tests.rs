@@ -357,6 +357,12 @@ fn the_vectors_of_version_1_still_open_and_are_still_made() {
     }
 }
 
+/// CPU seconds of this thread so far: other work on the machine does not count.
+fn cpu_s() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    stat.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
+}
+
 /// `cargo test --release -p coffer --lib crypto::tests::speed -- --ignored --nocapture`
 #[test]
 #[ignore = "prints figures"]
@@ -366,20 +372,20 @@ fn speed() {
         let mut best = (f64::MAX, f64::MAX);
         let mut size = 0;
         for _ in 0..3 {
-            let at = std::time::Instant::now();
+            let at = cpu_s();
             let mut s = Sealer::new(Vec::with_capacity(80 << 20), &header(codec), &our_key()).unwrap();
             s.write_all(&plain).unwrap();
             let bytes = s.finish().unwrap().0;
-            let sealed = at.elapsed().as_secs_f64();
+            let sealed = cpu_s() - at;
             size = bytes.len();
-            let at = std::time::Instant::now();
+            let at = cpu_s();
             let mut o = Opener::new(&bytes[..], &our_key(), &Expect::anything()).unwrap();
             let mut n = 0;
             while let Some(c) = o.next_chunk().unwrap() {
                 n += c.len();
             }
             assert_eq!(n, plain.len());
-            best = (best.0.min(sealed), best.1.min(at.elapsed().as_secs_f64()));
+            best = (best.0.min(sealed), best.1.min(cpu_s() - at));
         }
         let mb = plain.len() as f64 / 1e6;
         println!(

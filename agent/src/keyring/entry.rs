@@ -6,16 +6,15 @@ use super::kek::Kek;
 use crate::crypto::{DataKey, KeyId, SecretBytes, derive, random};
 use crate::error::{Context, Error, Kind, Result};
 use crate::tenant::Tenant;
-use aes_gcm_siv::{AeadInOut, Aes256GcmSiv, KeyInit};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use coffer_cipher::{Cipher, TAG_BYTES};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use zeroize::{Zeroize, Zeroizing};
 
 const VERSION: u32 = 1;
 const LABEL: &[u8] = b"pg_coffer keyring entry 1";
-const TAG_BYTES: usize = 16;
 
 /// What an entry's key is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,7 +97,7 @@ impl Entry {
         let wrap = Wrap::new(kek, &salt, self.key.id, self.purpose);
         let tag = wrap
             .cipher
-            .encrypt_inout_detached(&wrap.nonce, &wrap.aad, text.as_mut_slice().into())
+            .seal(wrap.nonce, &wrap.aad, &mut text)
             .map_err(|_| Error::other("a key entry is too long to seal"))?;
         text.extend_from_slice(&tag);
         let file = File {
@@ -140,9 +139,7 @@ impl Entry {
         let tag: [u8; TAG_BYTES] = text[at..].try_into().expect("the tag's bytes");
         text.truncate(at);
         let wrap = Wrap::new(kek, &salt, id, file.purpose);
-        wrap.cipher
-            .decrypt_inout_detached(&wrap.nonce, &wrap.aad, text.as_mut_slice().into(), &tag.into())
-            .map_err(|_| damaged("does not authenticate"))?;
+        wrap.cipher.open(wrap.nonce, &wrap.aad, &mut text, &tag).map_err(|_| damaged("does not authenticate"))?;
         let sealed: Sealed =
             serde_json::from_slice(&text).map_err(|_| damaged("holds something this coffer does not understand"))?;
         let raw = Zeroizing::new(STANDARD.decode(&sealed.key).map_err(|_| damaged("holds no key"))?);
@@ -169,8 +166,8 @@ pub fn wrong_kek(wrapped_by: &str, kek: &Kek) -> Error {
 
 /// Key and nonce of one entry: derived under a random salt, so neither ever repeats.
 struct Wrap {
-    cipher: Aes256GcmSiv,
-    nonce: aes_gcm_siv::Nonce,
+    cipher: Cipher,
+    nonce: [u8; 12],
     aad: [u8; 21],
 }
 
@@ -183,7 +180,7 @@ impl Wrap {
         let mut okm = Zeroizing::new([0; 44]);
         derive(kek.secret(), salt, &[LABEL, &aad], &mut *okm);
         let nonce: [u8; 12] = okm[32..].try_into().expect("twelve bytes");
-        Self { cipher: Aes256GcmSiv::new_from_slice(&okm[..32]).expect("32 bytes are a key"), nonce: nonce.into(), aad }
+        Self { cipher: Cipher::new(okm[..32].try_into().expect("32 bytes are a key")), nonce, aad }
     }
 }
 

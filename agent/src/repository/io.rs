@@ -4,13 +4,12 @@
 
 use super::store::Store;
 use super::{Member, Repository, patiently};
-use crate::crypto::{DataKey, Expect, Header, Opener, RangeRead, Sealer, hex};
+use crate::crypto::{DataKey, Expect, Header, Opener, RangeRead, Sealer, Sha256, hex};
 use crate::error::{Error, Kind, Result};
 use crate::repository::ObjectRef;
 use bytes::{Bytes, BytesMut};
 use futures::future::try_join_all;
 use object_store::{MultipartUpload, PutPayload};
-use sha2::{Digest, Sha256};
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::sync::Arc;
@@ -203,7 +202,7 @@ impl Read for ObjectReader {
                 }
                 Some(Err(e)) => return Err(io::Error::other(e)),
                 None => {
-                    let found = hex(&self.hash.take().expect("it was there").finalize());
+                    let found = hex(&self.hash.take().expect("it was there").finish());
                     if found != self.sha256 {
                         return Err(io::Error::other(
                             Error::new(

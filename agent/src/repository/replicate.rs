@@ -5,11 +5,10 @@ use super::io::PART_BYTES;
 use super::log::{numbers, open_record};
 use super::store::{Created, Store};
 use super::{Member, ObjectRef, Repository, paths};
-use crate::crypto::hex;
+use crate::crypto::{Sha256, hex};
 use crate::error::{Error, Kind, Result};
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::PutPayload;
-use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -192,7 +191,7 @@ async fn copy(from: &Store, to: &Store, object: &ObjectRef) -> Result<()> {
             to.note(upload.put_part(PutPayload::from_bytes(bytes)).await)
                 .map_err(|e| to.write_error(&object.path, e))?;
         }
-        object.check_hash(&hex(&hash.finalize()))?;
+        object.check_hash(&hex(&hash.finish()))?;
         to.note(upload.complete().await).map(drop).map_err(|e| to.write_error(&object.path, e))
     };
     let done = copied.await;
