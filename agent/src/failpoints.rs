@@ -76,6 +76,7 @@ pub fn hit(name: &str) -> crate::error::Result<()> {
                 if let Some(ms) =
                     a.strip_prefix("sleep(").and_then(|s| s.strip_suffix(')')).and_then(|s| s.parse().ok())
                 {
+                    eprintln!("failpoint {name}: sleep {ms} ms");
                     std::thread::sleep(std::time::Duration::from_millis(ms));
                 }
             }

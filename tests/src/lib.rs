@@ -5,8 +5,10 @@
 
 pub mod agent;
 pub mod cluster;
+pub mod restored;
 pub mod s3;
 pub mod truth;
+pub mod workload;
 
 use std::path::PathBuf;
 
@@ -31,6 +33,16 @@ pub fn seed() -> u64 {
     let seed = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
     println!("SEED={seed}");
     seed
+}
+
+/// Runs an asynchronous test; what it spawns goes on while the test itself blocks on processes.
+pub fn block_on<F: std::future::Future>(test: F) -> F::Output {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(test)
 }
 
 /// A free TCP port on the loopback.

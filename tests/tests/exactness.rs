@@ -1,0 +1,175 @@
+//! Every tenant, at random points of a busy database, equals what it was there.
+//!
+//! `COFFER_TEST_POINTS` (default 20) sets the number of restore points, `COFFER_TEST_ALL=1` restores every tenant at
+//! every point in both modes; `SEED` repeats a run's random choices.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored::{self, Database, Scratch};
+use coffer_tests::truth::{self, Truth};
+use coffer_tests::workload::{self, TENANTS, Workload};
+use coffer_tests::{block_on, seed, wait_for};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use std::time::{Duration, Instant};
+
+on_majors! {
+    under_load: under_load;
+    phantom: phantom;
+}
+
+fn under_load(major: u32) {
+    block_on(async {
+        let seed = seed();
+        let mut rng = StdRng::seed_from_u64(seed);
+        let points: usize = std::env::var("COFFER_TEST_POINTS").map_or(20, |v| v.parse().expect("a number"));
+        let all = std::env::var_os("COFFER_TEST_ALL").is_some();
+        let cluster = Cluster::start(major);
+        workload::prepare(&cluster, "shop");
+        let tables = workload::watched();
+        let mut observer = workload::observer(&cluster, "shop").await;
+        let load = Workload::start(&cluster, "shop", 8, seed, Duration::from_millis(8));
+        load.after(200).await;
+        let too_early = truth::take(&mut observer, &tables, "too_early").await;
+
+        // The bases are taken while the writers write.
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        let begun = Instant::now();
+        restored::wait_windows(&mut agent, &TENANTS);
+        println!(
+            "PostgreSQL {major}: first bases in {:.1} s, {} commits",
+            begun.elapsed().as_secs_f64(),
+            load.committed()
+        );
+
+        let mut truths: Vec<Truth> = Vec::new();
+        for n in 0..points {
+            load.after(rng.random_range(1..150)).await;
+            truths.push(truth::take(&mut observer, &tables, &format!("point {n}")).await);
+            // Neither a crash nor a stop of the agent may show in what is restored.
+            if n == points / 3 {
+                agent.kill9();
+                load.after(50).await;
+                agent.start();
+            } else if n == points * 2 / 3 {
+                assert_eq!(agent.stop(), Some(0), "a stop is orderly");
+                load.after(50).await;
+                agent.start();
+            }
+        }
+        let status = agent.json(&["status"]);
+        assert_eq!(status["sources"][0]["unresolved_rows"], 0, "{status}");
+
+        // A tenant that is left alone from now on comes back in place while the writers go on with the others.
+        load.freeze(1);
+        let others_go_on = load.committed();
+        // The table locks of a restore point wait for whatever still touches it.
+        let still = truth::take(&mut observer, &tables, "frozen").await;
+        for (mode, truth) in [("back", truths.choose(&mut rng).expect("a point")), ("forth", &still)] {
+            agent.json(&restored::in_place("1", &format!("name:{}", truth.name)));
+            let wrong = truth.differences(&observer, &tables, "1").await;
+            assert!(wrong.is_empty(), "in place, {mode}, SEED={seed}: {wrong:#?}");
+        }
+        load.after(20).await;
+        let (committed, failed) = load.stop().await;
+        assert!(committed > others_go_on);
+        println!("{committed} transactions committed, {failed} failed (deadlocks, rolled back by themselves)");
+        truths.push(truth::take(&mut observer, &tables, "the end").await);
+
+        let (code, doc) = agent.json_err(&restored::args("1", "name:too_early", "files", "/nonexistent/coffer"));
+        assert!(code == 4 || code == 3, "before the first base: {code} {doc}");
+        drop(too_early);
+
+        let scratch = Scratch::new(&cluster, workload::DDL).await;
+        let mut wrong = Vec::new();
+        let (mut files, mut databases) = (0, 0);
+        let begun = Instant::now();
+        for (n, truth) in truths.iter().enumerate() {
+            for tenant in TENANTS {
+                let last = n + 1 == truths.len();
+                if !(all || last || n % 5 == 0 || rng.random_range(0..TENANTS.len()) < 3) {
+                    continue;
+                }
+                if all || rng.random_bool(0.75) {
+                    wrong.extend(scratch.check(&agent, truth, &tables, tenant).await);
+                    files += 1;
+                }
+                if all || rng.random_bool(0.25) {
+                    wrong.extend(Database::check(&agent, &cluster, truth, &tables, tenant).await);
+                    databases += 1;
+                }
+            }
+        }
+        println!(
+            "{} points, {files} restores to files and {databases} to databases in {:.0} s",
+            truths.len(),
+            begun.elapsed().as_secs_f64()
+        );
+        assert!(wrong.is_empty(), "SEED={seed}: {} differences: {wrong:#?}", wrong.len());
+
+        // In place again, the writers gone: now all that another tenant has must be as it was.
+        let end = truths.last().expect("the end");
+        for tenant in ["2", "3"] {
+            let target = truths.choose(&mut rng).expect("a point");
+            agent.json(&restored::in_place(tenant, &format!("name:{}", target.name)));
+            let mut wrong = target.differences(&observer, &tables, tenant).await;
+            agent.json(&restored::in_place(tenant, "name:the end"));
+            for t in TENANTS {
+                wrong.extend(end.differences(&observer, &tables, t).await);
+            }
+            assert!(wrong.is_empty(), "in place, SEED={seed}: {wrong:#?}");
+        }
+        let verify = agent.json(&["verify"]);
+        assert_eq!(verify["ok"], true, "{verify}");
+    });
+}
+
+/// A row that a base has read and a crash of the server has undone must not be in any restore.
+fn phantom(major: u32) {
+    block_on(async {
+        // Asynchronous commits stay in shared memory for as long as the WAL writer sleeps.
+        let conf = "wal_writer_delay = 10s\nautovacuum = off\nbgwriter_lru_maxpages = 0\ncheckpoint_timeout = 1d\n";
+        for attempt in 1..=8 {
+            let cluster = Cluster::start_with(major, conf, &[]);
+            workload::prepare(&cluster, "shop");
+            let tables = workload::watched();
+            // The base has its rows and pauses before it writes the marker that would make it valid (and, being a
+            // synchronous commit, would flush the phantom too).
+            let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+            agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-copy@1=sleep(3000)".into())];
+            let db = cluster.connect("shop").await;
+            db.batch_execute("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE").await.expect("the lock");
+            agent.start();
+            let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'orders'::regclass AND NOT granted";
+            let end = Instant::now() + Duration::from_secs(60);
+            while db.query_one(waits, &[]).await.expect("locks").get::<_, i64>(0) == 0 {
+                assert!(Instant::now() < end, "the base never came to the table:\n{}", agent.log());
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            // The base takes its snapshot as soon as this has committed, and so sees the row.
+            db.batch_execute(
+                "SET LOCAL synchronous_commit = off; INSERT INTO orders VALUES (1, 99999, 'phantom'); COMMIT",
+            )
+            .await
+            .expect("an asynchronous commit");
+            wait_for("the base to have read", 60, || agent.log().contains("failpoint base-after-copy").then_some(()));
+            cluster.kill9();
+            cluster.up();
+            if cluster.psql("shop", "SELECT count(*) FROM orders WHERE id = 99999") != "0" {
+                println!("attempt {attempt}: the row survived the crash");
+                continue;
+            }
+            restored::wait_windows(&mut agent, &TENANTS);
+            let mut observer = workload::observer(&cluster, "shop").await;
+            let truth = truth::take(&mut observer, &tables, "after").await;
+            let scratch = Scratch::new(&cluster, workload::DDL).await;
+            let wrong = scratch.check(&agent, &truth, &tables, "1").await;
+            assert!(wrong.is_empty(), "{wrong:#?}");
+            println!("PostgreSQL {major}: lost at attempt {attempt}");
+            return;
+        }
+        panic!("the asynchronous commit survived every crash: this test shows nothing");
+    });
+}

@@ -1,0 +1,34 @@
+//! The out-of-process tests, in one binary: real servers, the command line and SQL only.
+
+/// One test per PostgreSQL major for each function that takes the major.
+macro_rules! on_majors {
+    ($($name:ident: $f:ident;)*) => {$(
+        mod $name {
+            #[test]
+            fn pg15() {
+                crate::on_major(15, super::$f);
+            }
+            #[test]
+            fn pg18() {
+                crate::on_major(18, super::$f);
+            }
+        }
+    )*};
+}
+
+/// Runs a test unless `COFFER_TEST_MAJORS` leaves the major out.
+fn on_major(major: u32, test: impl Fn(u32)) {
+    if coffer_tests::majors().contains(&major) {
+        test(major);
+    } else {
+        println!("left out: COFFER_TEST_MAJORS has no {major}");
+    }
+}
+
+mod bytes;
+mod crash;
+mod exactness;
+mod independence;
+mod isolation;
+mod names;
+mod thread;
