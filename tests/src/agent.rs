@@ -108,6 +108,26 @@ impl Agent {
         self.command().args(args).stdin(Stdio::null()).output().expect("coffer starts")
     }
 
+    /// Runs a verb to its end; its peak resident memory in KiB, too, as the kernel counted it.
+    pub fn coffer_peak(&self, args: &[&str]) -> (Output, u64) {
+        use std::os::unix::process::ExitStatusExt;
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let errors = log.reopen().expect("a handle");
+        let child = self.command().args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn();
+        let child = child.expect("coffer starts");
+        let mut status = 0;
+        // SAFETY: rusage is plain data, and the child is ours and not waited for elsewhere.
+        let usage = unsafe {
+            let mut usage: libc::rusage = std::mem::zeroed();
+            let pid = child.id() as i32;
+            assert_eq!(libc::wait4(pid, &mut status, 0, &mut usage), pid, "wait4");
+            usage
+        };
+        let stderr = std::fs::read(log.path()).expect("its log");
+        let out = Output { status: std::process::ExitStatus::from_raw(status), stdout: Vec::new(), stderr };
+        (out, usage.ru_maxrss as u64)
+    }
+
     /// Runs a verb with `--json` that must end well; its document.
     pub fn json(&self, args: &[&str]) -> Value {
         let out = self.command().arg("--json").args(args).stdin(Stdio::null()).output().expect("coffer starts");

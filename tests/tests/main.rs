@@ -25,6 +25,7 @@ fn on_major(major: u32, test: impl Fn(u32)) {
     }
 }
 
+mod big;
 mod bytes;
 mod crash;
 mod exactness;
@@ -32,3 +33,4 @@ mod independence;
 mod isolation;
 mod names;
 mod thread;
+mod types;

@@ -1,0 +1,161 @@
+//! The three large cases, each within 512 MiB of the agent's memory and of the restore's.
+//!
+//! `COFFER_TEST_BIG` (default 1.0) scales the sizes, for a quick look by hand.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::block_on;
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored::{self, Out, Scratch};
+use std::time::Instant;
+
+/// The bound of the configuration's default, in KiB.
+const LIMIT_KIB: u64 = 512 << 10;
+
+fn scaled(n: u64) -> u64 {
+    let scale: f64 = std::env::var("COFFER_TEST_BIG").map_or(1.0, |v| v.parse().expect("a number"));
+    ((n as f64 * scale) as u64).max(1)
+}
+
+fn major() -> u32 {
+    *coffer_tests::majors().first().expect("a major")
+}
+
+fn large_cluster() -> Cluster {
+    Cluster::start_with(
+        major(),
+        "max_wal_size = 4GB\nlogical_decoding_work_mem = 256MB\nwal_sender_timeout = 60s\n",
+        &[],
+    )
+}
+
+fn start(cluster: &Cluster, interval: &str, tenants: &[String]) -> Agent {
+    let mut setup = Setup::of(cluster, "shop");
+    setup.ship_interval = interval.into();
+    let mut agent = Agent::new(&setup);
+    agent.start();
+    restored::wait_windows(&mut agent, tenants);
+    agent
+}
+
+fn assert_peak(what: &str, kib: u64) {
+    println!("{what}: peak {} MiB", kib >> 10);
+    assert!(kib <= LIMIT_KIB, "{what}: {} MiB of memory, the limit is {} MiB", kib >> 10, LIMIT_KIB >> 10);
+}
+
+/// Restores a tenant to files under the eye of the kernel: its peak is checked, its output returned.
+fn restore(agent: &Agent, what: &str, tenant: &str, to: &str) -> Out {
+    let out = Out::new();
+    let begun = Instant::now();
+    let (done, peak) = agent.coffer_peak(&restored::args(tenant, to, "files", out.arg()));
+    assert!(done.status.success(), "{what}: {}", String::from_utf8_lossy(&done.stderr));
+    println!("{what}: restored in {:.1} s", begun.elapsed().as_secs_f64());
+    assert_peak(&format!("{what}, restore"), peak);
+    out
+}
+
+#[test]
+fn a_transaction_of_five_million_rows() {
+    let rows = scaled(5_000_000);
+    block_on(async {
+        let cluster = large_cluster();
+        cluster.create_protected_db("shop");
+        let ddl = "CREATE TABLE big (tenant int NOT NULL, id bigint, v text, PRIMARY KEY (tenant, id));";
+        cluster.script("shop", ddl);
+        cluster.psql("shop", "SELECT * FROM coffer.add_table('big', 'tenant')");
+        cluster.psql("shop", "INSERT INTO big SELECT t, -t, 'first' FROM generate_series(0, 9) t");
+        let tenants: Vec<String> = (0..10).map(|t| t.to_string()).collect();
+        let agent = start(&cluster, "1s", &tenants);
+        let begun = Instant::now();
+        cluster
+            .psql("shop", &format!("INSERT INTO big SELECT i % 10, i, md5(i::text) FROM generate_series(1, {rows}) i"));
+        println!("{rows} rows committed in {:.0} s", begun.elapsed().as_secs_f64());
+        cluster.psql("shop", "SELECT coffer.restore_point('all')");
+        let begun = Instant::now();
+        cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '15min')");
+        println!("durable {:.0} s after the commit", begun.elapsed().as_secs_f64());
+        assert_peak("5 million rows in a transaction, agent", agent.peak_kib());
+        let scratch = Scratch::new(&cluster, ddl).await;
+        let out = restore(&agent, "5 million rows in a transaction", "4", "name:all");
+        assert_eq!(scratch.load(&out).await, rows / 10 + 1);
+        let sum = "SELECT count(*), sum(hashtextextended(v, id)) FROM big WHERE tenant = 4";
+        assert_eq!(cluster.psql(&scratch.db, sum), cluster.psql("shop", sum));
+    });
+}
+
+#[test]
+fn a_row_of_two_hundred_megabytes() {
+    let pieces = scaled(6_553_600);
+    block_on(async {
+        let cluster = large_cluster();
+        cluster.create_protected_db("shop");
+        let ddl = "CREATE TABLE docs (id int PRIMARY KEY, tenant int NOT NULL, n int, body text);
+                   ALTER TABLE docs ALTER body SET STORAGE EXTERNAL;";
+        cluster.script("shop", ddl);
+        cluster.psql("shop", "SELECT * FROM coffer.add_table('docs', 'tenant')");
+        // Text that hardly compresses: 32 bytes a piece.
+        let insert = |id: u32| {
+            cluster.psql(
+                "shop",
+                &format!("INSERT INTO docs SELECT {id}, 1, 0, string_agg(md5((i + {id})::text), '') FROM generate_series(1, {pieces}) i"),
+            );
+        };
+        insert(1);
+        cluster.psql("shop", "INSERT INTO docs VALUES (10, 2, 0, 'small')");
+        let agent = start(&cluster, "1s", &["1".into(), "2".into()]);
+        assert_peak("a row of 200 MB, base", agent.peak_kib());
+        insert(2);
+        cluster.psql("shop", "UPDATE docs SET n = 1");
+        cluster.psql("shop", "SELECT coffer.restore_point('both')");
+        cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '15min')");
+        assert_peak("a row of 200 MB, agent", agent.peak_kib());
+        let scratch = Scratch::new(&cluster, ddl).await;
+        let out = restore(&agent, "a row of 200 MB", "1", "name:both");
+        assert_eq!(scratch.load(&out).await, 2);
+        let sum = "SELECT string_agg(id || ' ' || n || ' ' || length(body) || ' ' || md5(body), ', ' ORDER BY id) FROM docs WHERE tenant = 1";
+        let want = cluster.psql("shop", sum);
+        assert!(want.contains(&(pieces * 32).to_string()), "{want}");
+        assert_eq!(cluster.psql(&scratch.db, sum), want);
+    });
+}
+
+#[test]
+fn ten_thousand_tenants_in_one_table() {
+    let tenants = scaled(10_000);
+    block_on(async {
+        let cluster = large_cluster();
+        cluster.create_protected_db("shop");
+        let ddl = "CREATE TABLE many (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id));";
+        cluster.script("shop", ddl);
+        cluster.psql("shop", "SELECT * FROM coffer.add_table('many', 'tenant')");
+        cluster.psql("shop", &format!("INSERT INTO many SELECT t, i, md5(t || ' ' || i) FROM generate_series(1, {tenants}) t, generate_series(1, 20) i"));
+        let begun = Instant::now();
+        let agent = start(&cluster, "2s", &["1".into(), tenants.to_string()]);
+        println!("{tenants} tenants: bases in {:.0} s", begun.elapsed().as_secs_f64());
+        for round in 1..=4 {
+            // All tenants in one transaction, then many small ones.
+            cluster.psql("shop", &format!("UPDATE many SET v = v || '{round}' WHERE id = {round}"));
+            cluster.script(
+                "shop",
+                &format!("DO $$BEGIN FOR t IN 1..{tenants} BY 7 LOOP INSERT INTO many VALUES (t, 100 + {round}, 'new'); COMMIT; END LOOP; END$$"),
+            );
+        }
+        cluster.psql("shop", "SELECT coffer.restore_point('all')");
+        let begun = Instant::now();
+        cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '15min')");
+        println!("{tenants} tenants: durable {:.0} s after the last commit", begun.elapsed().as_secs_f64());
+        assert_peak("10,000 tenants, agent", agent.peak_kib());
+        let scratch = Scratch::new(&cluster, ddl).await;
+        for t in [1, 7, tenants / 2, tenants] {
+            let t = t.to_string();
+            let out = restore(&agent, &format!("tenant {t} of {tenants}"), &t, "name:all");
+            scratch.load(&out).await;
+            let sum =
+                format!("SELECT count(*), md5(string_agg(id || v, ',' ORDER BY id)) FROM many WHERE tenant = {t}");
+            assert_eq!(cluster.psql(&scratch.db, &sum), cluster.psql("shop", &sum), "tenant {t}");
+        }
+        let list = agent.json(&["list"]);
+        let listed =
+            list["tenants"].as_array().expect("tenants").iter().filter(|t| t["window"][0].is_object()).count() as u64;
+        assert!(listed >= tenants, "{listed} tenants have a window");
+    });
+}
