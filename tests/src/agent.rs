@@ -41,11 +41,22 @@ impl Setup {
 impl Agent {
     /// Writes the configuration and initialises repository and keyring.
     pub fn new(setup: &Setup) -> Self {
+        let this = Self::unready(setup);
+        this.init();
+        this
+    }
+
+    /// Writes the configuration only: stores that want credentials want `env` before [`Agent::init`].
+    pub fn unready(setup: &Setup) -> Self {
         let this = Self::unconfigured();
         this.configure(setup);
-        let out = this.coffer(&["init", "--create-kek"]);
-        assert!(out.status.success(), "init: {}", String::from_utf8_lossy(&out.stderr));
         this
+    }
+
+    /// Initialises repository, keyring and KEK.
+    pub fn init(&self) {
+        let out = self.coffer(&["init", "--create-kek"]);
+        assert!(out.status.success(), "init: {}", String::from_utf8_lossy(&out.stderr));
     }
 
     fn unconfigured() -> Self {
@@ -108,6 +119,7 @@ impl Agent {
         self.command().args(args).stdin(Stdio::null()).output().expect("coffer starts")
     }
 
+    #[expect(clippy::zombie_processes, reason = "wait4 takes the usage together with the end")]
     /// Runs a verb to its end; its peak resident memory in KiB, too, as the kernel counted it.
     pub fn coffer_peak(&self, args: &[&str]) -> (Output, u64) {
         use std::os::unix::process::ExitStatusExt;

@@ -114,10 +114,14 @@ impl S3 {
 
     /// A `[[store]]` section for a prefix of a bucket here.
     pub fn store(&self, name: &str, bucket: &str, required: bool) -> String {
+        Self::store_at(self.port, name, bucket, required)
+    }
+
+    /// The same through another port: a proxy's.
+    pub fn store_at(port: u16, name: &str, bucket: &str, required: bool) -> String {
         format!(
-            "[[store]]\nname = \"{name}\"\nurl = \"s3://{bucket}/coffer?region=us-east-1&endpoint=http://127.0.0.1:{}\"\n\
-             required = {required}\n",
-            self.port
+            "[[store]]\nname = \"{name}\"\nurl = \"s3://{bucket}/coffer?region=us-east-1&endpoint=http://127.0.0.1:{port}\"\n\
+             required = {required}\n"
         )
     }
 

@@ -29,6 +29,7 @@ mod big;
 mod bytes;
 mod crash;
 mod exactness;
+mod faults;
 mod independence;
 mod isolation;
 mod names;
