@@ -170,7 +170,8 @@ impl Writer {
         tokio::spawn(async move {
             let _ = connection.await;
         });
-        db.batch_execute("SET deadlock_timeout = '50ms'").await.ok()?;
+        // The server looks for a deadlock once per wait, so one that forms later is for the lock timeout to end.
+        db.batch_execute("SET deadlock_timeout = '50ms'; SET lock_timeout = '300ms'").await.ok()?;
         let left = "SELECT gid FROM pg_prepared_xacts WHERE starts_with(gid, $1) AND database = current_database()";
         for row in db.query(left, &[&self.prefix]).await.ok()? {
             let end = if self.rng.random_bool(0.5) { "COMMIT" } else { "ROLLBACK" };

@@ -30,6 +30,7 @@ mod bytes;
 mod crash;
 mod exactness;
 mod faults;
+mod harness;
 mod independence;
 mod isolation;
 mod names;
