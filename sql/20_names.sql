@@ -42,13 +42,14 @@ CREATE FUNCTION coffer._mark(kind text, payload json) RETURNS pg_lsn
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$ BEGIN RETURN coffer._marker(kind, convert_to(payload::text, 'UTF8')); END $$;
 
--- A table's rule changed: decoding sessions forget what they cached, the agent hears of it.
-CREATE FUNCTION coffer._changed(root oid, action text) RETURNS void
+-- A table's rule changed: decoding sessions forget what they cached, the agent hears of it. `rebase`: what is archived of
+-- the table so far does not continue into what follows.
+CREATE FUNCTION coffer._changed(root oid, action text, rebase bool DEFAULT false) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
     PERFORM coffer._invalidate(t.relid) FROM coffer._tree(root) t;
-    PERFORM coffer._mark('registry', json_build_object('relid', root::int8, 'action', action));
+    PERFORM coffer._mark('registry', json_build_object('relid', root::int8, 'action', action, 'rebase', rebase));
 END $$;
 
 -- Runs a DDL of the extension's own, which its event triggers pass over.

@@ -279,13 +279,13 @@ BEGIN
     PERFORM coffer._always_tags(root);
 END $$;
 
--- Every tag trigger of a tree.
+-- Every tag trigger of a tree, under whatever name.
 CREATE FUNCTION coffer._tags(root oid) RETURNS TABLE (relid oid, name name, is_clone bool, enabled "char", args bytea)
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT g.tgrelid, g.tgname, g.tgparentid <> 0, g.tgenabled, g.tgargs
     FROM coffer._tree(root) m JOIN pg_trigger g ON g.tgrelid = m.relid
-    WHERE g.tgname ~ '^zzz_coffer_tag_(delete|move)(_tree)?$'
+    WHERE g.tgfoid = to_regprocedure('coffer._tag()')
 $$;
 
 CREATE FUNCTION coffer._always_tags(root oid) RETURNS void
@@ -315,7 +315,8 @@ END $$;
 CREATE FUNCTION coffer._tags_intact(root oid, tenant name) RETURNS bool
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT bool_and((SELECT count(*) = 2 AND bool_and(enabled = 'A' AND args = convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea)
+    SELECT bool_and((SELECT count(*) = 2 AND bool_and(t.enabled = 'A' AND t.name ~ '^zzz_coffer_tag_(delete|move)(_tree)?$'
+                                                      AND t.args = convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea)
                      FROM coffer._tags(root) t WHERE t.relid = m.relid))
     FROM coffer._tree(root) m WHERE m.relkind IN ('r', 'p')
 $$;

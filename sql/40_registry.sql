@@ -65,7 +65,7 @@ BEGIN
         PERFORM coffer._create_tags(root, tenant);
     END IF;
     DELETE FROM coffer.exclusions WHERE relid = root;
-    rebase := rebase OR before.relid IS NULL
+    rebase := coalesce(rebase, false) OR before.relid IS NULL
         OR before.strategy <> coalesce(p.strategy, plan_strategy)
         OR before.tenant_attnum <> coalesce((SELECT attnum FROM pg_attribute WHERE attrelid = root AND attname = tenant), 0)
         OR before.key_columns IS DISTINCT FROM p.key_columns;
@@ -76,7 +76,7 @@ BEGIN
             CASE WHEN rebase THEN pg_current_xact_id() ELSE before.registered_xid END,
             CASE WHEN rebase THEN now() ELSE before.registered_at END,
             tenant, p.identity, p.key_index, p.key_columns, p.reason, coffer._types(root));
-    PERFORM coffer._changed(root, 'add');
+    PERFORM coffer._changed(root, 'add', rebase);
     RETURN p.reason;
 END $$;
 
@@ -114,7 +114,7 @@ BEGIN
     IF by_column IS NULL THEN
         RAISE EXCEPTION 'no tenant column given; the session''s tenant as a source is not available in this version'
             USING ERRCODE = 'feature_not_supported',
-                  HINT = 'Say which column holds the tenant: coffer.add_table(rel, tenant_column => …).';
+                  HINT = 'Say which column holds the tenant: coffer.add_table(rel, tenant_column => ...).';
     END IF;
     PERFORM coffer._require_table(rel);
     PERFORM coffer._lock_to_cover(rel, by_column);
@@ -290,15 +290,15 @@ BEGIN
     FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
         PERFORM coffer._lock_to_cover(rel, NULL);
     END LOOP;
-    INSERT INTO coffer.schema_rules AS s (nspid, class, tenant, registered_xid, registered_at)
-    VALUES (nsp, class_no, of_tenant, pg_current_xact_id(), now())
-    ON CONFLICT (nspid) DO UPDATE SET class = excluded.class, tenant = excluded.tenant,
-        registered_xid = excluded.registered_xid, registered_at = excluded.registered_at;
+    -- User catalog tables know no ON CONFLICT.
+    DELETE FROM coffer.schema_rules s WHERE s.nspid = nsp;
+    INSERT INTO coffer.schema_rules (nspid, class, tenant, registered_xid, registered_at)
+    VALUES (nsp, class_no, of_tenant, pg_current_xact_id(), now());
     DELETE FROM coffer.exclusions e USING pg_class c WHERE c.oid = e.relid AND c.relnamespace = nsp;
     FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
         relation := rel; strategy := 'schema'; tenant_column := NULL; parent := NULL; class := of_class;
         reason := coffer._cover_schema_table(rel);
-        PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add'));
+        PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add', 'rebase', true));
         RETURN NEXT;
     END LOOP;
     PERFORM coffer._audit('add_schema', quote_ident(of_schema), jsonb_build_object('tenant', of_tenant, 'class', of_class));

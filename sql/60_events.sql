@@ -53,6 +53,7 @@ DECLARE
     findings  text[];
     gone      oid;
     rebase    bool;
+    altered   bool;
 BEGIN
     SELECT * INTO r FROM coffer.rules u WHERE u.relid = root;
     IF NOT FOUND THEN
@@ -72,6 +73,8 @@ BEGIN
         RETURN;
     END IF;
 
+    SELECT bool_or(c.relreplident <> m.own_identity) INTO altered
+    FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid WHERE m.root = $1 AND c.relkind = 'r';
     PERFORM coffer._absorb(root);
     FOR gone IN
         SELECT m.relid FROM coffer.rule_relations m
@@ -95,6 +98,9 @@ BEGIN
     ELSIF now_r.strategy <> r.strategy OR now_r.identity <> r.identity THEN
         RAISE NOTICE 'coffer: % is now covered by % (%); before: %', root::regclass,
             coffer._strategy_name(now_r.strategy), now_r.reason, coffer._strategy_name(r.strategy);
+    ELSIF altered THEN
+        RAISE WARNING 'coffer: the replica identity of % is in force again', root::regclass
+            USING HINT = 'Without it the log does not say which row was deleted. To stop covering the table: coffer.remove_table().';
     ELSIF 'a tag trigger is missing, disabled or for another column' = ANY (findings) AND col = r.tenant_column
           AND command IN ('ALTER TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') AND NOT coalesce(rebase, false) THEN
         RAISE WARNING 'coffer: the tag triggers of % are in force again', root::regclass
@@ -126,7 +132,7 @@ BEGIN
         IF had.relid IS NULL OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
             PERFORM coffer._cover_schema_table(rel);
             UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
-            PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add'));
+            PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add', 'rebase', true));
         END IF;
         RETURN;
     END IF;
@@ -144,7 +150,7 @@ BEGIN
     ELSIF had.relid IS NOT NULL
           OR command <> 'ALTER TABLE' AND (auto IS NOT NULL OR EXISTS (SELECT FROM coffer.rules) OR EXISTS (SELECT FROM coffer.schema_rules)) THEN
         RAISE WARNING 'coffer: % is not covered by the backup', rel::regclass
-            USING HINT = format('SELECT * FROM coffer.add_table(%L, …), coffer.add_shared(%1$L) or coffer.exclude(%1$L, …).', rel::regclass::text);
+            USING HINT = format('SELECT * FROM coffer.add_table(%L, ...), coffer.add_shared(%1$L) or coffer.exclude(%1$L, ...).', rel::regclass::text);
     END IF;
 END $$;
 
@@ -172,23 +178,25 @@ BEGIN
         RETURN;
     END IF;
     FOR cmd IN
-        SELECT DISTINCT ON (d.classid, d.objid) d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
-               d.object_type IN ('table', 'table column', 'index', 'trigger', 'schema', 'type') AS relevant
+        SELECT DISTINCT d.classid = 'pg_namespace'::regclass AS is_schema, d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
+               d.object_type IN ('table', 'table column', 'index', 'trigger') AS relevant,
+               CASE d.classid WHEN 'pg_type'::regclass THEN d.objid
+                    WHEN 'pg_class'::regclass THEN (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid AND c.relkind = 'c') END AS type
         FROM pg_event_trigger_ddl_commands() d
-        WHERE d.objid IS NOT NULL AND d.schema_name IS DISTINCT FROM 'pg_temp' AND d.schema_name IS DISTINCT FROM 'coffer'
+        WHERE d.objid IS NOT NULL AND coalesce(d.schema_name, '') !~ '^pg_temp' AND d.schema_name IS DISTINCT FROM 'coffer'
+        ORDER BY is_schema DESC
     LOOP
         BEGIN
             IF cmd.object_type = 'schema' AND cmd.command_tag = 'CREATE SCHEMA' THEN
                 INSERT INTO coffer.schema_rules (nspid, class, tenant, registered_xid, registered_at)
                 SELECT n.oid, p.class, n.nspname, pg_current_xact_id(), now()
                 FROM pg_namespace n JOIN coffer.schema_patterns p ON n.nspname LIKE p.pattern
-                WHERE n.oid = cmd.objid ORDER BY length(p.pattern) DESC LIMIT 1
-                ON CONFLICT DO NOTHING;
+                WHERE n.oid = cmd.objid ORDER BY length(p.pattern) DESC LIMIT 1;
                 IF FOUND THEN
                     RAISE NOTICE 'coffer: schema % belongs to the tenant of its name', cmd.objid::regnamespace;
                 END IF;
-            ELSIF cmd.object_type = 'type' THEN
-                FOR rel IN SELECT r.relid FROM coffer.rules r WHERE r.types ? cmd.objid::text LOOP
+            ELSIF cmd.type IS NOT NULL THEN
+                FOR rel IN SELECT r.relid FROM coffer.rules r WHERE r.types ? cmd.type::text LOOP
                     PERFORM coffer._recheck(rel, TG_TAG);
                     touched := touched || rel;
                 END LOOP;
@@ -204,7 +212,7 @@ BEGIN
                 IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
                     PERFORM coffer._recheck(rel, TG_TAG);
                     touched := touched || rel;
-                ELSIF cmd.object_type LIKE 'table%' AND NOT cmd.in_extension THEN
+                ELSIF cmd.object_type LIKE 'table%' AND cmd.objid = rel AND NOT cmd.in_extension THEN
                     PERFORM coffer._consider(rel, cmd.command_tag);
                     IF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
                         touched := touched || rel;
@@ -314,14 +322,17 @@ BEGIN
         RETURN;
     END IF;
     PERFORM coffer._mark('rewrite', json_build_object('relid', rel::int8));
-    -- Reason 1: to or from UNLOGGED. What was not logged is not archived.
-    IF pg_event_trigger_table_rewrite_reason() & 1 <> 0 THEN
-        UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = rel;
-        UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
-        PERFORM coffer._changed(rel, 'add');
-        IF (SELECT c.relpersistence FROM pg_class c WHERE c.oid = pg_event_trigger_table_rewrite_oid()) = 'p' THEN
-            RAISE WARNING 'coffer: % becomes unlogged, and is not backed up while it is', pg_event_trigger_table_rewrite_oid()::regclass;
-        END IF;
+    -- What a rewrite computes anew, and what was written while a table was unlogged, is in no change that was archived.
+    UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = rel;
+    UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
+    PERFORM coffer._changed(rel, 'add', true);
+    -- Reason 1: to or from UNLOGGED.
+    IF pg_event_trigger_table_rewrite_reason() & 1 <> 0
+       AND (SELECT c.relpersistence FROM pg_class c WHERE c.oid = pg_event_trigger_table_rewrite_oid()) = 'p' THEN
+        RAISE WARNING 'coffer: % becomes unlogged, and is not backed up while it is', pg_event_trigger_table_rewrite_oid()::regclass;
+    ELSE
+        RAISE NOTICE 'coffer: % is rewritten and gets a new base; it can be restored to points up to here and from that base on',
+            pg_event_trigger_table_rewrite_oid()::regclass;
     END IF;
 EXCEPTION WHEN OTHERS THEN
     RAISE WARNING 'coffer: before a rewrite by %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';

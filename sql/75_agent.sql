@@ -102,59 +102,70 @@ BEGIN
     END LOOP;
 END $$;
 
-CREATE FUNCTION coffer.setup_agent(role name) RETURNS void
+-- A restore in place writes without firing the application's triggers, and gives way to clients at once; both last
+-- until the caller's transaction ends.
+CREATE FUNCTION coffer._agent_restore_settings() RETURNS boolean
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    PERFORM set_config('session_replication_role', 'replica', true), set_config('deadlock_timeout', '5ms', true);
+    RETURN true;
+END $$;
+
+-- Runs a statement with the caller's rights; where they do not suffice, says what to run.
+CREATE FUNCTION coffer._try(statement text) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-DECLARE
-    r        record;
-    allowed  text;
-    f        regprocedure;
 BEGIN
-    SELECT * INTO r FROM pg_roles a WHERE a.rolname = $1;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'role % does not exist', coalesce(quote_ident($1), 'NULL') USING ERRCODE = 'undefined_object',
-            HINT = 'CREATE ROLE … LOGIN first.';
-    END IF;
-    IF NOT r.rolcanlogin THEN
-        RAISE WARNING 'role % cannot log in', quote_ident($1) USING HINT = format('ALTER ROLE %I LOGIN', $1);
-    END IF;
+    EXECUTE statement;
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE WARNING 'you may not run: %', statement USING HINT = 'Have a superuser run it.', DETAIL = SQLERRM;
+END $$;
 
-    -- Reading, for bases and checks; writing, for restores in place; no row security in the way of either.
-    EXECUTE format('GRANT pg_read_all_data, pg_write_all_data, coffer_auditor TO %I', $1);
-    IF NOT (r.rolreplication AND r.rolbypassrls) AND NOT r.rolsuper THEN
-        BEGIN
-            EXECUTE format('ALTER ROLE %I REPLICATION BYPASSRLS', $1);
-        EXCEPTION WHEN insufficient_privilege THEN
-            RAISE WARNING 'role % still needs the attributes REPLICATION and BYPASSRLS, which you may not give', quote_ident($1)
-                USING HINT = format('As a superuser: ALTER ROLE %I REPLICATION BYPASSRLS', $1);
-        END;
-    END IF;
-    EXECUTE format('GRANT CREATE ON DATABASE %I TO %I', current_database(), $1);
-    BEGIN
-        EXECUTE format('GRANT SET ON PARAMETER session_replication_role TO %I', $1);
-    EXCEPTION WHEN insufficient_privilege THEN
-        RAISE WARNING 'restores in place will fire triggers: you may not grant the right to switch them off'
-            USING HINT = format('As a superuser: GRANT SET ON PARAMETER session_replication_role TO %I', $1);
-    END;
-    EXECUTE format('GRANT USAGE ON SCHEMA coffer TO %I', $1);
+-- What only the extension's owner can give.
+CREATE FUNCTION coffer._setup_agent(role name) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    f  regprocedure;
+BEGIN
+    EXECUTE format('GRANT coffer_auditor TO %I', $1);
     FOR f IN
         SELECT p.oid::regprocedure FROM pg_proc p
         WHERE p.pronamespace = 'coffer'::regnamespace AND starts_with(p.proname, '_agent_') ORDER BY 1
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', f, $1);
     END LOOP;
-
-    -- Minors from August 2026 on load only output plugins that are listed; older ones do not know the setting.
-    SELECT s.setting INTO allowed FROM pg_settings s WHERE s.name = 'output_plugin_libraries';
-    IF FOUND THEN
-        BEGIN
-            EXECUTE format('ALTER ROLE %I SET output_plugin_libraries = pgoutput, test_decoding, pg_coffer', $1);
-        EXCEPTION WHEN insufficient_privilege THEN
-            RAISE WARNING 'role % may not load the output plugin, and you may not allow it', quote_ident($1)
-                USING HINT = format('As a superuser: ALTER ROLE %I SET output_plugin_libraries = pgoutput, test_decoding, pg_coffer', $1);
-        END;
-    END IF;
     PERFORM coffer._audit('setup_agent', quote_ident($1));
+END $$;
+
+CREATE FUNCTION coffer.setup_agent(role name) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r  record;
+BEGIN
+    SELECT * INTO r FROM pg_roles a WHERE a.rolname = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'role % does not exist', coalesce(quote_ident($1), 'NULL') USING ERRCODE = 'undefined_object',
+            HINT = 'CREATE ROLE ... LOGIN first.';
+    END IF;
+    IF NOT r.rolcanlogin THEN
+        RAISE WARNING 'role % cannot log in', quote_ident($1) USING HINT = format('ALTER ROLE %I LOGIN', $1);
+    END IF;
+    PERFORM coffer._setup_agent($1);
+
+    -- To replicate; to read, for bases and checks; to write, for restores in place; no row security in the way of either.
+    IF NOT r.rolsuper AND NOT (r.rolreplication AND r.rolbypassrls) THEN
+        PERFORM coffer._try(format('ALTER ROLE %I REPLICATION BYPASSRLS', $1));
+    END IF;
+    PERFORM coffer._try(format('GRANT pg_read_all_data, pg_write_all_data TO %I', $1));
+    PERFORM coffer._try(format('GRANT CREATE ON DATABASE %I TO %I', current_database(), $1));
+    PERFORM coffer._try(format('GRANT SET ON PARAMETER session_replication_role TO %I', $1));
+    -- Minors from August 2026 on load only output plugins that are listed; older ones do not know the setting.
+    IF EXISTS (SELECT FROM pg_settings s WHERE s.name = 'output_plugin_libraries') THEN
+        PERFORM coffer._try(format('ALTER ROLE %I SET output_plugin_libraries = pgoutput, test_decoding, pg_coffer', $1));
+    END IF;
 END $$;
 COMMENT ON FUNCTION coffer.setup_agent IS
 'Gives an existing role what the agent needs: to read and write every table, to replicate, to bypass row security, to load the output plugin, to create schemas for restores, and the agent''s own functions. Call it as a superuser; what you may not give is said in warnings, with the statement.';

@@ -14,4 +14,5 @@ extension_sql_file!("../../sql/50_coverage.sql", name = "coverage", requires = [
 extension_sql_file!("../../sql/60_events.sql", name = "events", requires = ["coverage"]);
 extension_sql_file!("../../sql/70_durability.sql", name = "durability", requires = ["coverage"]);
 extension_sql_file!("../../sql/75_agent.sql", name = "agent", requires = ["durability"]);
+extension_sql_file!("../../sql/80_doctor.sql", name = "doctor", requires = ["agent"]);
 extension_sql_file!("../../sql/90_grants.sql", name = "grants", finalize);
