@@ -31,6 +31,14 @@ const ZSTD_LEVEL: i32 = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CodecError;
 
+impl std::fmt::Display for CodecError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("data does not decompress to its stated length")
+    }
+}
+
+impl std::error::Error for CodecError {}
+
 /// Compresses chunk after chunk with the state that can be kept between them.
 pub struct Compressor(Compress);
 
@@ -96,5 +104,26 @@ impl Decompressor {
             }
         };
         if got == Some(want) { Ok(()) } else { Err(CodecError) }
+    }
+}
+
+/// Room that [`lz4_compress`] may need.
+#[must_use]
+pub fn lz4_bound(plain: usize) -> usize {
+    lz4_flex::block::get_maximum_output_size(plain)
+}
+
+/// One LZ4 block into the front of `out`, larger than the input if need be; returns its length.
+#[inline(never)]
+pub fn lz4_compress(plain: &[u8], out: &mut [u8]) -> Result<usize, CodecError> {
+    lz4_flex::block::compress_into(plain, out).map_err(|_| CodecError)
+}
+
+/// The content of one LZ4 block, which must fill `out` exactly.
+#[inline(never)]
+pub fn lz4_decompress(packed: &[u8], out: &mut [u8]) -> Result<(), CodecError> {
+    match lz4_flex::block::decompress_into(packed, out) {
+        Ok(n) if n == out.len() => Ok(()),
+        _ => Err(CodecError),
     }
 }

@@ -5,7 +5,7 @@
 
 mod codec;
 
-pub use codec::{Codec, CodecError, Compressor, Decompressor};
+pub use codec::{Codec, CodecError, Compressor, Decompressor, lz4_bound, lz4_compress, lz4_decompress};
 
 use aes_gcm_siv::{AeadInOut, Aes256GcmSiv, KeyInit};
 use sha2::Digest;

@@ -99,11 +99,12 @@ impl SealedFile {
         sealed.resize(len, 0);
         self.file.read_exact_at(sealed, at + 4).map_err(io)?;
         self.cipher.open(at, sealed)?;
-        let (size, packed) = lz4_flex::block::uncompressed_size(sealed)
-            .map_err(|e| Error::new(Kind::Verification, "a spool segment is malformed").source(e))?;
+        let (size, packed) = sealed
+            .split_first_chunk::<4>()
+            .ok_or_else(|| Error::new(Kind::Verification, "a spool segment is malformed"))?;
         plain.clear();
-        plain.resize(size, 0);
-        lz4_flex::block::decompress_into(packed, plain)
+        plain.resize(u32::from_le_bytes(*size) as usize, 0);
+        coffer_cipher::lz4_decompress(packed, plain)
             .map_err(|e| Error::new(Kind::Verification, "a spool segment is malformed").source(e))?;
         Ok(at + 4 + len as u64)
     }
@@ -123,8 +124,8 @@ impl Segments {
             Error::new(Kind::Other, "cannot write a spool file").source(e).hint("the folder of [spool] dir may be full")
         };
         self.sealed.clear();
-        self.sealed.resize(4 + lz4_flex::block::get_maximum_output_size(plain.len()), 0);
-        let n = lz4_flex::block::compress_into(plain, &mut self.sealed[4..])
+        self.sealed.resize(4 + coffer_cipher::lz4_bound(plain.len()), 0);
+        let n = coffer_cipher::lz4_compress(plain, &mut self.sealed[4..])
             .map_err(|e| Error::other("cannot compress a spool segment").source(e))?;
         self.sealed[..4].copy_from_slice(&(plain.len() as u32).to_le_bytes());
         self.sealed.truncate(4 + n);

@@ -7,6 +7,8 @@
 //! - a store that does not answer makes writers wait, never skip; readers may name another one.
 
 mod descriptor;
+#[cfg(feature = "failpoints")]
+pub mod faults;
 mod io;
 mod log;
 pub mod model;

@@ -5,8 +5,9 @@ use super::store::{Created, Store};
 use crate::error::{Error, Kind, Result};
 use bytes::Bytes;
 
-/// Creates an object twice, reads it back whole and in part, lists it, removes it. A store that lets the second create
-/// through, or gives back something else, is refused: nothing there could be relied on.
+/// Sends damaged bytes, creates an object twice, reads it back whole and in part, lists it, removes it. A store that takes
+/// the damaged bytes, lets the second create through or gives back something else is refused: nothing there could be
+/// relied on.
 pub async fn probe(store: &Store) -> Result<()> {
     let path = format!("{}/{}", paths::PROBES, crate::crypto::random::uuid().simple());
     let result = probe_at(store, &path).await;
@@ -19,13 +20,16 @@ async fn probe_at(store: &Store, path: &str) -> Result<()> {
     let unfit = |what: &str| {
         Err(Error::new(Kind::Refused, format!("{} {what}", store.shown()))
             .code("store_unfit")
-            .hint("choose a store that implements conditional puts (S3 If-None-Match) with strong consistency"))
+            .hint("choose a store that implements conditional puts (S3 If-None-Match) and upload checksums"))
     };
     let mut first = vec![0; 4096];
     crate::crypto::random::fill(&mut first);
     let mut second = first.clone();
     second[0] ^= 1;
     let (first, second) = (Bytes::from(first), Bytes::from(second));
+    if store.is_remote() && store.takes_damaged(path, first.clone(), second.clone()).await {
+        return unfit("takes an upload whose bytes do not match their checksum");
+    }
     match store.create(path, first.clone()).await? {
         Created::Won => {}
         Created::Lost(_) => return unfit("says that a new random name is taken"),

@@ -170,6 +170,18 @@ impl Store {
         }
     }
 
+    /// Sends an object damaged on its way; true when the store takes it nevertheless.
+    pub(super) async fn takes_damaged(&self, path: &str, sent: Bytes, arrives: Bytes) -> bool {
+        let mut options = PutOptions::default();
+        options.extensions.insert(super::url::Damaged(arrives));
+        self.inner.put_opts(&Path::from(path), PutPayload::from_bytes(sent), options).await.is_ok()
+    }
+
+    /// Whether a network lies between: only then can something be damaged on the way.
+    pub(super) fn is_remote(&self) -> bool {
+        self.root.is_none()
+    }
+
     /// Begins an object that is written in parts.
     pub async fn multipart(&self, path: &str) -> Result<Box<dyn MultipartUpload>> {
         self.check_there()?;

@@ -5,6 +5,9 @@
 use super::store::Store;
 use crate::error::{Context, Error, Kind, Result};
 use object_store::aws::{AmazonS3Builder, Checksum};
+use object_store::client::{
+    HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
+};
 use object_store::local::LocalFileSystem;
 use object_store::prefix::PrefixStore;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
@@ -50,6 +53,8 @@ pub fn connect(name: &str, url_text: &str, required: bool, directory: Directory)
             return Err(during(Error::usage(format!("unknown scheme {scheme}://; use file:// or s3://"))));
         }
     };
+    #[cfg(feature = "failpoints")]
+    let inner = super::faults::wrap(name, inner)?;
     Ok(Store::new(name, shown.to_string(), required, inner, root))
 }
 
@@ -77,6 +82,34 @@ fn local(root: &std::path::Path, directory: Directory) -> Result<PrefixStore<Loc
         .context(Kind::Usage, format_args!("the directory {} is refused", root.display()))?;
     // Without fsync a crash of the machine could lose what was acknowledged.
     Ok(PrefixStore::new(LocalFileSystem::new().with_fsync(true), prefix))
+}
+
+/// For the trial of a store: the request's body is replaced by these bytes after it was signed, as a fault on the way
+/// would do.
+#[derive(Clone)]
+pub(super) struct Damaged(pub bytes::Bytes);
+
+/// The usual client, which damages what carries a [`Damaged`].
+#[derive(Debug)]
+struct DamagingConnector;
+
+impl HttpConnector for DamagingConnector {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(DamagingService(ReqwestConnector::default().connect(options)?)))
+    }
+}
+
+#[derive(Debug)]
+struct DamagingService(HttpClient);
+
+#[async_trait::async_trait]
+impl HttpService for DamagingService {
+    async fn call(&self, mut request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
+        if let Some(Damaged(bytes)) = request.extensions().get::<Damaged>().cloned() {
+            *request.body_mut() = bytes.into();
+        }
+        self.0.execute(request).await
+    }
 }
 
 fn s3(url: &Url) -> Result<Arc<dyn ObjectStore>> {
@@ -129,7 +162,7 @@ fn s3(url: &Url) -> Result<Arc<dyn ObjectStore>> {
             }
         };
     }
-    b = b.with_client_options(
+    b = b.with_http_connector(DamagingConnector).with_client_options(
         ClientOptions::new()
             .with_timeout(REQUEST_TIMEOUT)
             .with_connect_timeout(CONNECT_TIMEOUT)
