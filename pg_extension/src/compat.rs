@@ -10,6 +10,7 @@ compile_error!("tuples are read as little-endian machines store them");
 // Not among the headers that pgrx reads. Each call goes through the guard, as pgrx does it for its own.
 unsafe extern "C-unwind" {
     fn get_partition_ancestors(relid: pg_sys::Oid) -> *mut pg_sys::List;
+    fn toast_flatten_tuple(tuple: pg_sys::HeapTuple, desc: pg_sys::TupleDesc) -> pg_sys::HeapTuple;
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     fn LogLogicalMessage(
         prefix: *const c_char,
@@ -52,6 +53,15 @@ pub fn partition_ancestors(relid: pg_sys::Oid) -> Vec<pg_sys::Oid> {
         }
         (0..(*list).length).map(|i| (*(*list).elements.add(i as usize)).oid_value).collect()
     }
+}
+
+/// A copy of the tuple with the TOASTed values in it.
+///
+/// # Safety
+/// The tuple is of a relation with this descriptor.
+pub unsafe fn flattened(tuple: pg_sys::HeapTuple, desc: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
+    // SAFETY: by the caller.
+    unsafe { pg_guard_ffi_boundary(|| toast_flatten_tuple(tuple, desc)) }
 }
 
 /// One attribute of a tuple descriptor.

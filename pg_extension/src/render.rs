@@ -337,7 +337,7 @@ pub fn timestamp(out: &mut Vec<u8>, us: i64, zone: &[u8]) {
     let mut fraction = (in_day % 1_000_000) as u32;
     if fraction != 0 {
         let mut digits = 6;
-        while fraction % 10 == 0 {
+        while fraction.is_multiple_of(10) {
             fraction /= 10;
             digits -= 1;
         }

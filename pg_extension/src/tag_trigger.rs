@@ -10,7 +10,7 @@ use crate::invalidation::Inbox;
 use crate::layout::{Identity, Layout};
 use crate::render::{Found, Outputs, Source};
 use crate::settings;
-use crate::tuple::{self, Field};
+use crate::tuple::{self, Att, Field, Varlena};
 use crate::wal_message;
 use coffer_wire::TenantKind;
 use coffer_wire::tag::{self, Tag, TagOp, TagTenant};
@@ -20,6 +20,10 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::rc::Rc;
+
+/// Above this a moved row keeps its TOASTed values as they are, unchanged for the log: a row is formed in one piece of
+/// memory, and the application's UPDATE must not fail for our sake.
+const LARGEST_FLATTENED: usize = 256 << 20;
 
 /// What is known of a table with the trigger.
 struct Tagged {
@@ -35,6 +39,8 @@ struct Cache {
     tables: HashMap<u32, Rc<Tagged>>,
     outputs: Outputs,
     fields: Vec<Field>,
+    /// What `fields` are of.
+    atts: Vec<Att>,
     key: Vec<u8>,
 }
 
@@ -65,7 +71,7 @@ pub unsafe extern "C-unwind" fn coffer_tag(fcinfo: pg_sys::FunctionCallInfo) -> 
         let data = &*data;
         let event = data.tg_event;
         let of_row = event & pg_sys::TRIGGER_EVENT_ROW != 0 && event & pg_sys::TRIGGER_EVENT_BEFORE != 0;
-        let (op, result) = match event & pg_sys::TRIGGER_EVENT_OPMASK {
+        let (op, mut result) = match event & pg_sys::TRIGGER_EVENT_OPMASK {
             pg_sys::TRIGGER_EVENT_DELETE if of_row => (TagOp::Delete, data.tg_trigtuple),
             pg_sys::TRIGGER_EVENT_UPDATE if of_row => (TagOp::Update, data.tg_newtuple),
             _ => pgrx::error!("coffer._tag is for BEFORE DELETE and BEFORE UPDATE of rows"),
@@ -80,9 +86,13 @@ pub unsafe extern "C-unwind" fn coffer_tag(fcinfo: pg_sys::FunctionCallInfo) -> 
                 tables: HashMap::new(),
                 outputs: Outputs::new(pg_sys::CacheMemoryContext),
                 fields: Vec::new(),
+                atts: Vec::new(),
                 key: Vec::new(),
             });
             cache.write(data.tg_relation, column, op, data.tg_trigtuple, data.tg_newtuple);
+            if op == TagOp::Update && cache.should_flatten(data.tg_newtuple) {
+                result = compat::flattened(result, (*data.tg_relation).rd_att);
+            }
         });
         pg_sys::Datum::from(result)
     }
@@ -103,6 +113,7 @@ impl Cache {
         unsafe {
             let table = self.table(relation);
             let layout = &table.layout;
+            self.atts.clone_from(&layout.atts);
             let Some(column) = layout.column_named(column) else {
                 pgrx::error!("the tenant column \"{}\" does not exist any more", String::from_utf8_lossy(column));
             };
@@ -130,6 +141,29 @@ impl Cache {
                 new: new_kind.map(|kind| TagTenant { kind, key: &new_tenant }),
             };
             wal_message::write(&tag::encode_tag(&wal_message::mac_key(), &tag));
+        }
+    }
+
+    /// Whether the new row, whose fields were found last, has TOASTed values that should go into the log once more: the
+    /// tenant that the row moves to has no older version that an unchanged value could be taken from.
+    ///
+    /// # Safety
+    /// The tuple is the new row.
+    unsafe fn should_flatten(&self, new: pg_sys::HeapTuple) -> bool {
+        // SAFETY: by the caller; fields of an attribute of length -1 are varlenas.
+        unsafe {
+            if !tuple::has_external((*new).t_data) {
+                return false;
+            }
+            let varlenas = self.fields.iter().zip(&self.atts).filter(|(_, att)| att.len == -1);
+            let size: usize = varlenas
+                .filter(|(f, _)| !f.is_null() && !f.is_missing())
+                .map(|(f, _)| match tuple::varlena(f.ptr()) {
+                    Varlena::OnDisk(p) => tuple::size_on_disk(p),
+                    _ => 0,
+                })
+                .sum();
+            (1..=LARGEST_FLATTENED).contains(&size)
         }
     }
 

@@ -149,6 +149,15 @@ unsafe fn varlena_size(p: *const u8) -> usize {
     }
 }
 
+/// Bytes that a TOASTed value takes where it is kept.
+///
+/// # Safety
+/// `p` points to a varlena that is [`Varlena::OnDisk`].
+pub unsafe fn size_on_disk(p: *const u8) -> usize {
+    // SAFETY: by the caller: behind tag and raw size stands the external size, the compression in its upper bits.
+    unsafe { (p.add(6).cast::<u32>().read_unaligned() & 0x3fff_ffff) as usize }
+}
+
 /// What a varlena is.
 #[derive(Clone, Copy, Debug)]
 pub enum Varlena<'a> {

@@ -97,8 +97,7 @@ impl Stream {
     #[inline]
     pub fn announce(&mut self, relation: &Covered) {
         self.ensure_begun();
-        if !self.announced.contains_key(&relation.id) {
-            self.announced.insert(relation.id, ());
+        if self.announced.insert(relation.id, ()).is_none() {
             put_relation(&mut self.frames, relation.id, &relation.encoded);
         }
     }
