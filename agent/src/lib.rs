@@ -12,6 +12,7 @@ pub mod dial;
 pub mod dsn;
 pub mod error;
 pub mod failpoints;
+pub mod history;
 pub mod keyring;
 pub mod merge;
 pub mod replication;

@@ -226,6 +226,7 @@ impl Shipper {
         let entries = self.entries(&tenants).await?;
         let spool = batch.spool.take().map(|f| f.reader());
         let (from_lsn, upto_lsn) = (batch.from_lsn, batch.upto_lsn);
+        let eventful = !batch.common.is_empty();
         let common = self.common(&mut batch, spool.as_ref()).await?;
         let (large, small): (Vec<_>, Vec<_>) =
             tenants.into_iter().zip(entries).partition(|(t, _)| t.buffer.is_spooled());
@@ -250,6 +251,8 @@ impl Shipper {
             first_commit_us: index.first().map_or(0, |t| t.commit_us),
             last_commit_us: index.last().map_or(0, |t| t.commit_us),
             max_commit_us: index.iter().map(|t| t.commit_us).max().unwrap_or(0),
+            min_commit_us: index.iter().map(|t| t.commit_us).min(),
+            eventful: Some(eventful),
             common: Some(common),
             objects,
         };

@@ -47,6 +47,10 @@ pub trait Pick {
     fn group(&mut self, txn: &Begin, kind: TenantKind, key: &str) -> Option<u32>;
     /// Whether this transaction's changes of this table count.
     fn table(&mut self, txn: &Begin, relid: u32) -> bool;
+    /// Whether it counts that this transaction dropped a table or one of its leaves.
+    fn dropped(&mut self, txn: &Begin, relid: u32) -> bool {
+        self.table(txn, relid)
+    }
 }
 
 /// Counts of what was read.
@@ -539,7 +543,7 @@ impl Intake {
             .context(Kind::Verification, "the marker of a dropped table is not readable")?;
         let at = Position { end_lsn: txn.end_lsn, seq: m.seq, index: 0 };
         for relid in d.relids {
-            if pick.table(txn, relid) {
+            if pick.dropped(txn, relid) {
                 self.gathered.drops.insert(relid, at);
             }
         }

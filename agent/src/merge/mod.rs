@@ -31,6 +31,7 @@ mod moves;
 mod presorted;
 mod scratch;
 mod sorter;
+mod tenant;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -41,6 +42,7 @@ pub use intake::{IntakeStats, Pick, TXN_INDEX_FRAME, UpTo};
 pub use key::Position;
 pub use scratch::{BlobRef, Blobs, DEFAULT_SEGMENT_BYTES, Scratch};
 pub use sorter::{Cursor, KWay, Sorted, Sorter};
+pub use tenant::TenantAt;
 
 use crate::error::{Error, Result};
 use coffer_wire::Relation;

@@ -108,6 +108,13 @@ pub struct Ship {
     pub first_commit_us: i64,
     pub last_commit_us: i64,
     pub max_commit_us: i64,
+    /// The lowest commit time; `None` in records of versions that did not note it.
+    #[serde(default)]
+    pub min_commit_us: Option<i64>,
+    /// Whether `common` holds more than the transaction index: readers of a long history skip those that do not. `None`:
+    /// not noted.
+    #[serde(default)]
+    pub eventful: Option<bool>,
     /// Transaction index, truncates, markers.
     pub common: Option<ObjectRef>,
     /// Changesets, at most one per tenant.

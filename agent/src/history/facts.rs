@@ -1,0 +1,234 @@
+//! Reads what the common objects say besides the transaction index: restore points, registrations, rewrites, drops; and
+//! which tables have changes that capture could not attribute.
+
+use super::line::{Facts, Registered, Registration, ShipAt};
+use crate::error::{Context, Error, Kind, Result};
+use crate::keyring::Keyring;
+use crate::repository::model::TxnIndex;
+use crate::repository::{ObjectRef, Repository};
+use coffer_wire::{Begin, Frame, FrameReader, Lsn, Relation, TenantKind};
+use futures::{StreamExt, stream};
+use serde::Deserialize;
+use std::collections::{BTreeSet, HashMap};
+
+/// Objects read at a time.
+const PARALLEL: usize = 32;
+
+#[derive(Deserialize)]
+struct RegistryMarker {
+    relid: u32,
+    action: String,
+    /// Absent in marks of versions that did not say.
+    rebase: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct RewriteMarker {
+    relid: u32,
+}
+
+#[derive(Deserialize)]
+struct DropMarker {
+    relids: Vec<u32>,
+}
+
+/// What one object said, in its order.
+#[derive(Default)]
+struct Found {
+    points: Vec<(String, Lsn, i64)>,
+    registry: Vec<Registered>,
+    rewrites: Vec<(u32, Lsn)>,
+    drops: Vec<(u32, Lsn)>,
+    unresolved: Vec<(u32, Lsn)>,
+}
+
+/// Reads the facts of these ships.
+pub(super) async fn read(repo: &Repository, keyring: &Keyring, ships: &[ShipAt], from: Option<&str>) -> Result<Facts> {
+    let found: Vec<(&ShipAt, Result<Found>)> = stream::iter(ships)
+        .map(|s| async move { (s, one(repo, keyring, s, from).await) })
+        .buffered(PARALLEL)
+        .collect()
+        .await;
+    let mut facts = Facts::default();
+    for (ship, found) in found {
+        let f = found?;
+        facts.restore_points.extend(f.points.into_iter().filter(|p| p.1 <= ship.limit));
+        facts.registry.extend(f.registry.into_iter().filter(|r| r.at <= ship.limit));
+        facts.rewrites.extend(f.rewrites.into_iter().filter(|r| r.1 <= ship.limit));
+        facts.drops.extend(f.drops.into_iter().filter(|r| r.1 <= ship.limit));
+        facts.unresolved.extend(f.unresolved.into_iter().filter(|r| r.1 <= ship.limit));
+    }
+    Ok(facts)
+}
+
+async fn one(repo: &Repository, keyring: &Keyring, ship: &ShipAt, from: Option<&str>) -> Result<Found> {
+    let mut found = Found::default();
+    let s = ship.ship();
+    if let Some(common) = &s.common
+        && s.eventful != Some(false)
+    {
+        let plain = repo.open_small(common, from).await?;
+        let during = |e: Error| e.during(format_args!("object {}", common.path));
+        let rest = TxnIndex::decode(&plain).map_err(during)?.map_or(0, |(_, n)| n);
+        markers(&plain[rest..], &mut found).map_err(during)?;
+    }
+    for object in unresolved_objects(keyring, &s.objects) {
+        let plain = repo.open_small(object, from).await?;
+        unresolved(&plain, &mut found).map_err(|e| e.during(format_args!("object {}", object.path)))?;
+    }
+    Ok(found)
+}
+
+fn unresolved_objects<'a>(keyring: &'a Keyring, objects: &'a [ObjectRef]) -> impl Iterator<Item = &'a ObjectRef> {
+    objects.iter().filter(|o| keyring.by_uid(o.tenant).is_some_and(|t| t.tenant.kind == TenantKind::Unresolved))
+}
+
+/// The transaction index of a ship.
+pub(super) async fn index(repo: &Repository, common: &ObjectRef, from: Option<&str>) -> Result<TxnIndex> {
+    let plain = repo.open_small(common, from).await?;
+    let during = |e: Error| e.during(format_args!("object {}", common.path));
+    let decoded = TxnIndex::decode(&plain).map_err(during)?;
+    Ok(decoded.map(|(i, _)| i).unwrap_or_default())
+}
+
+fn json<'a, T: Deserialize<'a>>(kind: &str, payload: &'a [u8]) -> Result<T> {
+    serde_json::from_slice(payload)
+        .context(Kind::Verification, format_args!("a marker of kind {kind} is not readable"))
+        .map_err(|e| e.code("malformed"))
+}
+
+fn markers(plain: &[u8], out: &mut Found) -> Result<()> {
+    let mut txn: Option<Begin> = None;
+    let mut relations: HashMap<u64, u32> = HashMap::new();
+    // Of the transaction at hand: rewrites wait for a TRUNCATE behind them, which says that the rows come anew.
+    let mut rewrites: Vec<u32> = Vec::new();
+    for frame in FrameReader::new(plain) {
+        match frame? {
+            Frame::Begin(b) => {
+                flush(&mut rewrites, txn, out);
+                txn = Some(b);
+            }
+            Frame::Relation(id, encoded) => {
+                relations.insert(id, Relation::decode(encoded)?.relid);
+            }
+            Frame::Truncate(t) => {
+                let gone: BTreeSet<u32> = t.relation_ids().filter_map(|id| relations.get(&id).copied()).collect();
+                rewrites.retain(|r| !gone.contains(r));
+            }
+            Frame::Marker(m) => {
+                let b = txn.ok_or_else(|| {
+                    Error::new(Kind::Verification, "a marker stands before its transaction").code("malformed")
+                })?;
+                let at = b.end_lsn;
+                match m.kind {
+                    "restore_point" => {
+                        let name = String::from_utf8_lossy(m.payload).into_owned();
+                        out.points.push((name, at, b.commit_time_us));
+                    }
+                    "registry" => {
+                        let r: RegistryMarker = json(m.kind, m.payload)?;
+                        let what = match r.action.as_str() {
+                            "add" => Registration::Add { rebase: r.rebase.unwrap_or(true) },
+                            _ => Registration::Remove,
+                        };
+                        out.registry.push(Registered { relid: r.relid, at, xid: b.xid, what });
+                    }
+                    "rewrite" => rewrites.push(json::<RewriteMarker>(m.kind, m.payload)?.relid),
+                    "drop" => {
+                        out.drops.extend(json::<DropMarker>(m.kind, m.payload)?.relids.into_iter().map(|r| (r, at)));
+                    }
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+    }
+    flush(&mut rewrites, txn, out);
+    Ok(())
+}
+
+fn flush(rewrites: &mut Vec<u32>, txn: Option<Begin>, out: &mut Found) {
+    if let Some(b) = txn {
+        out.rewrites.extend(rewrites.drain(..).map(|r| (r, b.end_lsn)));
+    }
+}
+
+fn unresolved(plain: &[u8], out: &mut Found) -> Result<()> {
+    let mut txn: Option<Begin> = None;
+    let mut relations: HashMap<u64, u32> = HashMap::new();
+    for frame in FrameReader::new(plain) {
+        let header = match frame? {
+            Frame::Begin(b) => {
+                txn = Some(b);
+                continue;
+            }
+            Frame::Relation(id, encoded) => {
+                relations.insert(id, Relation::decode(encoded)?.relid);
+                continue;
+            }
+            Frame::Run(r) => r.header,
+            Frame::RunOpen(h) => h,
+            _ => continue,
+        };
+        let Some(b) = txn else { continue };
+        for id in header.relation_ids() {
+            if let Some(relid) = relations.get(&id)
+                && out.unresolved.last() != Some(&(*relid, b.end_lsn))
+            {
+                out.unresolved.push((*relid, b.end_lsn));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::merge::tests::column;
+    use coffer_wire::{Class, KeyMode, Marker, Strategy, Truncate, put_begin, put_marker, put_relation, put_truncate};
+
+    #[test]
+    fn markers_are_found_with_their_transaction_and_a_rewrite_with_its_rows_closes_nothing() {
+        let rel = Relation {
+            relid: 7,
+            leaf: 7,
+            schema: "s".into(),
+            name: "t".into(),
+            class: Class::Data,
+            strategy: Strategy::Identity,
+            key_mode: KeyMode::Key,
+            columns: vec![column(1, "id")],
+            key: vec![0],
+        };
+        let (encoded, mut b) = (rel.encode(), Vec::new());
+        let id = Relation::id_of(&encoded);
+        put_relation(&mut b, id, &encoded);
+        let begin = |b: &mut Vec<u8>, n: u64| {
+            put_begin(b, &Begin { xid: n, commit_lsn: Lsn(n), end_lsn: Lsn(n), commit_time_us: 5 });
+        };
+        let mark =
+            |b: &mut Vec<u8>, kind, payload: &str| put_marker(b, &Marker { seq: 0, kind, payload: payload.as_bytes() });
+        begin(&mut b, 10);
+        mark(&mut b, "restore_point", "before");
+        mark(&mut b, "registry", r#"{"relid":7,"action":"add","rebase":false}"#);
+        mark(&mut b, "rewrite", r#"{"relid":7}"#);
+        put_truncate(
+            &mut b,
+            &Truncate { seq: 1, restart_sequences: false, tenant: None, relations: &id.to_le_bytes() },
+        );
+        begin(&mut b, 20);
+        mark(&mut b, "rewrite", r#"{"relid":7}"#);
+        mark(&mut b, "drop", r#"{"relids":[8,9]}"#);
+        mark(&mut b, "registry", r#"{"relid":7,"action":"exclude"}"#);
+        let mut f = Found::default();
+        markers(&b, &mut f).unwrap();
+        assert_eq!(f.points, [("before".to_owned(), Lsn(10), 5)]);
+        assert_eq!(f.rewrites, [(7, Lsn(20))]);
+        assert_eq!(f.drops, [(8, Lsn(20)), (9, Lsn(20))]);
+        assert_eq!(
+            f.registry.iter().map(|r| (r.xid, r.what)).collect::<Vec<_>>(),
+            [(10, Registration::Add { rebase: false }), (20, Registration::Remove)]
+        );
+    }
+}

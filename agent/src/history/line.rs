@@ -1,0 +1,541 @@
+//! The log as one line of history, and what of it can be restored to.
+//!
+//! After a promotion the positions of the abandoned timeline are used anew. Here the log is cut where it was abandoned,
+//! so that a position means one thing. Then, per table, the spans that are closed: from where rows may have come or
+//! gone without a trace, to the table's next base.
+
+use crate::repository::{Body, LogRecord, ObjectRef};
+use coffer_wire::Lsn;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// A ship on the line.
+#[derive(Clone, Debug)]
+pub struct ShipAt {
+    pub record: Arc<LogRecord>,
+    /// Nothing beyond it counts: the timeline was abandoned there. [`Lsn::MAX`] for most.
+    pub limit: Lsn,
+}
+
+impl ShipAt {
+    pub fn ship(&self) -> &crate::repository::model::Ship {
+        match &self.record.body {
+            Body::Ship(s) => s,
+            _ => unreachable!("only ships are put here"),
+        }
+    }
+}
+
+/// A base on the line.
+#[derive(Clone, Debug)]
+pub struct BaseAt {
+    pub record: Arc<LogRecord>,
+}
+
+impl BaseAt {
+    pub fn base(&self) -> &crate::repository::model::Base {
+        match &self.record.body {
+            Body::Base(b) => b,
+            _ => unreachable!("only bases are put here"),
+        }
+    }
+
+    pub fn cut(&self, relid: u32) -> Option<Lsn> {
+        self.base().tables.iter().find(|t| t.relid == relid).map(|t| t.cut_lsn)
+    }
+}
+
+/// Positions `from..to` that cannot be restored to, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Closed {
+    pub from: Lsn,
+    /// Exclusive: the first position that is open again; [`Lsn::MAX`] when there is none.
+    pub to: Lsn,
+    pub reason: String,
+}
+
+/// What the markers of the common objects say, in the order of the log.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// Name, position, commit time.
+    pub restore_points: Vec<(String, Lsn, i64)>,
+    pub registry: Vec<Registered>,
+    /// Tables that were rewritten without their rows being given anew.
+    pub rewrites: Vec<(u32, Lsn)>,
+    pub drops: Vec<(u32, Lsn)>,
+    /// Tables with changes that capture could not attribute.
+    pub unresolved: Vec<(u32, Lsn)>,
+}
+
+/// A change of the registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registered {
+    pub relid: u32,
+    pub at: Lsn,
+    pub xid: u64,
+    pub what: Registration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Registration {
+    /// `rebase`: rows archived before do not continue into what follows.
+    Add {
+        rebase: bool,
+    },
+    Remove,
+}
+
+/// A table as the log knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableAt {
+    pub relid: u32,
+    pub name: String,
+    pub cut: Lsn,
+    /// Index into [`Line::bases`].
+    pub base: usize,
+}
+
+/// What a record says about the source's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeAt {
+    pub lsn: Lsn,
+    /// Every commit up to this time is at or below `lsn`.
+    pub upto_us: i64,
+    /// No commit up to `lsn` is later than this.
+    pub latest_us: i64,
+}
+
+/// See the module.
+#[derive(Clone, Debug, Default)]
+pub struct Line {
+    pub start: Lsn,
+    pub end: Lsn,
+    pub ships: Vec<ShipAt>,
+    pub bases: Vec<BaseAt>,
+    /// Lost positions, both exclusive of what is there: `(last before, first after, reason)`.
+    pub gaps: Vec<(Lsn, Lsn, String)>,
+    /// Records in order, for times.
+    pub times: Vec<TimeAt>,
+    /// Spans of abandoned timelines: from, to.
+    pub abandoned: Vec<(Lsn, Lsn)>,
+}
+
+impl Line {
+    pub fn new(records: &[Arc<LogRecord>]) -> Self {
+        let mut line = Self::default();
+        for r in records {
+            match &r.body {
+                Body::Init => {
+                    if line.times.is_empty() {
+                        line.start = r.upto_lsn;
+                    }
+                }
+                Body::Ship(_) => line.ships.push(ShipAt { record: r.clone(), limit: Lsn::MAX }),
+                Body::Base(_) => line.bases.push(BaseAt { record: r.clone() }),
+                Body::Idle => {}
+                Body::Gap { reason } => line.gaps.push((line.end, r.upto_lsn, reason.clone())),
+                Body::Timeline { at, .. } => line.abandon(*at),
+            }
+            if let Body::Timeline { at, .. } = &r.body {
+                line.end = line.end.min(*at).max(r.upto_lsn.min(*at));
+            } else {
+                line.end = line.end.max(r.upto_lsn);
+            }
+            if matches!(r.body, Body::Init | Body::Ship(_) | Body::Idle | Body::Gap { .. }) {
+                let latest_us = match &r.body {
+                    Body::Ship(s) => r.upto_time_us.max(s.max_commit_us),
+                    _ => r.upto_time_us,
+                };
+                line.times.push(TimeAt { lsn: r.upto_lsn, upto_us: r.upto_time_us, latest_us });
+            }
+        }
+        line
+    }
+
+    /// Cuts off what was archived beyond `at`.
+    fn abandon(&mut self, at: Lsn) {
+        if self.end > at {
+            self.abandoned.push((at, self.end));
+        }
+        self.ships.retain(|s| s.record.from_lsn < at);
+        for s in &mut self.ships {
+            if s.record.upto_lsn > at {
+                s.limit = s.limit.min(at);
+            }
+        }
+        self.bases.retain(|b| b.base().cut_lsn <= at);
+        self.gaps.retain(|g| g.0 < at);
+        self.times.retain(|t| t.lsn <= at);
+        self.end = self.end.min(at);
+    }
+
+    /// Drops facts of abandoned timelines: a ship's facts count up to its limit.
+    pub fn keeps(&self, ship: &ShipAt, at: Lsn) -> bool {
+        at <= ship.limit
+    }
+
+    fn relids(&self, facts: &Facts) -> BTreeSet<u32> {
+        let based = self.bases.iter().flat_map(|b| b.base().tables.iter().map(|t| t.relid));
+        let added = facts.registry.iter().filter(|r| matches!(r.what, Registration::Add { .. })).map(|r| r.relid);
+        based.chain(added).collect()
+    }
+
+    /// The name that the newest base has for the table.
+    fn name(&self, relid: u32) -> Option<&str> {
+        self.bases.iter().rev().flat_map(|b| &b.base().tables).find(|t| t.relid == relid).map(|t| t.name.as_str())
+    }
+
+    /// The first cut at or after `from` of a base that saw the registration `xid`.
+    fn next_cut(&self, relid: u32, from: Lsn, xid: u64) -> Lsn {
+        self.bases
+            .iter()
+            .flat_map(|b| &b.base().tables)
+            .filter(|t| t.relid == relid && t.cut_lsn >= from && t.registered_xid >= xid)
+            .map(|t| t.cut_lsn)
+            .min()
+            .unwrap_or(Lsn::MAX)
+    }
+
+    /// When the table was covered: spans `from..to`.
+    fn present(&self, relid: u32, facts: &Facts) -> Vec<(Lsn, Lsn)> {
+        let mut events: Vec<(Lsn, bool)> = facts
+            .registry
+            .iter()
+            .filter(|r| r.relid == relid)
+            .map(|r| (r.at, matches!(r.what, Registration::Add { .. })))
+            .chain(facts.drops.iter().filter(|d| d.0 == relid).map(|d| (d.1, false)))
+            .collect();
+        events.sort();
+        let first_base = self.bases.iter().flat_map(|b| &b.base().tables).find(|t| t.relid == relid);
+        // Registered before the log began, unless its first base answers a registration that is in the log.
+        let registered_later = match first_base {
+            Some(t) => facts
+                .registry
+                .iter()
+                .any(|r| r.relid == relid && r.xid == t.registered_xid && matches!(r.what, Registration::Add { .. })),
+            None => true,
+        };
+        let mut out = Vec::new();
+        let mut since = (!registered_later).then_some(self.start);
+        for (at, add) in events {
+            match (add, since) {
+                (true, None) => since = Some(at),
+                (false, Some(s)) => {
+                    out.push((s, at));
+                    since = None;
+                }
+                _ => {}
+            }
+        }
+        if let Some(s) = since {
+            out.push((s, Lsn::MAX));
+        }
+        out
+    }
+
+    /// Spans in which the table was covered and its rows are not known, ascending; they may overlap.
+    pub fn closed(&self, relid: u32, facts: &Facts) -> Vec<Closed> {
+        let mut out = Vec::new();
+        let name = self.name(relid).map_or_else(|| format!("relation {relid}"), str::to_owned);
+        let mut close = |from: Lsn, to: Lsn, reason: String| {
+            if from < to {
+                out.push(Closed { from, to, reason });
+            }
+        };
+        let present = self.present(relid, facts);
+        for (from, to) in &present {
+            let adds: Vec<_> = facts.registry.iter().filter(|r| r.relid == relid && r.at == *from).collect();
+            let xid = adds.iter().map(|r| r.xid).max().unwrap_or(0);
+            close(*from, self.next_cut(relid, *from, xid).min(*to), format!("first_base_pending: {name}"));
+        }
+        for r in facts.registry.iter().filter(|r| r.relid == relid) {
+            if r.what == (Registration::Add { rebase: true }) {
+                close(r.at, self.next_cut(relid, r.at, r.xid), format!("new_base_pending: {name}"));
+            }
+        }
+        for (_, at) in facts.rewrites.iter().filter(|w| w.0 == relid) {
+            close(*at, self.next_cut(relid, *at, 0), format!("rewritten: {name}"));
+        }
+        for (_, at) in facts.unresolved.iter().filter(|w| w.0 == relid) {
+            close(*at, self.next_cut(relid, *at, 0), format!("unresolved_rows: {name}"));
+        }
+        for (last, first, reason) in &self.gaps {
+            close(Lsn(last.0 + 1), self.next_cut(relid, *first, 0), reason.clone());
+        }
+        // A base that answers a registration which the log does not have.
+        let bases: Vec<_> = self.bases.iter().flat_map(|b| &b.base().tables).filter(|t| t.relid == relid).collect();
+        for pair in bases.windows(2) {
+            let known = facts.registry.iter().any(|r| r.relid == relid && r.xid == pair[1].registered_xid);
+            if pair[1].registered_xid != pair[0].registered_xid && !known {
+                close(Lsn(pair[0].cut_lsn.0 + 1), pair[1].cut_lsn, format!("registration_changed: {name}"));
+            }
+        }
+        // What was closed while the table was not covered does not matter.
+        let mut within = Vec::new();
+        for c in out {
+            for (from, to) in &present {
+                let (from, to) = (c.from.max(*from), c.to.min(*to));
+                if from < to {
+                    within.push(Closed { from, to, reason: c.reason.clone() });
+                }
+            }
+        }
+        within.sort_by_key(|c| (c.from, c.to));
+        within
+    }
+
+    /// All closed spans of these tables (`None`: of all), merged, within the line.
+    pub fn all_closed(&self, facts: &Facts, tables: Option<&BTreeSet<u32>>) -> Vec<Closed> {
+        let mut all: Vec<Closed> = self
+            .relids(facts)
+            .into_iter()
+            .filter(|r| tables.is_none_or(|t| t.contains(r)))
+            .flat_map(|r| self.closed(r, facts))
+            .collect();
+        all.sort_by_key(|c| (c.from, c.to));
+        let mut merged: Vec<Closed> = Vec::new();
+        for c in all {
+            match merged.last_mut() {
+                Some(m) if c.from <= m.to => m.to = m.to.max(c.to),
+                _ => merged.push(c),
+            }
+        }
+        merged
+    }
+
+    /// The spans `from..=to` that these tables (`None`: all) can be restored to.
+    pub fn open(&self, facts: &Facts, tables: Option<&BTreeSet<u32>>) -> Vec<(Lsn, Lsn)> {
+        let Some(first) = self.bases.iter().flat_map(|b| &b.base().tables).map(|t| t.cut_lsn).min() else {
+            return Vec::new();
+        };
+        let mut out = Vec::new();
+        let mut from = first;
+        for c in self.all_closed(facts, tables) {
+            if c.from > from && from <= self.end {
+                out.push((from, Lsn(c.from.0 - 1).min(self.end)));
+            }
+            from = from.max(c.to);
+        }
+        if from <= self.end {
+            out.push((from, self.end));
+        }
+        out
+    }
+
+    /// The tables that are covered at `at`, each with the newest base that is not newer. `Err`: tables whose rows are
+    /// not known there.
+    pub fn tables_at(
+        &self,
+        at: Lsn,
+        facts: &Facts,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<Vec<TableAt>, Vec<(u32, Closed)>> {
+        let (mut tables, mut unknown) = (Vec::new(), Vec::new());
+        for relid in self.relids(facts) {
+            let name = self.name(relid).unwrap_or_default();
+            if !self.present(relid, facts).iter().any(|(from, to)| *from <= at && at < *to) || !wanted(name) {
+                continue;
+            }
+            if let Some(c) = self.closed(relid, facts).into_iter().find(|c| c.from <= at && at < c.to) {
+                unknown.push((relid, c));
+                continue;
+            }
+            let newest = self
+                .bases
+                .iter()
+                .enumerate()
+                .filter_map(|(i, b)| b.base().tables.iter().find(|t| t.relid == relid).map(|t| (t, i)))
+                .filter(|(t, _)| t.cut_lsn <= at)
+                .max_by_key(|(t, i)| (t.cut_lsn, *i));
+            if let Some((t, base)) = newest {
+                tables.push(TableAt { relid, name: t.name.clone(), cut: t.cut_lsn, base });
+            }
+        }
+        if unknown.is_empty() { Ok(tables) } else { Err(unknown) }
+    }
+
+    /// The tenant's fulls that these tables are read from, each with its tables.
+    pub fn fulls(&self, tables: &[TableAt], tenant: uuid::Uuid) -> Vec<(ObjectRef, BTreeSet<u32>)> {
+        let mut by_base: BTreeMap<usize, BTreeSet<u32>> = BTreeMap::new();
+        for t in tables {
+            by_base.entry(t.base).or_default().insert(t.relid);
+        }
+        let mut out = Vec::new();
+        for (base, relids) in by_base {
+            for full in self.bases[base].base().fulls.iter().filter(|f| f.tenant == tenant) {
+                out.push((full.clone(), relids.clone()));
+            }
+        }
+        out
+    }
+
+    /// A time that is not before any commit up to this position.
+    pub fn time_at(&self, at: Lsn) -> i64 {
+        self.times.iter().find(|t| t.lsn >= at).or(self.times.last()).map_or(0, |t| t.latest_us)
+    }
+
+    /// A time up to which every commit is at or below this position.
+    pub fn time_before(&self, at: Lsn) -> i64 {
+        self.times.iter().rev().find(|t| t.lsn <= at).map_or(0, |t| t.upto_us)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::model::{Base, BaseTable, Ship};
+    use uuid::Uuid;
+
+    fn record(n: u64, from: u64, upto: u64, body: Body) -> Arc<LogRecord> {
+        Arc::new(LogRecord {
+            v: 1,
+            n,
+            prev: None,
+            source: Uuid::nil(),
+            writer: Uuid::nil(),
+            at_us: 0,
+            system_identifier: 1,
+            timeline: 1,
+            slot: "s".into(),
+            from_lsn: Lsn(from),
+            upto_lsn: Lsn(upto),
+            upto_time_us: upto as i64 * 1000,
+            body,
+        })
+    }
+
+    fn base(tables: &[(u32, u64, u64)]) -> Body {
+        Body::Base(Base {
+            job: Uuid::nil(),
+            tables: tables
+                .iter()
+                .map(|(relid, cut, xid)| BaseTable {
+                    relid: *relid,
+                    name: format!("public.t{relid}"),
+                    cut_lsn: Lsn(*cut),
+                    registered_xid: *xid,
+                    rows: 0,
+                })
+                .collect(),
+            cut_lsn: Lsn(tables.iter().map(|t| t.1).max().unwrap()),
+            fulls: vec![],
+            schema: None,
+            sequences: vec![],
+        })
+    }
+
+    fn ship() -> Body {
+        Body::Ship(Ship::default())
+    }
+
+    fn add(relid: u32, at: u64, xid: u64, rebase: bool) -> Registered {
+        Registered { relid, at: Lsn(at), xid, what: Registration::Add { rebase } }
+    }
+
+    fn open(l: &Line, f: &Facts) -> Vec<(u64, u64)> {
+        l.open(f, None).into_iter().map(|(a, b)| (a.0, b.0)).collect()
+    }
+
+    #[test]
+    fn the_window_begins_when_every_table_has_its_base() {
+        let l = Line::new(&[
+            record(0, 0, 10, Body::Init),
+            record(1, 10, 50, ship()),
+            record(2, 50, 50, base(&[(1, 30, 5), (2, 40, 5)])),
+            record(3, 50, 90, ship()),
+        ]);
+        assert_eq!(open(&l, &Facts::default()), [(40, 90)]);
+        let only: BTreeSet<u32> = [1].into();
+        assert_eq!(l.open(&Facts::default(), Some(&only)), [(Lsn(30), Lsn(90))]);
+        let t = l.tables_at(Lsn(60), &Facts::default(), &|_| true).unwrap();
+        assert_eq!(t.iter().map(|t| (t.relid, t.cut.0)).collect::<Vec<_>>(), [(1, 30), (2, 40)]);
+        assert!(l.tables_at(Lsn(35), &Facts::default(), &|_| true).is_err());
+        assert_eq!(l.tables_at(Lsn(35), &Facts::default(), &|n| n == "public.t1").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_table_added_later_closes_only_from_its_registration_to_its_base() {
+        let l = Line::new(&[
+            record(0, 0, 10, Body::Init),
+            record(1, 10, 20, base(&[(1, 20, 5)])),
+            record(2, 20, 90, ship()),
+            record(3, 90, 90, base(&[(2, 70, 77)])),
+            record(4, 90, 120, ship()),
+        ]);
+        let f = Facts { registry: vec![add(2, 60, 77, true)], ..Facts::default() };
+        assert_eq!(open(&l, &f), [(20, 59), (70, 120)]);
+        assert_eq!(l.tables_at(Lsn(50), &f, &|_| true).unwrap().len(), 1);
+        assert_eq!(l.tables_at(Lsn(80), &f, &|_| true).unwrap().len(), 2);
+        // Not yet based: closed to the end.
+        let f = Facts { registry: vec![add(2, 60, 77, true), add(3, 100, 99, true)], ..Facts::default() };
+        assert_eq!(open(&l, &f), [(20, 59), (70, 99)]);
+        // A rule that was only touched up closes nothing.
+        let f = Facts { registry: vec![add(2, 60, 77, true), add(1, 100, 99, false)], ..Facts::default() };
+        assert_eq!(open(&l, &f), [(20, 59), (70, 120)]);
+    }
+
+    #[test]
+    fn gaps_rewrites_and_unresolved_rows_close_to_the_next_base() {
+        let l = Line::new(&[
+            record(0, 0, 10, Body::Init),
+            record(1, 10, 10, base(&[(1, 10, 5), (2, 10, 5)])),
+            record(2, 10, 30, ship()),
+            record(3, 30, 50, Body::Gap { reason: "slot_lost".into() }),
+            record(4, 50, 70, ship()),
+            record(5, 70, 70, base(&[(1, 60, 5), (2, 65, 5)])),
+            record(6, 70, 200, ship()),
+            record(7, 200, 200, base(&[(1, 150, 5), (2, 150, 5)])),
+        ]);
+        assert_eq!(open(&l, &Facts::default()), [(10, 30), (65, 200)]);
+        let closed = l.all_closed(&Facts::default(), None);
+        assert_eq!((closed[0].from, closed[0].to, closed[0].reason.as_str()), (Lsn(31), Lsn(65), "slot_lost"));
+        let f = Facts { rewrites: vec![(1, Lsn(100))], ..Facts::default() };
+        assert_eq!(open(&l, &f), [(10, 30), (65, 99), (150, 200)]);
+        let f = Facts { unresolved: vec![(2, Lsn(160))], ..Facts::default() };
+        assert_eq!(open(&l, &f), [(10, 30), (65, 159)]);
+    }
+
+    #[test]
+    fn a_dropped_table_is_not_missed() {
+        let l = Line::new(&[
+            record(0, 0, 10, Body::Init),
+            record(1, 10, 10, base(&[(1, 10, 5), (2, 10, 5)])),
+            record(2, 10, 100, ship()),
+        ]);
+        let f = Facts { drops: vec![(2, Lsn(50))], rewrites: vec![(2, Lsn(60))], ..Facts::default() };
+        assert_eq!(open(&l, &f), [(10, 100)]);
+        assert_eq!(l.tables_at(Lsn(49), &f, &|_| true).unwrap().len(), 2);
+        assert_eq!(l.tables_at(Lsn(50), &f, &|_| true).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_an_abandoned_timeline_held_is_cut_off() {
+        let timeline = Body::Timeline { from: 1, to: 2, at: Lsn(60) };
+        let l = Line::new(&[
+            record(0, 0, 10, Body::Init),
+            record(1, 10, 10, base(&[(1, 10, 5)])),
+            record(2, 10, 50, ship()),
+            record(3, 50, 80, ship()),
+            record(4, 80, 80, base(&[(1, 75, 5)])),
+            record(5, 80, 90, ship()),
+            record(6, 60, 60, timeline),
+            record(7, 60, 85, ship()),
+        ]);
+        assert_eq!(l.abandoned, [(Lsn(60), Lsn(90))]);
+        assert_eq!(l.bases.len(), 1);
+        let ships: Vec<_> = l.ships.iter().map(|s| (s.record.n, s.limit)).collect();
+        assert_eq!(ships, [(2, Lsn::MAX), (3, Lsn(60)), (7, Lsn::MAX)]);
+        assert_eq!(open(&l, &Facts::default()), [(10, 85)]);
+    }
+
+    #[test]
+    fn a_registration_that_the_log_does_not_have_closes_between_two_bases() {
+        let l = Line::new(&[
+            record(0, 0, 10, Body::Init),
+            record(1, 10, 10, base(&[(1, 10, 5)])),
+            record(2, 10, 100, ship()),
+            record(3, 100, 100, base(&[(1, 80, 6)])),
+        ]);
+        assert_eq!(open(&l, &Facts::default()), [(10, 10), (80, 100)]);
+    }
+}

@@ -1,0 +1,408 @@
+//! The history of a source: from its commit log to what can be restored, from where, with which objects.
+//!
+//! [`History::load`] reads and verifies the log; [`History::resolve`] turns what a person asked for into a position;
+//! [`History::windows`] says what can be asked for; [`History::inputs`] gives the objects that a tenant is merged from.
+//!
+//! A target is never rounded: a position that is not known in full is refused, with the window in the error.
+
+mod facts;
+pub mod line;
+mod when;
+
+pub use when::When;
+
+use crate::clock::rfc3339;
+use crate::error::{Error, Kind, Result, WindowSpan};
+use crate::keyring::Keyring;
+use crate::repository::model::SequenceState;
+use crate::repository::{Log, LogRecord, ObjectRef, Repository};
+use coffer_wire::Lsn;
+use line::{Closed, Facts, Line, ShipAt, TableAt};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// By how much a source's clock may step back before the times between become ambiguous, in microseconds.
+const CLOCK_STEP_US: i64 = 1_000_000;
+
+/// A position to restore to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// As it was asked for.
+    pub asked: String,
+    /// Transactions with `end_lsn` at or below it are in.
+    pub lsn: Lsn,
+    /// The source's clock there, microseconds since 1970-01-01 UTC.
+    pub time_us: i64,
+}
+
+/// One ship's part of a tenant's changes.
+#[derive(Clone, Debug)]
+pub struct ShipInput {
+    pub common: Option<ObjectRef>,
+    pub changeset: Option<ObjectRef>,
+    /// Transactions beyond it do not count.
+    pub limit: Lsn,
+}
+
+/// What a tenant at a target is merged from.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    pub target: Lsn,
+    /// Every table that is covered there, whether the tenant has rows in it or not.
+    pub tables: Vec<TableAt>,
+    /// Fulls and the tables that are read from each.
+    pub fulls: Vec<(ObjectRef, BTreeSet<u32>)>,
+    /// In order.
+    pub ships: Vec<ShipInput>,
+    /// Definitions of the newest base that has them, at or before the target.
+    pub schema: Option<ObjectRef>,
+    pub sequences: Vec<SequenceState>,
+}
+
+/// A backup as `list` shows it: a tenant's part of a base.
+#[derive(Clone, Debug)]
+pub struct Backup {
+    pub id: Uuid,
+    pub point: Lsn,
+    pub time_us: i64,
+    pub bytes: u64,
+    pub rows: u64,
+    pub tables: usize,
+    pub object: Option<ObjectRef>,
+}
+
+/// See the module.
+pub struct History {
+    repo: Arc<Repository>,
+    keyring: Arc<Keyring>,
+    source: Uuid,
+    from: Option<String>,
+    records: Vec<Arc<LogRecord>>,
+    line: Line,
+    facts: Facts,
+}
+
+impl History {
+    /// Reads the log of a source, verified, and what its common objects say. `from`: one store, as it is.
+    pub async fn load(
+        repo: &Arc<Repository>,
+        keyring: &Arc<Keyring>,
+        source: Uuid,
+        from: Option<&str>,
+    ) -> Result<Self> {
+        let log = Log::open(repo, source, from).await?;
+        Self::of_log(repo, keyring, &log, from).await
+    }
+
+    /// The same of a log that is open.
+    pub async fn of_log(repo: &Arc<Repository>, keyring: &Arc<Keyring>, log: &Log, from: Option<&str>) -> Result<Self> {
+        let records = log.records().to_vec();
+        let line = Line::new(&records);
+        let facts = facts::read(repo, keyring, &line.ships, from).await?;
+        Ok(Self {
+            repo: repo.clone(),
+            keyring: keyring.clone(),
+            source: log.source(),
+            from: from.map(str::to_owned),
+            records,
+            line,
+            facts,
+        })
+    }
+
+    pub fn source(&self) -> Uuid {
+        self.source
+    }
+
+    pub fn repository(&self) -> &Arc<Repository> {
+        &self.repo
+    }
+
+    pub fn keyring(&self) -> &Arc<Keyring> {
+        &self.keyring
+    }
+
+    /// The one store to read from, if one was named.
+    pub fn from_store(&self) -> Option<&str> {
+        self.from.as_deref()
+    }
+
+    pub fn records(&self) -> &[Arc<LogRecord>] {
+        &self.records
+    }
+
+    pub fn line(&self) -> &Line {
+        &self.line
+    }
+
+    /// The newest durable position and the source's clock there.
+    pub fn end(&self) -> (Lsn, i64) {
+        (self.line.end, self.line.times.last().map_or(0, |t| t.upto_us))
+    }
+
+    /// The position that `when` means. Whether it can be restored to is [`Self::require`]'s to say.
+    ///
+    /// # Errors
+    /// `NotFound`: no such restore point or backup. `OutsideWindow`: not durable yet (code `not_durable`), or ambiguous
+    /// because the source's clock stepped back (code `ambiguous_time`).
+    pub async fn resolve(&self, when: &When) -> Result<Target> {
+        let asked = when.to_string();
+        match when {
+            When::Latest => {
+                let (lsn, time_us) = self.end();
+                Ok(Target { asked, lsn, time_us })
+            }
+            When::Lsn(lsn) => {
+                if *lsn > self.line.end {
+                    return Err(self.not_durable(&asked));
+                }
+                Ok(Target { asked, lsn: *lsn, time_us: self.commit_time(*lsn).await? })
+            }
+            When::Name(name) => {
+                let found: Vec<_> = self.facts.restore_points.iter().filter(|p| p.0 == *name).collect();
+                match found.as_slice() {
+                    [] => Err(self.no_such_point(name)),
+                    [(_, lsn, time_us)] => Ok(Target { asked, lsn: *lsn, time_us: *time_us }),
+                    several => Err(Error::new(
+                        Kind::Refused,
+                        format!(
+                            "restore point '{name}' exists more than once, at {}",
+                            several.iter().map(|p| p.1.to_string()).collect::<Vec<_>>().join(" and ")
+                        ),
+                    )
+                    .hint("name the LSN of the one that is meant")),
+                }
+            }
+            When::Backup(id) => {
+                let found = self.line.bases.iter().find(|b| {
+                    let base = b.base();
+                    base.job == *id || base.fulls.iter().any(|f| f.object == *id)
+                });
+                let base = found.ok_or_else(|| {
+                    Error::new(Kind::NotFound, format!("there is no backup {id}")).hint("see `coffer list`")
+                })?;
+                let lsn = base.base().cut_lsn;
+                Ok(Target { asked, lsn, time_us: self.commit_time(lsn).await? })
+            }
+            When::Time(t) => self.resolve_time(*t, asked).await,
+        }
+    }
+
+    /// The prefix before the first commit later than `t`.
+    async fn resolve_time(&self, t: i64, asked: String) -> Result<Target> {
+        let ships = &self.line.ships;
+        let mut later = None;
+        for (i, s) in ships.iter().enumerate().filter(|(_, s)| s.ship().max_commit_us > t) {
+            let entries = self.entries(s).await?;
+            if let Some(at) = entries.iter().position(|e| e.commit_us > t) {
+                later = Some((i, at, entries));
+                break;
+            }
+        }
+        let Some((i, at, entries)) = later else {
+            if self.line.times.iter().any(|r| r.upto_us >= t) {
+                return Ok(Target { asked, lsn: self.line.end, time_us: t });
+            }
+            return Err(self.not_durable(&asked));
+        };
+        let first_later = entries[at];
+        let lsn = match at.checked_sub(1) {
+            Some(before) => entries[before].end_lsn,
+            None => ships[i].record.from_lsn,
+        };
+        // A commit behind it that is not later than `t`: the clock went back.
+        let mut highest = first_later.commit_us;
+        let mut rest = entries[at + 1..].to_vec();
+        let mut next = i + 1;
+        loop {
+            for e in &rest {
+                if e.commit_us <= t && highest - e.commit_us > CLOCK_STEP_US {
+                    return Err(Error::new(
+                        Kind::OutsideWindow,
+                        format!(
+                            "{} is ambiguous: the source's clock stepped back by {:.1} s, between {} and {}",
+                            rfc3339(t),
+                            (highest - e.commit_us) as f64 / 1e6,
+                            first_later.end_lsn,
+                            e.end_lsn
+                        ),
+                    )
+                    .code("ambiguous_time")
+                    .hint(format!(
+                        "say the LSN: {lsn} is before the first commit that was later, {} after the step",
+                        e.end_lsn
+                    ))
+                    .window(self.windows(None)));
+                }
+                highest = highest.max(e.commit_us);
+            }
+            let Some(s) = ships.get(next) else { break };
+            let ship = s.ship();
+            let suspect = match ship.min_commit_us {
+                Some(min) => min <= t,
+                None => ship.first_commit_us <= t || ship.last_commit_us <= t,
+            };
+            rest = if suspect { self.entries(s).await? } else { Vec::new() };
+            if !suspect {
+                highest = highest.max(ship.max_commit_us);
+            }
+            next += 1;
+        }
+        Ok(Target { asked, lsn, time_us: t })
+    }
+
+    /// The transactions of a ship that count.
+    async fn entries(&self, s: &ShipAt) -> Result<Vec<crate::repository::model::TxnEntry>> {
+        let Some(common) = &s.ship().common else { return Ok(Vec::new()) };
+        let mut entries = facts::index(&self.repo, common, self.from_store()).await?.entries;
+        entries.retain(|e| self.line.keeps(s, e.end_lsn));
+        Ok(entries)
+    }
+
+    /// The commit time of the last transaction at or before a position.
+    async fn commit_time(&self, at: Lsn) -> Result<i64> {
+        for s in self.line.ships.iter().rev().filter(|s| s.record.from_lsn < at) {
+            if s.record.upto_lsn <= at && s.limit == Lsn::MAX && s.ship().txns > 0 {
+                return Ok(s.ship().last_commit_us);
+            }
+            if let Some(e) = self.entries(s).await?.iter().rev().find(|e| e.end_lsn <= at) {
+                return Ok(e.commit_us);
+            }
+        }
+        Ok(self.line.time_before(at))
+    }
+
+    /// What these tables (`None`: all) can be restored to.
+    pub fn windows(&self, tables: Option<&BTreeSet<u32>>) -> Vec<WindowSpan> {
+        self.line
+            .open(&self.facts, tables)
+            .into_iter()
+            .map(|(from, to)| {
+                let to_us = self.line.time_before(to);
+                WindowSpan {
+                    from_lsn: from,
+                    to_lsn: to,
+                    from_time: rfc3339(self.line.time_at(from).min(to_us)),
+                    to_time: rfc3339(to_us),
+                }
+            })
+            .collect()
+    }
+
+    /// Spans within the line that cannot be restored to; those before the first base are no gap.
+    pub fn gaps(&self) -> Vec<Closed> {
+        let Some(first) = self.line.open(&self.facts, None).first().map(|w| w.0) else { return Vec::new() };
+        let mut gaps = self.line.all_closed(&self.facts, None);
+        gaps.retain(|c| c.to > first && c.from <= self.line.end);
+        for g in &mut gaps {
+            g.to = g.to.min(self.line.end);
+        }
+        gaps
+    }
+
+    /// The tables that are covered at the target and wanted, or an error with the window.
+    pub fn require(&self, target: &Target, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<TableAt>> {
+        let outside = |message: String| {
+            Error::new(Kind::OutsideWindow, message)
+                .window(self.windows(None))
+                .hint("choose a point inside the recovery window (`coffer list`)")
+        };
+        if self.line.bases.is_empty() {
+            return Err(outside("there is no base yet: nothing can be restored".into())
+                .hint("`coffer run` takes a base of every covered table by itself; see `coffer status`"));
+        }
+        if target.lsn > self.line.end {
+            return Err(self.not_durable(&target.asked));
+        }
+        let tables = self.line.tables_at(target.lsn, &self.facts, wanted).map_err(|unknown| {
+            let (_, first) = &unknown[0];
+            let more =
+                if unknown.len() > 1 { format!(" and {} more tables", unknown.len() - 1) } else { String::new() };
+            outside(format!("{} ({}) cannot be restored to: {}{more}", target.asked, target.lsn, first.reason))
+        })?;
+        if tables.is_empty() {
+            let any = self.line.tables_at(target.lsn, &self.facts, &|_| true).is_ok_and(|t| !t.is_empty());
+            if any {
+                return Err(Error::new(
+                    Kind::NotFound,
+                    format!("no covered table at {} matches --table", target.asked),
+                )
+                .hint("write it as schema.name"));
+            }
+            return Err(outside(format!("{} ({}) is before the first base", target.asked, target.lsn)));
+        }
+        Ok(tables)
+    }
+
+    /// What the tenant's rows in these tables at the target are merged from.
+    pub fn inputs(&self, tenant: Uuid, target: Lsn, tables: Vec<TableAt>) -> Inputs {
+        let least = tables.iter().map(|t| t.cut).min().unwrap_or(target);
+        let mut ships = Vec::new();
+        for s in &self.line.ships {
+            if s.record.upto_lsn <= least || s.record.from_lsn >= target {
+                continue;
+            }
+            let ship = s.ship();
+            let changeset = ship.objects.iter().find(|o| o.tenant == tenant && o.lsn_end > least).cloned();
+            let common = ship.common.clone().filter(|_| ship.eventful != Some(false));
+            if changeset.is_some() || common.is_some() {
+                ships.push(ShipInput { common, changeset, limit: s.limit.min(target) });
+            }
+        }
+        let bases = || self.line.bases.iter().rev().map(|b| b.base()).filter(|b| b.cut_lsn <= target);
+        // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
+        let of_tables = || tables.iter().map(|t| self.line.bases[t.base].base());
+        let schema = bases().chain(of_tables()).find_map(|b| b.schema.clone());
+        let sequences = bases()
+            .chain(of_tables())
+            .find(|b| !b.sequences.is_empty())
+            .map(|b| b.sequences.clone())
+            .unwrap_or_default();
+        let fulls = self.line.fulls(&tables, tenant);
+        Inputs { target, tables, fulls, ships, schema, sequences }
+    }
+
+    /// The tenant's backups, oldest first.
+    pub fn backups(&self, tenant: Uuid) -> Vec<Backup> {
+        self.line
+            .bases
+            .iter()
+            .map(|b| {
+                let base = b.base();
+                let full = base.fulls.iter().find(|f| f.tenant == tenant);
+                Backup {
+                    id: full.map_or(base.job, |f| f.object),
+                    point: base.cut_lsn,
+                    time_us: self.line.time_at(base.cut_lsn),
+                    bytes: full.map_or(0, |f| f.bytes),
+                    rows: full.map_or(0, |f| f.rows),
+                    tables: base.tables.len(),
+                    object: full.cloned(),
+                }
+            })
+            .collect()
+    }
+
+    fn not_durable(&self, asked: &str) -> Error {
+        let (lsn, time) = self.end();
+        Error::new(
+            Kind::OutsideWindow,
+            format!("{asked} is not durable yet: the repository holds everything up to {lsn} ({})", rfc3339(time)),
+        )
+        .code("not_durable")
+        .window(self.windows(None))
+        .hint("add --wait 60s to wait for it")
+    }
+
+    fn no_such_point(&self, name: &str) -> Error {
+        let mut known: Vec<&str> = self.facts.restore_points.iter().rev().map(|p| p.0.as_str()).take(10).collect();
+        known.dedup();
+        let hint = if known.is_empty() {
+            "there is none; SELECT coffer.restore_point('name') makes one".to_owned()
+        } else {
+            format!("the newest are: {}", known.join(", "))
+        };
+        Error::new(Kind::NotFound, format!("there is no durable restore point '{name}'")).hint(hint)
+    }
+}

@@ -1,0 +1,122 @@
+//! A tenant at a position: its fulls and changesets, read from the repository, merged.
+
+use super::{Holes, Merge, MergeStats, Pick, RowSink, Scratch};
+use crate::crypto::Opener;
+use crate::error::{Error, Result};
+use crate::history::Inputs;
+use crate::repository::{ObjectRef, Repository};
+use crate::tenant::Tenant;
+use bytes::Bytes;
+use coffer_wire::{Begin, Lsn, TenantKind};
+use futures::{StreamExt, stream};
+use std::collections::HashMap;
+use std::io::Read;
+use std::sync::Arc;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+/// Objects up to this many sealed bytes are fetched ahead; larger ones are streamed.
+const SMALL_BYTES: u64 = 1 << 20;
+/// Small objects under way at a time.
+const FETCHES_AHEAD: usize = 8;
+
+/// Everything that is needed to read a tenant at a position, as often as wanted.
+#[derive(Clone)]
+pub struct TenantAt {
+    pub repo: Arc<Repository>,
+    pub rt: Handle,
+    pub tenant: Tenant,
+    pub inputs: Arc<Inputs>,
+    /// One store to read from; `None`: the best.
+    pub from: Option<String>,
+    pub scratch: Scratch,
+    /// Bytes of memory.
+    pub memory: usize,
+    pub holes: Holes,
+}
+
+impl TenantAt {
+    /// Gives all rows to the sink, sorted by table and key. Blocking: never on a thread of the async runtime.
+    pub fn read(&self, sink: &mut dyn RowSink) -> Result<MergeStats> {
+        let mut merge = Merge::new(&self.scratch, self.memory)?;
+        merge.on_holes(self.holes);
+        let cuts: HashMap<u32, Lsn> = self.inputs.tables.iter().map(|t| (t.relid, t.cut)).collect();
+        let mut pick = TenantPick { tenant: &self.tenant, cuts: &cuts, limit: Lsn::MAX };
+        let mut objects = self.fetch_ahead();
+        for ship in &self.inputs.ships {
+            pick.limit = ship.limit.min(self.inputs.target);
+            // A truncate comes with the ship's common object, the rows around it with the changeset: each carries its
+            // position, so the order of the two does not matter.
+            for object in ship.common.iter().chain(&ship.changeset) {
+                let during = |e: Error| e.during(format_args!("object {}", object.path));
+                let mut plain = self.open(object, &mut objects)?;
+                merge.changes(&mut *plain, &mut pick).map_err(during)?;
+            }
+        }
+        for (full, tables) in &self.inputs.fulls {
+            let opener = self.repo.open_object(&self.rt, full, self.from.as_deref())?;
+            merge.full(0, Box::new(opener), Some(tables.clone()));
+        }
+        merge.run(sink)
+    }
+
+    fn open(&self, object: &ObjectRef, ahead: &mut mpsc::Receiver<Result<Bytes>>) -> Result<Box<dyn Read + Send>> {
+        if object.bytes > SMALL_BYTES {
+            return Ok(Box::new(self.repo.open_object(&self.rt, object, self.from.as_deref())?));
+        }
+        let bytes = ahead.blocking_recv().unwrap_or_else(|| Err(Error::other("reading ahead has stopped")))?;
+        let opener = Opener::new(std::io::Cursor::new(bytes), &**self.repo.keyring(), &object.expect())
+            .map_err(|e| e.during(format_args!("object {}", object.path)))?;
+        Ok(Box::new(opener.named(&object.path)))
+    }
+
+    /// The sealed bytes of the small objects, in their order.
+    fn fetch_ahead(&self) -> mpsc::Receiver<Result<Bytes>> {
+        let (tx, rx) = mpsc::channel(FETCHES_AHEAD);
+        let (repo, inputs, from) = (self.repo.clone(), self.inputs.clone(), self.from.clone());
+        self.rt.spawn(async move {
+            let objects: Vec<ObjectRef> = inputs
+                .ships
+                .iter()
+                .flat_map(|s| s.common.iter().chain(&s.changeset))
+                .filter(|o| o.bytes <= SMALL_BYTES)
+                .cloned()
+                .collect();
+            let mut fetched = stream::iter(objects)
+                .map(|o| {
+                    let (repo, from) = (repo.clone(), from.clone());
+                    async move { repo.fetch(&o, from.as_deref()).await }
+                })
+                .buffered(FETCHES_AHEAD);
+            while let Some(b) = fetched.next().await {
+                let stop = b.is_err();
+                if tx.send(b).await.is_err() || stop {
+                    return;
+                }
+            }
+        });
+        rx
+    }
+}
+
+/// Changes of the tenant's tables after each table's cut, up to the target.
+struct TenantPick<'a> {
+    tenant: &'a Tenant,
+    cuts: &'a HashMap<u32, Lsn>,
+    limit: Lsn,
+}
+
+impl Pick for TenantPick<'_> {
+    fn group(&mut self, _: &Begin, kind: TenantKind, key: &str) -> Option<u32> {
+        (kind == self.tenant.kind && key == self.tenant.key).then_some(0)
+    }
+
+    fn table(&mut self, txn: &Begin, relid: u32) -> bool {
+        txn.end_lsn <= self.limit && self.cuts.get(&relid).is_some_and(|cut| txn.end_lsn > *cut)
+    }
+
+    fn dropped(&mut self, txn: &Begin, relid: u32) -> bool {
+        // What is not a table may be a leaf of one; a dropped leaf has no rows in a base behind it.
+        txn.end_lsn <= self.limit && self.cuts.get(&relid).is_none_or(|cut| txn.end_lsn > *cut)
+    }
+}
