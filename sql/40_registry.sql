@@ -128,7 +128,8 @@ BEGIN
         RAISE EXCEPTION 'column % of % is a virtual generated column: its values are not in the log', quote_ident(by_column), rel
             USING ERRCODE = 'feature_not_supported', HINT = 'A stored generated column will do.';
     END IF;
-    PERFORM coffer._cover(rel, NULL, by_column, class_no, false);
+    -- Where what the rule relies on is broken, who knows what was written in the meantime.
+    PERFORM coffer._cover(rel, NULL, by_column, class_no, EXISTS (SELECT FROM coffer._findings(rel)));
     PERFORM coffer._audit('add_table', rel::text, jsonb_build_object('tenant_column', by_column, 'class', of_class));
     RETURN QUERY
         SELECT r.relid::regclass, coffer._strategy_name(r.strategy), r.tenant_column, nullif(r.parent, 0)::regclass,
@@ -151,7 +152,7 @@ BEGIN
     PERFORM coffer._require_table(rel);
     PERFORM coffer._lock_to_cover(rel, NULL);
     PERFORM coffer._require_table(rel);
-    PERFORM coffer._cover(rel, 6::int2, NULL, 0::int2, false);
+    PERFORM coffer._cover(rel, 6::int2, NULL, 0::int2, EXISTS (SELECT FROM coffer._findings(rel)));
     PERFORM coffer._audit('add_shared', rel::text);
     RETURN QUERY
         SELECT r.relid::regclass, coffer._strategy_name(r.strategy), NULL::name, NULL::regclass, coffer._class_name(r.class), r.reason

@@ -31,8 +31,13 @@ AS $$
     WHERE t.relkind IN ('r', 'p') AND NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = t.relid AND m.root = $1)
     UNION ALL
     SELECT format('the replica identity of %s is not what it relies on', t.relid::regclass), false
-    FROM coffer._tree($1) t JOIN coffer.rule_relations m ON m.relid = t.relid AND m.root = $1
-    WHERE t.relkind = 'r' AND coffer._effective_key(t.relid) IS DISTINCT FROM m.key_index
+    FROM coffer._tree($1) t
+    JOIN coffer.rule_relations m ON m.relid = t.relid AND m.root = $1
+    LEFT JOIN coffer.rules r ON r.relid = $1
+    CROSS JOIN LATERAL (SELECT coffer._effective_key(t.relid) AS index) e
+    -- The same columns by another index, as after REINDEX CONCURRENTLY, are the same key.
+    WHERE t.relkind = 'r' AND e.index IS DISTINCT FROM m.key_index
+      AND NOT coalesce((SELECT k.sorted::text[] = r.key_columns FROM coffer._keys(t.relid) k WHERE k.index_oid = e.index), false)
     UNION ALL
     SELECT 'a tag trigger is missing, disabled or for another column', false
     FROM coffer.rules r JOIN pg_attribute a ON a.attrelid = r.relid AND a.attnum = r.tenant_attnum
