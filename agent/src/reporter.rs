@@ -183,10 +183,11 @@ impl Reporter {
             let keys: Vec<String> = part.iter().map(|e| e.tenant.to_string()).collect();
             let uids: Vec<uuid::Uuid> = part.iter().map(|e| e.uid).collect();
             let kinds: Vec<&str> = part.iter().map(|e| e.tenant.kind.name()).collect();
+            // Without its schema: unnest of several arrays is the parser's, not a function's.
             client
                 .execute(
                     "SELECT coffer._agent_tenant(key, uid, kind) \
-                     FROM pg_catalog.unnest($1::text[], $2::uuid[], $3::text[]) t (key, uid, kind)",
+                     FROM unnest($1::text[], $2::uuid[], $3::text[]) t (key, uid, kind)",
                     &[&keys, &uids, &kinds],
                 )
                 .await
