@@ -17,6 +17,7 @@ use crate::repository::Body;
 use crate::run::{AgentContext, System};
 use crate::seal_pool::SealPool;
 use crate::ship::{Anchors, CLOCK_MARGIN_US, Shipper};
+use crate::snapshot::BaseTaker;
 use crate::spool::Spool;
 use coffer_wire::Lsn;
 use std::sync::Arc;
@@ -74,6 +75,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
             async move { ctx.repo.replicate_optional(ctx.source_uid).await }
         }),
     ];
+    let mut bases = tokio::spawn(take_bases(ctx.clone()));
     let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable };
     let ended = |r: Result<Result<()>, tokio::task::JoinError>| match r {
         Ok(Ok(())) => Err(Error::other("the shipping of changes has stopped")),
@@ -83,6 +85,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
     let result = tokio::select! {
         biased;
         r = &mut shipping => ended(r),
+        r = &mut bases => r.unwrap_or_else(|e| Err(Error::other("the taking of bases panicked").source(e))),
         r = source.sessions(resume) => match r {
             Ok(()) => Ok(()),
             // When shipping ended, its own error says why; the session only noticed.
@@ -95,10 +98,31 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
     for h in helpers {
         h.abort();
     }
+    bases.abort();
     shipping.abort();
     ctx.status.set_state(if result.is_ok() { "stopped" } else { "broken" });
     result
 }
+
+/// Takes bases for as long as the source lives. Ends only when another agent writes the log.
+async fn take_bases(ctx: Arc<AgentContext>) -> Result<()> {
+    loop {
+        let e = match BaseTaker::spawn(ctx.clone()).await {
+            Ok(Ok(())) => return std::future::pending().await,
+            Ok(Err(e)) if e.kind() == Kind::Fenced => return Err(e),
+            Ok(Err(e)) => e,
+            Err(e) => Error::other("the taking of bases panicked").source(e),
+        };
+        ctx.alarms.raise(alarms::BASE_FAILED, &ctx.source, format!("bases stopped, and begin again in a minute: {e}"));
+        tokio::select! {
+            () = tokio::time::sleep(BASES_AGAIN) => {}
+            () = ctx.stopped() => return std::future::pending().await,
+        }
+    }
+}
+
+/// How long bases rest after an error that they do not try again by themselves.
+const BASES_AGAIN: Duration = Duration::from_secs(60);
 
 /// Bytes in the spool beyond which the stream waits for ships.
 const SPOOL_BYTES: u64 = 8 << 30;
