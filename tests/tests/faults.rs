@@ -179,6 +179,66 @@ fn the_server_of_the_store_stalls_and_dies() {
     });
 }
 
+/// The faults of a store on a file system, made inside the agent: those that S3 shows from outside, on every place that
+/// objects go to: two stores and the keyring.
+#[test]
+fn faults_of_the_file_system() {
+    block_on(async {
+        let mut scene = Scene::new(Scene::any()).await;
+        let regions = tempfile::tempdir().expect("a folder");
+        let store = |name: &str| {
+            format!("[[store]]\nname = \"{name}\"\nurl = \"file://{}/{name}\"\n", regions.path().display())
+        };
+        let mut agent = Agent::new(&scene.setup(store("eu") + &store("us")));
+        let load = scene.load();
+        // Shares of the calls, from the first base on.
+        let shares = [
+            "put:lost-answer:0.15",
+            "eu/put:503:0.1;us/put:503:0.1;get:503:0.05;list:503:0.1",
+            "put:timeout:0.05;get:timeout:0.02",
+            "keyring-1/put:lost-answer:0.5;keyring-1/get:timeout:0.1",
+        ];
+        let mut truths = Vec::new();
+        for rules in shares {
+            agent.env = vec![("COFFER_STORE_FAULTS".into(), format!("{rules};seed={}", scene.seed))];
+            agent.start();
+            restored::wait_windows(&mut agent, &TENANTS);
+            load.after(150).await;
+            // A tenant that is new in this round: its key is made under the faults.
+            let key = 1000 + truths.len();
+            scene.cluster.psql("shop", &format!("INSERT INTO seats VALUES ({key}, 1, 1)"));
+            truths.push(scene.take(&format!("under {rules}")).await);
+            assert!(scene.durable_within("3min"), "{rules}: {}", agent.log());
+            assert_eq!(agent.ended(), None, "{rules} ended the agent:\n{}", agent.log());
+            agent.kill9();
+            agent.env.clear();
+            scene.check(&agent, &[truths.last().expect("one")], &["2", "7", &key.to_string()]).await;
+            println!("survived {rules}");
+        }
+        // All calls, for a while: nothing becomes durable, nothing ends, and afterwards nothing is missing.
+        let switch = regions.path().join("fault");
+        for rules in ["put:enospc:1", "us/any:503:1", "eu/put:timeout:1", "any:denied:1"] {
+            agent.env = vec![("COFFER_STORE_FAULTS".into(), format!("{rules};while={}", switch.display()))];
+            agent.start();
+            assert!(scene.durable_within("2min"), "{}", agent.log());
+            std::fs::write(&switch, "").expect("our folder");
+            load.after(60).await;
+            truths.push(scene.take(&format!("all {rules}")).await);
+            assert!(!scene.durable_within("3s"), "durable under {rules}");
+            assert_eq!(agent.ended(), None, "{rules} ended the agent:\n{}", agent.log());
+            std::fs::remove_file(&switch).expect("it is there");
+            let begun = Instant::now();
+            assert!(scene.durable_within("3min"), "after {rules}: {}", agent.log());
+            println!("{rules}: durable {:.1} s after it was over", begun.elapsed().as_secs_f64());
+            agent.kill9();
+        }
+        load.stop().await;
+        agent.env.clear();
+        let all: Vec<&Truth> = truths.iter().collect();
+        scene.check(&agent, &all, &["1", "6"]).await;
+    });
+}
+
 /// A disk of a few megabytes that fills up and is made larger. Needs the right to mount; without it the same fault is
 /// shown by the S3 server above alone.
 #[test]
