@@ -237,7 +237,7 @@ impl Writer {
         let n = r.random_range(0..20);
         let x: u32 = r.random();
         let big = format!("repeat(md5('{x}'), {})", r.random_range(70..140));
-        match r.random_range(0..31) {
+        match r.random_range(0..34) {
             0..3 => format!(
                 "INSERT INTO orders VALUES ({t}, {id}, 'n{x}', {x} / 100.0, {big}) \
                  ON CONFLICT (tenant, id) DO UPDATE SET note = excluded.note, amount = excluded.amount;"
@@ -296,6 +296,13 @@ impl Writer {
                  UPDATE seats SET v = v + 1 WHERE tenant = {t} AND id = {id};\
                  DELETE FROM seats WHERE tenant = {t} AND id = {id}; INSERT INTO seats VALUES ({t}, {id}, {n});"
             ),
+            // Rows that move and take values along that the statement does not touch.
+            30 => format!(
+                "UPDATE orders SET tenant = {to} WHERE tenant = {from} AND id = {id} AND NOT EXISTS \
+                 (SELECT FROM orders o WHERE o.tenant = {to} AND o.id = {id});"
+            ),
+            31 => format!("UPDATE docs SET tenant = {to}, rev = rev + 1 WHERE tenant = {from} AND id = {id};"),
+            32 => format!("UPDATE wide SET tenant = {to} WHERE tenant = {from} AND n = {};", n % 10),
             _ => {
                 let upsert = format!(
                     "INSERT INTO pad VALUES ({t}, {id}, {n}) ON CONFLICT (tenant, id) DO UPDATE SET v = excluded.v;"
