@@ -35,8 +35,8 @@ pub const SLOT_AT_RISK: &str = "slot_at_risk";
 pub const SPOOL_FULL: &str = "spool_full";
 /// The source's clock went back.
 pub const SOURCE_CLOCK: &str = "source_clock";
-/// Tables without a rule.
-pub const UNCOVERED: &str = "uncovered_tables";
+/// Progress and tenants cannot be reported to the source: who waits there waits in vain.
+pub const REPORTING_FAILED: &str = "reporting_failed";
 /// Bases fail.
 pub const BASE_FAILED: &str = "base_failed";
 

@@ -30,8 +30,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 const INTAKE_BYTES: u64 = 16 << 20;
 /// Frozen batches that may wait to be shipped, whatever their size.
 const MAX_FROZEN: usize = 8;
-/// Longest time between two records of an idle source.
-const IDLE_RECORD: Duration = Duration::from_secs(60);
+/// Longest time between two records of an idle source, unless a third of the RPO's limit is shorter.
+pub const IDLE_RECORD: Duration = Duration::from_secs(60);
 
 /// What reaches the demultiplexer, in order.
 enum Input {
@@ -65,6 +65,8 @@ pub struct Limits {
     /// Bytes in the spool beyond which the stream stands still while batches wait to be shipped.
     pub spool: u64,
     pub interval: Duration,
+    /// Longest time between two records.
+    pub idle: Duration,
 }
 
 /// Shared between the demultiplexer, the stream in front of it and the shipper behind it.
@@ -651,7 +653,7 @@ impl Demux {
         }
         let quiet = self.last_item.elapsed();
         let interval = Duration::from_millis(self.flow.interval_ms.load(Ordering::Relaxed));
-        if quiet >= IDLE_RECORD || (self.after_batch && quiet >= interval) || self.is_wanted() {
+        if quiet >= self.flow.limits.idle || (self.after_batch && quiet >= interval) || self.is_wanted() {
             self.after_batch = false;
             self.hand_on(ShipItem::Idle(self.reached));
         }

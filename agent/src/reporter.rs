@@ -1,6 +1,6 @@
 //! The agent's conversation with the source over SQL, beside the stream.
 //!
-//! Once a second it reads the source's clock and the end of its log (what a record's time rests on, see
+//! Twice a second it reads the source's clock and the end of its log (what a record's time rests on, see
 //! [`crate::ship`]), whether somebody waits in `coffer.wait_durable()`, and how far the slot is behind; it reports
 //! progress and new tenants. Nothing here is needed for anything to become durable: when the session fails, it is opened
 //! again, and the stream goes on.
@@ -19,9 +19,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use tokio_postgres::Statement;
 
 /// How often the source is asked.
-const TICK: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(500);
 /// How often progress is reported when nobody waits.
 const REPORT: Duration = Duration::from_secs(10);
 /// How often the tables without a rule are counted.
@@ -79,7 +80,9 @@ impl Reporter {
     /// Never returns; drop it to end it.
     pub async fn run(mut self) {
         let dsn = self.ctx.dsn.with_application_name("coffer reporter");
+        let mut failures = 0;
         loop {
+            let began = Instant::now();
             let failed = match sql::connect(&dsn).await {
                 Ok(client) => match self.session(&client).await {
                     Ok(()) => return,
@@ -87,24 +90,38 @@ impl Reporter {
                 },
                 Err(e) => e,
             };
-            tracing::debug!(source = self.ctx.source, "reporting to the source: {failed}");
-            self.ctx.status.set_sql_error(Some(failed.to_string()));
+            if began.elapsed() > REPORT {
+                failures = 0;
+            }
+            // Once is a restart of the server, of which the stream says more.
+            failures += 1;
+            if failures > 3 {
+                self.ctx.alarms.raise(
+                    alarms::REPORTING_FAILED,
+                    &self.ctx.source,
+                    format!("{}; trying again", failed.report()),
+                );
+            }
             self.judge_rpo(None).await;
             tokio::time::sleep(RECONNECT).await;
         }
     }
 
     async fn session(&mut self, client: &SqlClient) -> Result<()> {
+        let look = client.prepare(LOOK).await.sql("cannot read the source's state")?;
+        self.last_report = None;
+        self.look(client, &look).await?;
+        self.report(client).await?;
+        self.ctx.alarms.clear(alarms::REPORTING_FAILED, &self.ctx.source);
         // Whoever was met before this session began.
         let known = self.ctx.keyring.tenants(self.ctx.source_uid);
         self.register(client, known).await?;
-        self.last_report = None;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = tick.tick() => {
-                    self.look(client).await?;
+                    self.look(client, &look).await?;
                     self.judge_rpo(Some(client)).await;
                     if self.last_report.is_none_or(|t| t.elapsed() >= REPORT) {
                         self.report(client).await?;
@@ -132,14 +149,13 @@ impl Reporter {
         }
     }
 
-    async fn look(&mut self, client: &SqlClient) -> Result<()> {
+    async fn look(&mut self, client: &SqlClient, look: &Statement) -> Result<()> {
         let asked_us = self.ctx.clock.now_us();
-        let row = client.query_one(LOOK, &[&self.ctx.slot]).await.sql("cannot read the source's state")?;
+        let row = client.query_one(look, &[&self.ctx.slot]).await.sql("cannot read the source's state")?;
         let time_us: i64 = row.get(0);
         let end: Lsn = row.get::<_, &str>(1).parse().map_err(Error::other)?;
         self.anchors.add(before_page_header(end, row.get::<_, i64>(2)), time_us);
         self.ctx.status.set_source_clock(time_us - asked_us);
-        self.ctx.status.set_sql_error(None);
         let waiting: bool = row.get(3);
         if waiting {
             self.flow.want(before_page_header(end, row.get::<_, i64>(2)));

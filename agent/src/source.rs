@@ -51,7 +51,12 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
     // Until the first record there is nowhere to stream from.
     let Some(resume) = begin(&ctx, &anchors).await? else { return Ok(()) };
     let flow = Flow::new(
-        Limits { memory: ctx.memory.stream, spool: SPOOL_BYTES, interval: ctx.config.ship.interval },
+        Limits {
+            memory: ctx.memory.stream,
+            spool: SPOOL_BYTES,
+            interval: ctx.config.ship.interval,
+            idle: demux::IDLE_RECORD.min(ctx.config.rpo.limit / 3),
+        },
         Spool::new(ctx.config.spool.dir.clone()),
     );
     ctx.status.set_flow(flow.clone());

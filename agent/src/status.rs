@@ -100,7 +100,6 @@ struct Noted {
     clock_offset_us: i64,
     slot_lag_bytes: Option<i64>,
     uncovered: Vec<String>,
-    sql_error: Option<String>,
 }
 
 impl SourceStatus {
@@ -152,10 +151,6 @@ impl SourceStatus {
 
     pub fn set_uncovered(&self, tables: Vec<String>) {
         self.lock().uncovered = tables;
-    }
-
-    pub fn set_sql_error(&self, e: Option<String>) {
-        self.lock().sql_error = e;
     }
 
     /// How far what is durable is behind the source's clock; `None` before the first record.
