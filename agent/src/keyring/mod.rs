@@ -12,6 +12,8 @@
 
 mod entry;
 mod kek;
+#[cfg(test)]
+mod tests;
 
 pub use kek::{DEFAULT_VARIABLE, Kek};
 

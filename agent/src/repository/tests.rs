@@ -162,3 +162,323 @@ async fn what_is_written_is_read_back_from_every_required_store() {
     let names: String = files_below(w.dir.path()).iter().map(|p| p.display().to_string()).collect();
     assert!(!names.contains("acme") && !names.contains("shop"), "{names}");
 }
+
+/// The stores `a` and `b` with two objects and three records.
+async fn three_records(w: &World) -> (Uuid, Vec<ObjectRef>) {
+    let repo = w.init().await;
+    let source = repo.keyring().ensure_source("shop").await.unwrap();
+    let objects =
+        vec![object(&repo, source, "acme", noise(1000)).await, object(&repo, source, "umbrella", noise(1000)).await];
+    let mut log = Log::open(&repo, source, None).await.unwrap();
+    log.append(draft(0, 1, Body::Init)).await.unwrap();
+    log.append(draft(1, 2, ship(objects.clone()))).await.unwrap();
+    log.append(draft(2, 3, Body::Idle)).await.unwrap();
+    (source, objects)
+}
+
+impl World {
+    fn record(&self, store: &str, source: Uuid, n: u64) -> std::path::PathBuf {
+        self.path(store).join(paths::log_record(source, n))
+    }
+
+    fn file(&self, store: &str, object: &ObjectRef) -> std::path::PathBuf {
+        self.path(store).join(&object.path)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_existing_repository_is_never_replaced_and_a_foreign_one_never_used() {
+    let w = World::new(&[("a", true), ("b", true)]);
+    let repo = w.init().await;
+    let clock = Arc::new(SystemClock);
+    let before = files_below(w.dir.path()).len();
+    let again = Repository::create(&w.config, repo.keyring().clone(), clock.clone()).await.unwrap_err();
+    assert_eq!(again.kind(), Kind::Refused);
+    assert_eq!(crate::commands::init::run(&w.config, false, true).await.unwrap_err().kind(), Kind::Refused);
+    assert_eq!(files_below(w.dir.path()).len(), before, "nothing was changed");
+
+    // Stores swapped, and the sequencer moved.
+    let mut swapped = w.config.clone();
+    (swapped.store[0].url, swapped.store[1].url) = (w.config.store[1].url.clone(), w.config.store[0].url.clone());
+    let mut reordered = w.config.clone();
+    reordered.store.reverse();
+    for c in [swapped, reordered] {
+        let e = Repository::open(&c, repo.keyring().clone(), clock.clone(), Access::Read).await.unwrap_err();
+        assert_eq!(e.kind(), Kind::Usage, "{e}");
+    }
+    // Another keyring.
+    let other = World::new(&[("a", true)]);
+    other.init().await;
+    let foreign = Keyring::open(&other.config.keys, clock.clone()).await.unwrap();
+    let e = Repository::open(&w.config, foreign, clock, Access::Read).await.unwrap_err();
+    assert!(matches!(e.kind(), Kind::Key | Kind::Verification), "{e}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn init_takes_back_what_it_made_when_a_later_step_fails() {
+    let mut w = World::new(&[("a", true), ("b", true)]);
+    // A file where the second store's directory should be.
+    std::fs::write(w.path("b"), "x").unwrap();
+    assert!(crate::commands::init::run(&w.config, false, true).await.is_err());
+    assert!(files_below(&w.path("k1")).is_empty(), "the keyring is gone again");
+    assert!(files_below(&w.path("a")).is_empty());
+    std::fs::remove_file(w.path("b")).unwrap();
+    crate::commands::init::run(&w.config, false, true).await.unwrap();
+    w.open(Access::Write).await;
+    // --create-kek never touches a KEK.
+    w.config.store[0].url = format!("file://{}", w.path("a2").display());
+    assert_eq!(crate::commands::init::run(&w.config, true, true).await.unwrap_err().kind(), Kind::Refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_writer_is_fenced_by_the_number() {
+    let w = World::new(&[("a", true), ("b", true)]);
+    let (source, _) = three_records(&w).await;
+    let (one, two) = (w.open(Access::Write).await, w.open(Access::Write).await);
+    let mut first = Log::open(&one, source, None).await.unwrap();
+    let mut second = Log::open(&two, source, None).await.unwrap();
+    first.append(draft(3, 4, Body::Idle)).await.unwrap();
+    let e = second.append(draft(3, 5, Body::Idle)).await.unwrap_err();
+    assert_eq!(e.kind(), Kind::Fenced);
+    let text = e.to_string();
+    assert!(text.contains(&first.writer().to_string()) && text.contains(&second.writer().to_string()), "{text}");
+    assert_eq!(second.append(draft(3, 5, Body::Idle)).await.unwrap_err().kind(), Kind::Fenced);
+    first.append(draft(4, 5, Body::Idle)).await.unwrap();
+    assert_eq!(Log::open(&one, source, None).await.unwrap().records().len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_required_store_that_missed_something_is_an_error_to_readers_and_healed_by_writers() {
+    let w = World::new(&[("a", true), ("b", true)]);
+    let (source, objects) = three_records(&w).await;
+    for n in [1, 2] {
+        std::fs::remove_file(w.record("b", source, n)).unwrap();
+    }
+    std::fs::remove_file(w.file("b", &objects[1])).unwrap();
+    let reader = w.open(Access::Read).await;
+    let e = Log::open(&reader, source, None).await.err().unwrap();
+    assert!(e.is_code("store_behind"), "{e}");
+    assert_eq!(Log::open(&reader, source, Some("a")).await.unwrap().records().len(), 3);
+    assert_eq!(Log::open(&reader, source, Some("b")).await.unwrap().records().len(), 1);
+
+    let writer = w.open(Access::Write).await;
+    let mut log = Log::open(&writer, source, None).await.unwrap();
+    assert_eq!(log.upto_lsn(), Some(Lsn(3)));
+    log.append(draft(3, 4, Body::Idle)).await.unwrap();
+    assert_eq!(Log::open(&reader, source, None).await.unwrap().records().len(), 4);
+    assert!(read_back(&reader, &objects[1], Some("b")).await.is_ok());
+    let durable: Vec<_> = writer.status(source).into_iter().map(|s| (s.up, s.durable_lsn)).collect();
+    assert_eq!(durable, [(true, Some(Lsn(4))), (true, Some(Lsn(4)))]);
+
+    // The sequencer itself was lost and came back empty but for its descriptor.
+    for n in 0..4 {
+        std::fs::remove_file(w.record("a", source, n)).unwrap();
+    }
+    for o in &objects {
+        std::fs::remove_file(w.file("a", o)).unwrap();
+    }
+    let writer = w.open(Access::Write).await;
+    let mut log = Log::open(&writer, source, None).await.unwrap();
+    log.level().await.unwrap();
+    assert!(read_back(&reader, &objects[0], Some("a")).await.is_ok());
+    assert_eq!(Log::open(&reader, source, Some("a")).await.unwrap().records().len(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_optional_store_catches_up_on_its_own() {
+    let w = World::new(&[("a", true), ("c", false)]);
+    let (source, objects) = three_records(&w).await;
+    let reader = w.open(Access::Read).await;
+    assert_eq!(Log::open(&reader, source, None).await.unwrap().records().len(), 3, "it lags, which is no error");
+    assert!(Log::open(&reader, source, Some("c")).await.unwrap().last().is_none());
+    let writer = w.open(Access::Write).await;
+    let copier = tokio::spawn({
+        let writer = writer.clone();
+        async move { writer.replicate_optional(source).await }
+    });
+    let reach = async |lsn: u64| {
+        for _ in 0..200 {
+            if writer.status(source)[1].durable_lsn == Some(Lsn(lsn)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("the store never reached {lsn}: {:?}", writer.status(source));
+    };
+    reach(3).await;
+    let mut log = Log::open(&writer, source, None).await.unwrap();
+    let large = object(&writer, source, "acme", noise(20 << 20)).await;
+    log.append(draft(3, 4, ship(vec![large.clone()]))).await.unwrap();
+    reach(4).await;
+    for o in objects.iter().chain([&large]) {
+        assert!(read_back(&reader, o, Some("c")).await.is_ok());
+    }
+    copier.abort();
+    // The disk was replaced by an empty one.
+    std::fs::remove_dir_all(w.path("c")).unwrap();
+    std::fs::create_dir(w.path("c")).unwrap();
+    let writer = w.open(Access::Write).await;
+    assert!(!writer.status(source)[1].up);
+    let copied = writer.replicate_to("c", source).await.unwrap();
+    assert_eq!((copied.records, copied.objects), (4, 3));
+    assert_eq!(writer.replicate_to("c", source).await.unwrap().records, 0);
+    assert!(writer.status(source)[1].up);
+    // A damaged original is not spread.
+    std::fs::remove_file(w.record("c", source, 3)).unwrap();
+    std::fs::remove_file(w.file("c", &large)).unwrap();
+    flip(&w.file("a", &large), 10 << 20);
+    assert_eq!(writer.replicate_to("c", source).await.unwrap_err().kind(), Kind::Verification);
+    assert!(!w.file("c", &large).exists() && !w.record("c", source, 3).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_required_store_that_is_away_makes_writers_wait() {
+    let w = World::new(&[("a", true), ("b", true)]);
+    let (source, objects) = three_records(&w).await;
+    let repo = w.open(Access::Write).await;
+    let mut log = Log::open(&repo, source, None).await.unwrap();
+    log.level().await.unwrap();
+    std::fs::rename(w.path("b"), w.path("away")).unwrap();
+    let append = log.append(draft(3, 4, Body::Idle));
+    tokio::pin!(append);
+    assert!(tokio::time::timeout(Duration::from_millis(1500), &mut append).await.is_err());
+    let b = &repo.status(source)[1];
+    assert!(!b.up && b.last_error.is_some() && b.durable_lsn == Some(Lsn(3)), "{b:?}");
+    assert!(!w.path("b").exists(), "nothing is written where the store was");
+    // Readers go on with the other one when they name it; new writers do not start.
+    let reader = w.open(Access::Read).await;
+    let e = Log::open(&reader, source, None).await.err().unwrap();
+    assert_eq!(e.kind(), Kind::Unreachable, "{e}");
+    assert_eq!(Log::open(&reader, source, Some("a")).await.unwrap().records().len(), 4);
+    assert!(read_back(&reader, &objects[0], None).await.is_ok());
+    assert_eq!(read_back(&reader, &objects[0], Some("b")).await.unwrap_err().kind(), Kind::Unreachable);
+    assert_eq!(w.try_open(Access::Write).await.unwrap_err().kind(), Kind::Unreachable);
+    std::fs::rename(w.path("away"), w.path("b")).unwrap();
+    append.await.unwrap();
+    assert!(repo.status(source)[1].up);
+    assert_eq!(Log::open(&w.open(Access::Read).await, source, None).await.unwrap().records().len(), 4);
+}
+
+fn flip(file: &Path, at: usize) {
+    let mut b = std::fs::read(file).unwrap();
+    let at = at.min(b.len() - 1);
+    b[at] ^= 4;
+    std::fs::write(file, b).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_is_done_to_the_log_is_found() {
+    let w = World::new(&[("a", true)]);
+    let (source, _) = three_records(&w).await;
+    let repo = w.open(Access::Read).await;
+    let records: Vec<_> = (0..3).map(|n| w.record("a", source, n)).collect();
+    let good: Vec<_> = records.iter().map(|p| std::fs::read(p).unwrap()).collect();
+    let failing = async |what: &str, code: &str| {
+        let e = Log::open(&repo, source, None).await.err().unwrap_or_else(|| panic!("{what} went unnoticed"));
+        assert_eq!(e.kind(), Kind::Verification, "{what}: {e}");
+        assert!(e.is_code(code), "{what}: {e}");
+        assert!(e.to_string().contains("/log/0"), "{what}: {e}");
+        for (p, b) in records.iter().zip(&good) {
+            std::fs::write(p, b).unwrap();
+        }
+    };
+    for n in 0..3 {
+        for at in [0, 20, 100, 150, 170, 1_000_000] {
+            flip(&records[n], at);
+            let e = Log::open(&repo, source, None).await.err().unwrap();
+            assert!(matches!(e.kind(), Kind::Verification | Kind::Key), "{e}");
+            std::fs::write(&records[n], &good[n]).unwrap();
+        }
+        std::fs::write(&records[n], &good[n][..good[n].len() - 1]).unwrap();
+        failing("a cut record", "corrupt").await;
+    }
+    std::fs::write(&records[1], &good[2]).unwrap();
+    std::fs::write(&records[2], &good[1]).unwrap();
+    failing("swapped records", "replayed").await;
+    std::fs::remove_file(&records[1]).unwrap();
+    failing("a missing record", "chain_gap").await;
+    // A record of the right number, sealed under the right key, of another history.
+    let key = repo.keyring().repository_key();
+    let mut forged = (**Log::open(&repo, source, None).await.unwrap().last().unwrap()).clone();
+    forged.prev = Some("00".into());
+    let header = Header {
+        kind: ObjectKind::Log,
+        codec: Codec::None,
+        tenant: repo.uid(),
+        object: random::uuid(),
+        source,
+        system_identifier: 77,
+        timeline: 1,
+        lsn_start: Lsn(2),
+        lsn_end: Lsn(3),
+        key_version: 1,
+    };
+    let mut s = crate::crypto::Sealer::new(Vec::new(), &header, &key).unwrap();
+    s.write_all(&serde_json::to_vec(&forged).unwrap()).unwrap();
+    std::fs::write(&records[2], s.finish().unwrap().0).unwrap();
+    failing("another history", "chain_gap").await;
+    Log::open(&repo, source, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_is_done_to_an_object_is_found() {
+    let w = World::new(&[("a", true), ("b", true)]);
+    let (_, objects) = three_records(&w).await;
+    let repo = w.open(Access::Read).await;
+    let file = w.file("a", &objects[0]);
+    let good = std::fs::read(&file).unwrap();
+    let failing = async |what: &str, code: &str| {
+        for e in [
+            read_back(&repo, &objects[0], None).await.expect_err(what),
+            repo.open_small(&objects[0], None).await.expect_err(what),
+        ] {
+            assert!(e.kind() == Kind::Verification && e.is_code(code), "{what}: {e}");
+            assert!(e.to_string().contains(&objects[0].path), "{what}: {e}");
+        }
+    };
+    for at in [0, 8, 40, 130, 165, 500, 1_000_000] {
+        flip(&file, at);
+        let e = read_back(&repo, &objects[0], None).await.expect_err("a flipped bit");
+        assert!(matches!(e.kind(), Kind::Verification | Kind::Key), "{e}");
+        assert!(e.to_string().contains(&objects[0].path), "{e}");
+        std::fs::write(&file, &good).unwrap();
+    }
+    std::fs::write(&file, &good[..good.len() - 1]).unwrap();
+    failing("a cut object", "corrupt").await;
+    std::fs::write(&file, std::fs::read(w.file("a", &objects[1])).unwrap()).unwrap();
+    let e = read_back(&repo, &objects[0], None).await.expect_err("another tenant's object");
+    assert_eq!(e.kind(), Kind::Verification, "{e}");
+    std::fs::remove_file(&file).unwrap();
+    failing("a missing object", "missing").await;
+    assert!(read_back(&repo, &objects[0], Some("b")).await.is_ok());
+}
+
+/// `cargo test --release -p coffer --lib repository::tests::speed -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "prints figures"]
+async fn speed() {
+    let w = World::new(&[("a", true)]);
+    let repo = w.init().await;
+    let source = repo.keyring().ensure_source("shop").await.unwrap();
+    let object = object(&repo, source, "acme", noise(1000)).await;
+    let mut log = Log::open(&repo, source, None).await.unwrap();
+    let at = Instant::now();
+    for n in 0..10_000 {
+        log.append(draft(n, n + 1, ship(vec![object.clone(); 20]))).await.unwrap();
+    }
+    println!("append: {:.2} ms each", at.elapsed().as_secs_f64() / 10.0);
+    let at = Instant::now();
+    assert_eq!(Log::open(&repo, source, None).await.unwrap().records().len(), 10_000);
+    println!("10,000 records of 20 objects read in {:.2} s", at.elapsed().as_secs_f64());
+    let at = Instant::now();
+    let bytes = Bytes::from(noise(4096));
+    let puts = (0..2000).map(|_| repo.put_owned(format!("s/x/{}", random::uuid().simple()), bytes.clone()));
+    futures::StreamExt::collect::<Vec<_>>(futures::StreamExt::buffer_unordered(futures::stream::iter(puts), 32)).await;
+    println!("2,000 objects of 4 KiB, 32 at a time: {:.2} s", at.elapsed().as_secs_f64());
+}
+
+impl Repository {
+    async fn put_owned(&self, path: String, bytes: Bytes) {
+        self.put(&path, bytes).await.unwrap();
+    }
+}
