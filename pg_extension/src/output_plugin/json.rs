@@ -131,13 +131,18 @@ fn put_row(out: &mut Vec<u8>, covered: &Covered, row: &Row<'_>) {
         put_name(out, "partition");
         render::integer(out, relation.leaf.into());
     }
+    let key_columns = || relation.key.iter().map(|k| &relation.columns[usize::from(*k)]);
+    let full_row = relation.key_mode == KeyMode::FullRow;
     if row.op == Op::Opaque {
         put_name(out, "reason");
         put_string(out, row.key);
+        // What is kept of an unresolved row is its key, when it has one and it could be read.
+        if !full_row && !row.image.is_empty() {
+            put_name(out, "key");
+            put_line(out, key_columns(), row.image);
+        }
         return;
     }
-    let key_columns = || relation.key.iter().map(|k| &relation.columns[usize::from(*k)]);
-    let full_row = relation.key_mode == KeyMode::FullRow;
     if !full_row {
         put_name(out, "key");
         put_line(out, key_columns(), row.key);

@@ -32,7 +32,7 @@ impl Group {
             self.relations.extend_from_slice(&bytes);
             self.relations.len() / 8 - 1
         });
-        // A run is closed at 256 KiB: it cannot hold rows of 65,536 tables, of three bytes and more each... see `is_full`.
+        // A row takes eleven bytes at least and runs are closed at 256 KiB, so the number fits.
         self.last = (id, index as u16);
         self.last.1
     }
