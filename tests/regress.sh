@@ -73,7 +73,7 @@ dynamic_library_path = '$COFFER_PG18_LIB:\$libdir'"
   if ! "$PG_REGRESS" --bindir="$BIN" --host="$DIR/run" --user=postgres --dbname=coffer_regress \
     --inputdir=pg_extension/tests/pg_regress --outputdir="$OUT" "${tests[@]}" >"$OUT/summary" 2>&1; then
     failed=1
-    cat "$OUT/summary" "$OUT/regression.diffs" 2>/dev/null >&2 || true
+    cat "$OUT/summary" "$OUT/regression.diffs" >&2 2>/dev/null || true
   else
     grep -E '^( All|# All|ok|test )' "$OUT/summary" || cat "$OUT/summary"
   fi
