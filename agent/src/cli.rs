@@ -46,6 +46,14 @@ pub enum Verb {
     Status,
     /// Every precondition, with the statement or the setting that repairs it; exit code 11 when one is not met
     Doctor,
+    /// Bring one tenant back to a point: into the live database, a new one, or files
+    Restore(commands::restore::RestoreArgs),
+    /// Tenants, what each can be restored to, and its backups
+    List(commands::list::ListArgs),
+    /// One backup, or one object of a store
+    Show(commands::show::ShowArgs),
+    /// Read back and authenticate everything that the log names; exit code 5 or 7 when something is not as written
+    Verify(commands::verify::VerifyArgs),
     /// A private cluster, real traffic, a disaster, one tenant restored to a point in time, proof
     Demo(commands::demo::DemoArgs),
     /// Print a completion script for a shell

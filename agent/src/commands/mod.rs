@@ -3,5 +3,11 @@
 pub mod demo;
 pub mod doctor;
 pub mod init;
+pub mod list;
+pub mod opened;
+pub mod progress;
+pub mod restore;
 pub mod run;
+pub mod show;
 pub mod status;
+pub mod verify;

@@ -485,7 +485,7 @@ impl Intake {
             let at = Position { end_lsn: txn.end_lsn, seq: h.seq, index: n };
             n += 1;
             let (Some(group), Some(desc)) = (group, desc) else {
-                for _ in 0..1 + usize::from(op == Op::UpdateKey) + usize::from(op != Op::Delete) {
+                for _ in 0..values(op) {
                     body.skip_value()?;
                 }
                 continue;
@@ -551,6 +551,11 @@ impl Intake {
     }
 }
 
+/// How many values a row of this operation has: old key, key, image.
+pub(super) fn values(op: Op) -> usize {
+    1 + usize::from(op == Op::UpdateKey) + usize::from(op != Op::Delete)
+}
+
 pub(super) fn put_value(out: &mut Vec<u8>, what: u8, desc: DescId) {
     out.push(what);
     out.extend_from_slice(&desc.to_le_bytes());
@@ -577,10 +582,10 @@ fn wrong_count(said: u32, found: u32) -> Error {
 /// A run's header, owned.
 pub(super) struct Header {
     seq: u64,
-    tenant_kind: TenantKind,
-    tenant_key: String,
+    pub tenant_kind: TenantKind,
+    pub tenant_key: String,
     pub relations: Vec<u64>,
-    rows: u32,
+    pub rows: u32,
     rows_len: u64,
 }
 

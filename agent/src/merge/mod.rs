@@ -22,6 +22,7 @@
 //!
 //! Order: commit order by `end_lsn`, then the frame counter inside the transaction, then the row in its run.
 
+mod check;
 mod descriptor;
 mod fold;
 mod image;
@@ -35,9 +36,11 @@ mod tenant;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use check::{Checked, check};
 pub use descriptor::{DescId, Descriptors};
 pub use fold::Holes;
 pub use image::{Field, Image};
+pub(crate) use intake::from_io;
 pub use intake::{IntakeStats, Pick, TXN_INDEX_FRAME, UpTo};
 pub use key::Position;
 pub use scratch::{BlobRef, Blobs, DEFAULT_SEGMENT_BYTES, Scratch};

@@ -1,0 +1,105 @@
+//! `coffer list`: tenants, what each can be restored to, its backups.
+
+use super::opened::Opened;
+use crate::clock::rfc3339;
+use crate::config::Config;
+use crate::error::{Context, Error, Kind, Result};
+use crate::history::History;
+use crate::keyring::TenantEntry;
+use crate::tenant::Tenant;
+use coffer_wire::TenantKind;
+use serde_json::{Value, json};
+
+#[derive(clap::Args, Debug)]
+pub struct ListArgs {
+    /// Only this tenant
+    #[arg(long, value_name = "KEY")]
+    pub tenant: Option<String>,
+    /// Read from this store alone, as it is
+    #[arg(long, value_name = "STORE")]
+    pub from: Option<String>,
+}
+
+/// Prints the tenants of a source, or of all.
+pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ListArgs) -> Result<()> {
+    let opened = Opened::new(config, args.from.as_deref()).await?;
+    let (mut tenants, mut reserved) = (Vec::new(), Vec::new());
+    for (name, uid) in opened.sources(source)? {
+        let history = opened.history(uid).await?;
+        for e in opened.keyring.tenants(uid) {
+            if e.tenant.kind == TenantKind::Normal {
+                if args.tenant.as_ref().is_none_or(|t| *t == e.tenant.key) {
+                    tenants.push(tenant(&name, &history, &e));
+                }
+            } else if args.tenant.is_none() {
+                reserved.push(tenant(&name, &history, &e));
+            }
+        }
+    }
+    if let (Some(t), true) = (&args.tenant, tenants.is_empty()) {
+        return Err(Error::new(
+            Kind::NotFound,
+            format!("there is no tenant '{}' in the repository", Tenant::normal(t)),
+        )
+        .hint("a tenant is known once its first rows are durable"));
+    }
+    let document = json!({"version": 1, "tenants": tenants, "reserved": reserved});
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    let written = if json { writeln!(out, "{document}") } else { out.write_all(text(&document).as_bytes()) };
+    written.context(Kind::Other, "cannot write to standard output")
+}
+
+fn tenant(source: &str, history: &History, e: &TenantEntry) -> Value {
+    let gaps: Vec<_> = history
+        .gaps()
+        .into_iter()
+        .map(|g| json!({"from_lsn": g.from.to_string(), "to_lsn": g.to.to_string(), "reason": g.reason}))
+        .collect();
+    let backups: Vec<_> = history
+        .backups(e.uid)
+        .into_iter()
+        .map(|b| {
+            json!({"id": b.id, "kind": "full", "point_lsn": b.point.to_string(), "point_time": rfc3339(b.time_us),
+                "bytes": b.bytes, "rows": b.rows, "tables": b.tables, "verified_at": null, "holds": []})
+        })
+        .collect();
+    json!({"source": source, "tenant": e.tenant.key, "kind": e.tenant.kind.name(), "uid": e.uid, "state": "active",
+        "created_at": rfc3339(e.created_us), "window": history.windows(None), "gaps": gaps, "backups": backups})
+}
+
+fn text(d: &Value) -> String {
+    let s = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
+    let mut out = String::new();
+    for t in ["tenants", "reserved"].iter().flat_map(|k| d[*k].as_array().into_iter().flatten()) {
+        let name = if t["kind"] == "normal" { s(&t["tenant"]) } else { format!("({})", s(&t["kind"])) };
+        out.push_str(&format!("{} {name}  {}\n", s(&t["source"]), s(&t["uid"])));
+        for w in t["window"].as_array().into_iter().flatten() {
+            out.push_str(&format!(
+                "  window  {} ({}) to {} ({})\n",
+                s(&w["from_time"]),
+                s(&w["from_lsn"]),
+                s(&w["to_time"]),
+                s(&w["to_lsn"])
+            ));
+        }
+        for g in t["gaps"].as_array().into_iter().flatten() {
+            out.push_str(&format!("  gap     {} to {}: {}\n", s(&g["from_lsn"]), s(&g["to_lsn"]), s(&g["reason"])));
+        }
+        for b in t["backups"].as_array().into_iter().flatten() {
+            out.push_str(&format!(
+                "  {}    {} at {} ({}), {} rows, {} bytes\n",
+                s(&b["kind"]),
+                s(&b["id"]),
+                s(&b["point_time"]),
+                s(&b["point_lsn"]),
+                b["rows"],
+                b["bytes"]
+            ));
+        }
+    }
+    if out.is_empty() {
+        out.push_str("no tenant yet\n");
+    }
+    out
+}

@@ -1,0 +1,242 @@
+//! `coffer verify`: reads back everything that the log names, in every store, and believes nothing.
+//!
+//! The log's numbering and hash chain; that each record goes on where the one before ended; then every object: length
+//! and SHA-256 as recorded, every chunk's authentication tag, kind, tenant and positions of the header, frames that
+//! parse, rows of one tenant, as many as recorded.
+
+use super::opened::Opened;
+use super::progress::Progress;
+use crate::config::Config;
+use crate::crypto::ObjectKind;
+use crate::error::{Context, Error, Kind, Result};
+use crate::merge::{check, from_io};
+use crate::repository::{Body, Log, LogRecord, ObjectRef};
+use crate::tenant::Tenant;
+use futures::{StreamExt, stream};
+use serde_json::{Value, json};
+use std::collections::HashSet;
+use std::io::Read;
+use std::sync::Arc;
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+/// Objects read at a time.
+const PARALLEL: usize = 4;
+
+#[derive(clap::Args, Debug)]
+pub struct VerifyArgs {
+    /// Only this tenant's objects
+    #[arg(long, value_name = "KEY")]
+    pub tenant: Option<String>,
+    /// Compare with the live database (not in this version)
+    #[arg(long)]
+    pub against_live: bool,
+    /// Only this store
+    #[arg(long, value_name = "STORE")]
+    pub from: Option<String>,
+}
+
+/// Something that is not as it was written.
+#[derive(Clone, Debug)]
+struct Failure {
+    object: String,
+    tenant_uid: Option<Uuid>,
+    kind: &'static str,
+    message: String,
+}
+
+impl Failure {
+    fn of(object: &str, tenant: Option<Uuid>, e: &Error) -> Self {
+        let kind = if e.kind() == Kind::Key {
+            "wrong_key"
+        } else {
+            ["missing", "replayed", "chain_gap"].into_iter().find(|k| e.is_code(k)).unwrap_or("corrupt")
+        };
+        Self { object: object.to_owned(), tenant_uid: tenant, kind, message: e.to_string() }
+    }
+
+    fn chain(object: String, message: String) -> Self {
+        Self { object, tenant_uid: None, kind: "chain_gap", message }
+    }
+}
+
+/// A store that does not answer is no failure of what is in it.
+fn is_finding(e: &Error) -> bool {
+    matches!(e.kind(), Kind::Verification | Kind::Key | Kind::NotFound)
+}
+
+/// Verifies; the exit code: 0, 5 or 7.
+pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &VerifyArgs) -> Result<u8> {
+    if args.against_live {
+        return Err(Error::new(Kind::Refused, "--against-live is not available in this version")
+            .code("not_available")
+            .hint("`coffer restore --mode in-place --dry-run --to latest` counts what differs from the live rows"));
+    }
+    let opened = Opened::new(config, args.from.as_deref()).await?;
+    let mut stores: Vec<(String, bool)> = opened.repo.stores().map(|s| (s.name().to_owned(), s.required())).collect();
+    stores.retain(|(s, _)| args.from.as_ref().is_none_or(|f| f == s));
+    if stores.is_empty() {
+        return Err(Error::usage(format!("there is no store '{}'", args.from.as_deref().unwrap_or_default())));
+    }
+    let (mut objects, mut failures, mut warnings) = (HashSet::new(), Vec::new(), Vec::new());
+    for (name, uid) in opened.sources(source)? {
+        let tenant = match &args.tenant {
+            Some(k) => Some(opened.tenant((&name, uid), &Tenant::normal(k))?.uid),
+            None => None,
+        };
+        for (store, required) in &stores {
+            match one_store(&opened, uid, store, tenant, json, &mut objects).await {
+                Ok(found) => failures.extend(found),
+                // An optional store may be away; it holds copies.
+                Err(e) if !required && e.kind() == Kind::Unreachable && args.from.is_none() => {
+                    warnings.push(format!("store {store} was left out: {e}"));
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    let listed: Vec<Value> = failures
+        .iter()
+        .map(|f| json!({"object": f.object, "tenant_uid": f.tenant_uid, "kind": f.kind, "message": f.message}))
+        .collect();
+    let document = json!({"version": 1, "ok": failures.is_empty(), "objects": objects.len(), "failures": listed,
+        "stores": stores.iter().map(|s| s.0.clone()).collect::<Vec<_>>(), "warnings": warnings});
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    let written = if json { writeln!(out, "{document}") } else { out.write_all(text(&document).as_bytes()) };
+    written.context(Kind::Other, "cannot write to standard output")?;
+    Ok(match failures.as_slice() {
+        [] => 0,
+        all if all.iter().all(|f| f.kind == "wrong_key") => Kind::Key.exit_code(),
+        _ => Kind::Verification.exit_code(),
+    })
+}
+
+/// Everything that one store has of a source.
+async fn one_store(
+    opened: &Opened,
+    source: Uuid,
+    store: &str,
+    tenant: Option<Uuid>,
+    json: bool,
+    seen: &mut HashSet<String>,
+) -> Result<Vec<Failure>> {
+    let log = match Log::open(&opened.repo, source, Some(store)).await {
+        Ok(log) => log,
+        Err(e) if is_finding(&e) => {
+            let object = crate::repository::paths::log_dir(source);
+            return Ok(vec![Failure::of(&named_in(&e, &object), None, &e)]);
+        }
+        Err(e) => return Err(e),
+    };
+    let mut failures = continuity(source, log.records());
+    let wanted: Vec<ObjectRef> = log
+        .records()
+        .iter()
+        .flat_map(|r| r.objects())
+        .filter(|o| tenant.is_none_or(|t| t == o.tenant))
+        .cloned()
+        .collect();
+    seen.extend(wanted.iter().map(|o| o.path.clone()));
+    if tenant.is_none() {
+        seen.extend((0..log.records().len() as u64).map(|n| crate::repository::paths::log_record(source, n)));
+    }
+    let total = wanted.iter().map(|o| o.bytes).sum();
+    let progress = Progress::new(&format!("verifying {store}"), "bytes", total, json);
+    let rt = Handle::current();
+    let mut checked = stream::iter(wanted)
+        .map(|o| {
+            let (repo, keyring, rt, store) =
+                (opened.repo.clone(), opened.keyring.clone(), rt.clone(), store.to_owned());
+            async move {
+                let owner = keyring.by_uid(o.tenant).map(|t| t.tenant);
+                let object = o.clone();
+                let work = move || {
+                    let mut plain = repo.open_object(&rt, &object, Some(&store))?;
+                    one_object(&mut plain, &object, owner.as_ref())
+                };
+                let r = tokio::task::spawn_blocking(work).await.context(Kind::Other, "a worker thread broke off");
+                (o, r.and_then(|r| r))
+            }
+        })
+        .buffer_unordered(PARALLEL);
+    while let Some((o, r)) = checked.next().await {
+        progress.add(o.bytes);
+        match r {
+            Ok(()) => {}
+            Err(e) if is_finding(&e) => {
+                failures.push(Failure::of(&o.path, Some(o.tenant), &e.during(format_args!("store {store}"))));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    failures.sort_by(|a, b| a.object.cmp(&b.object));
+    Ok(failures)
+}
+
+/// The record that an error of the log names, else the log's folder.
+fn named_in(e: &Error, folder: &str) -> String {
+    let text = e.to_string();
+    text.split([' ', ':', ',']).find(|w| w.starts_with(folder)).unwrap_or(folder).to_owned()
+}
+
+/// Each record begins where the one before ended.
+fn continuity(source: Uuid, records: &[Arc<LogRecord>]) -> Vec<Failure> {
+    let mut out = Vec::new();
+    for pair in records.windows(2) {
+        let (a, b) = (&pair[0], &pair[1]);
+        let path = || crate::repository::paths::log_record(source, b.n);
+        // A new timeline goes back to where the old one was left; a gap says what it skips.
+        let follows = match &b.body {
+            Body::Timeline { at, .. } => b.from_lsn <= a.upto_lsn && b.upto_lsn <= *at.max(&b.from_lsn),
+            _ => b.from_lsn == a.upto_lsn,
+        };
+        if !follows {
+            out.push(Failure::chain(
+                path(),
+                format!("record {} begins at {}, the record before it ends at {}", b.n, b.from_lsn, a.upto_lsn),
+            ));
+        }
+        if b.upto_lsn < b.from_lsn {
+            out.push(Failure::chain(path(), format!("record {} ends before it begins", b.n)));
+        }
+        if !matches!(b.body, Body::Timeline { .. })
+            && (a.timeline, a.system_identifier) != (b.timeline, b.system_identifier)
+        {
+            out.push(Failure::chain(path(), format!("record {} is of another server or timeline", b.n)));
+        }
+    }
+    out
+}
+
+fn one_object(plain: &mut dyn Read, o: &ObjectRef, owner: Option<&Tenant>) -> Result<()> {
+    match o.kind {
+        ObjectKind::Changeset | ObjectKind::Full | ObjectKind::Common => {
+            let within = (o.kind != ObjectKind::Full).then_some((o.lsn_start, o.lsn_end));
+            let found = check(plain, owner, within)?;
+            if o.kind != ObjectKind::Common && found.rows != o.rows {
+                return Err(Error::new(
+                    Kind::Verification,
+                    format!("object {} holds {} rows, its record says {}", o.path, found.rows, o.rows),
+                )
+                .code("corrupt"));
+            }
+            Ok(())
+        }
+        _ => std::io::copy(plain, &mut std::io::sink()).map(drop).map_err(from_io),
+    }
+}
+
+fn text(d: &Value) -> String {
+    let s = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
+    let mut out = String::new();
+    for f in d["failures"].as_array().into_iter().flatten() {
+        out.push_str(&format!("{}: {}: {}\n", s(&f["kind"]), s(&f["object"]), s(&f["message"])));
+    }
+    for w in d["warnings"].as_array().into_iter().flatten() {
+        out.push_str(&format!("warning: {}\n", s(w)));
+    }
+    let verdict = if d["ok"] == true { "all good" } else { "NOT GOOD" };
+    out.push_str(&format!("{} objects read back and authenticated: {verdict}\n", d["objects"]));
+    out
+}

@@ -1,0 +1,413 @@
+//! Restore into a new database: definitions, the rows of shared tables and of the tenant by COPY, then indexes and
+//! constraints, then sequences, which only move forward.
+//!
+//! The rows come and go in one transaction; a database that this restore made is dropped when it fails.
+
+use super::files::column_list;
+use super::schema::{Archive, Phase};
+use super::sink::{Counts, Selected};
+use crate::dsn::Dsn;
+use crate::error::{Context, Error, Kind, Result};
+use crate::merge::{Image, MergeStats, RowSink, TenantAt};
+use crate::repository::ObjectRef;
+use crate::repository::model::SequenceState;
+use crate::sql::{self, SqlClient, SqlContext};
+use bytes::{Bytes, BytesMut};
+use coffer_wire::{Class, ColumnFlags, Relation, quote_ident};
+use futures::SinkExt;
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// Bytes that go to COPY at once.
+const PIECE: usize = 256 << 10;
+/// Pieces between the merge and the server.
+const PIECES_AHEAD: usize = 4;
+
+/// What is wanted.
+pub struct NewDatabase {
+    pub dsn: Dsn,
+    /// Whose rows, in this order: the shared tables' and the tenant's.
+    pub rows: Vec<TenantAt>,
+    /// Empty: all.
+    pub classes: Vec<Class>,
+    pub schema: ObjectRef,
+    pub sequences: Vec<SequenceState>,
+    /// For the schema's archive.
+    pub spool: PathBuf,
+    pub counts: Counts,
+}
+
+/// What came of it.
+pub struct Done {
+    pub counts: Counts,
+    pub stats: Vec<MergeStats>,
+    pub warnings: Vec<String>,
+}
+
+/// From the merge's thread to the session.
+enum Piece {
+    Begin(Arc<Relation>),
+    Data(Bytes),
+    End,
+}
+
+impl NewDatabase {
+    /// Does it. The target is refused unless it is absent or empty.
+    pub async fn run(self) -> Result<Done> {
+        let (client, made) = open_or_create(&self.dsn).await?;
+        let dsn = self.dsn.clone();
+        match self.fill(client).await {
+            Ok(done) => Ok(done),
+            Err(e) if made => match drop_database(&dsn).await {
+                Ok(()) => Err(e),
+                Err(d) => Err(e.hint(format!("the database {} is left half done: {d}", dsn.dbname))),
+            },
+            Err(e) => Err(e.hint(format!("the database {} is left half done: drop it before another try", dsn.dbname))),
+        }
+    }
+
+    async fn fill(mut self, client: SqlClient) -> Result<Done> {
+        let mut warnings = Vec::new();
+        let version = client
+            .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4 / 10000", &[])
+            .await
+            .sql("cannot ask for the server's version")?;
+        let major = u32::try_from(version.get::<_, i32>(0)).unwrap_or(0);
+        let archive = self.archive(major).await?;
+        let archive = settle(archive, &client, &mut warnings).await?;
+        let (archive, _) = phase(archive, &self.dsn, Phase::Before).await?;
+        let stats = self.load(&client, &mut warnings).await?;
+        let (archive, _) = phase(archive, &self.dsn, Phase::After).await?;
+        let (archive, failed) = phase(archive, &self.dsn, Phase::ForeignKeys).await?;
+        warnings.extend(failed.into_iter().map(|f| format!("foreign key: {f}")));
+        let (_archive, failed) = phase(archive, &self.dsn, Phase::Soft).await?;
+        warnings.extend(failed);
+        sequences(&client, &self.sequences, &mut warnings).await?;
+        Ok(Done { counts: self.counts, stats, warnings })
+    }
+
+    async fn archive(&self, major: u32) -> Result<Archive> {
+        let Some(first) = self.rows.first() else { return Err(Error::other("there is nothing to restore")) };
+        let (repo, rt, from) = (first.repo.clone(), first.rt.clone(), first.from.clone());
+        let (object, spool) = (self.schema.clone(), self.spool.clone());
+        blocking(move || {
+            let mut plain = repo.open_object(&rt, &object, from.as_deref())?;
+            Archive::open(&mut plain, &spool, major)
+        })
+        .await
+    }
+
+    /// Loads all rows in one transaction.
+    async fn load(&mut self, client: &SqlClient, warnings: &mut Vec<String>) -> Result<Vec<MergeStats>> {
+        let (tx, mut rx) = mpsc::channel(PIECES_AHEAD);
+        let (rows, classes) = (std::mem::take(&mut self.rows), self.classes.clone());
+        let mut counts = std::mem::take(&mut self.counts);
+        let merging = tokio::task::spawn_blocking(move || {
+            let mut stats = Vec::new();
+            let mut sink = CopySink { tx, buf: BytesMut::with_capacity(PIECE) };
+            for r in &rows {
+                stats.push(r.read(&mut Selected::new(&classes, Some(&mut sink), &mut counts))?);
+            }
+            Ok::<_, Error>((stats, counts))
+        });
+        client.batch_execute("BEGIN").await.sql("cannot begin")?;
+        let copied = copy_all(client, &mut rx, warnings).await;
+        // The merge stops when nobody listens any more.
+        drop(rx);
+        let merged = merging.await.context(Kind::Other, "the merge broke off")?;
+        let (stats, counts) = match (copied, merged) {
+            (Ok(()), Ok(m)) => m,
+            // What the server said comes first: the merge then only noticed that nobody listens.
+            (Err(e), _) | (Ok(()), Err(e)) => {
+                let _ = client.batch_execute("ROLLBACK").await;
+                return Err(e);
+            }
+        };
+        client.batch_execute("COMMIT").await.sql("cannot commit the rows")?;
+        self.counts = counts;
+        Ok(stats)
+    }
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(f).await.context(Kind::Other, "a worker thread broke off")?
+}
+
+async fn phase(archive: Archive, dsn: &Dsn, phase: Phase) -> Result<(Archive, Vec<String>)> {
+    let dsn = dsn.clone();
+    blocking(move || {
+        let failed = archive.restore(&dsn, phase)?;
+        Ok((archive, failed))
+    })
+    .await
+}
+
+/// Runs one COPY per table until the merge ends.
+async fn copy_all(client: &SqlClient, rx: &mut mpsc::Receiver<Piece>, warnings: &mut Vec<String>) -> Result<()> {
+    while let Some(piece) = rx.recv().await {
+        let Piece::Begin(rel) = piece else { return Err(Error::other("rows came before their table")) };
+        fit_table(client, &rel, warnings).await?;
+        let statement = format!("COPY {} {} FROM STDIN", rel.qualified(), column_list(&rel));
+        let what = format!("cannot load {}", rel.qualified());
+        let sink = client.copy_in::<_, Bytes>(&statement).await.sql(&what)?;
+        let mut sink = std::pin::pin!(sink);
+        loop {
+            match rx.recv().await {
+                Some(Piece::Data(b)) => sink.send(b).await.sql(&what)?,
+                Some(Piece::End) => break,
+                // The merge failed; its own error says why. Dropping the sink ends the COPY.
+                Some(Piece::Begin(_)) | None => return Ok(()),
+            }
+        }
+        sink.finish().await.sql(&what)?;
+    }
+    Ok(())
+}
+
+/// Makes the table fit the rows: the definitions may be older than they are, when the table was altered after the base.
+async fn fit_table(client: &SqlClient, rel: &Relation, warnings: &mut Vec<String>) -> Result<()> {
+    let name = rel.qualified();
+    let found = client
+        .query(
+            "SELECT a.attname::text, a.attgenerated <> '' FROM pg_catalog.pg_attribute a \
+             WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped",
+            &[&name],
+        )
+        .await
+        .sql("cannot read the columns of the new table")?;
+    let exists = client
+        .query_one("SELECT pg_catalog.to_regclass($1) IS NOT NULL", &[&name])
+        .await
+        .sql("cannot look for the new table")?
+        .get::<_, bool>(0);
+    let column = |c: &coffer_wire::Column| {
+        let not_null = if c.flags.has(ColumnFlags::NOT_NULL) { " NOT NULL" } else { "" };
+        format!("{} {}{not_null}", quote_ident(&c.name), c.type_name)
+    };
+    if !exists {
+        let columns: Vec<_> = rel.image_columns().map(column).collect();
+        let sql = format!(
+            "CREATE SCHEMA IF NOT EXISTS {}; CREATE TABLE {name} ({})",
+            quote_ident(&rel.schema),
+            columns.join(", ")
+        );
+        client.batch_execute(&sql).await.sql(format!("cannot create {name}"))?;
+        warnings.push(format!(
+            "{name} is younger than the archived definitions: made from its rows, without indexes and constraints"
+        ));
+        return Ok(());
+    }
+    let have: BTreeSet<String> = found.iter().map(|r| r.get(0)).collect();
+    let generated: BTreeSet<String> = found.iter().filter(|r| r.get(1)).map(|r| r.get(0)).collect();
+    for c in rel.image_columns().filter(|c| !have.contains(&c.name)) {
+        let sql = format!("ALTER TABLE {name} ADD COLUMN {}", column(c));
+        client.batch_execute(&sql).await.sql(format!("cannot add column {} to {name}", c.name))?;
+        warnings.push(format!("column {} of {name} is younger than the archived definitions: added", c.name));
+    }
+    for gone in have.iter().filter(|h| !generated.contains(*h) && !rel.columns.iter().any(|c| c.name == **h)) {
+        let sql = format!("ALTER TABLE {name} DROP COLUMN {} CASCADE", quote_ident(gone));
+        client.batch_execute(&sql).await.sql(format!("cannot drop column {gone} of {name}"))?;
+        warnings
+            .push(format!("column {gone} of {name} was dropped or renamed after the archived definitions: dropped"));
+    }
+    Ok(())
+}
+
+/// Sends rows to the session, in pieces.
+struct CopySink {
+    tx: mpsc::Sender<Piece>,
+    buf: BytesMut,
+}
+
+impl CopySink {
+    fn send(&self, p: Piece) -> Result<()> {
+        self.tx.blocking_send(p).map_err(|_| Error::other("the session that takes the rows is gone"))
+    }
+
+    fn flush_piece(&mut self) -> Result<()> {
+        if self.buf.is_empty() {
+            return Ok(());
+        }
+        let piece = std::mem::replace(&mut self.buf, BytesMut::with_capacity(PIECE)).freeze();
+        self.send(Piece::Data(piece))
+    }
+}
+
+impl Write for CopySink {
+    fn write(&mut self, b: &[u8]) -> std::io::Result<usize> {
+        let n = b.len().min(PIECE);
+        self.buf.extend_from_slice(&b[..n]);
+        if self.buf.len() >= PIECE {
+            self.flush_piece().map_err(std::io::Error::other)?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl RowSink for CopySink {
+    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        self.send(Piece::Begin(rel.clone()))
+    }
+
+    fn row(&mut self, _: &[u8], image: &Image<'_>) -> Result<()> {
+        image.write_to(self)?;
+        self.write_all(b"\n").map_err(crate::merge::from_io)
+    }
+
+    fn end_table(&mut self) -> Result<()> {
+        self.flush_piece()?;
+        self.send(Piece::End)
+    }
+}
+
+/// A session at the target; whether the database was made for it.
+async fn open_or_create(dsn: &Dsn) -> Result<(SqlClient, bool)> {
+    let dsn = dsn.with_application_name("coffer restore");
+    match sql::connect(&dsn).await {
+        Ok(client) => {
+            require_empty(&client, &dsn).await?;
+            Ok((client, false))
+        }
+        Err(e) if e.message().contains("SQLSTATE 3D000") => {
+            let admin = maintenance(&dsn).await?;
+            let create = format!("CREATE DATABASE {} TEMPLATE template0", quote_ident(&dsn.dbname));
+            admin.batch_execute(&create).await.sql(format!("cannot create the database {}", dsn.dbname))?;
+            match sql::connect(&dsn).await {
+                Ok(client) => Ok((client, true)),
+                Err(e) => {
+                    let _ = drop_database(&dsn).await;
+                    Err(e)
+                }
+            }
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// A session at the same server, in a database that is always there.
+async fn maintenance(dsn: &Dsn) -> Result<SqlClient> {
+    match sql::connect(&dsn.with_dbname("postgres")).await {
+        Err(e) if e.message().contains("SQLSTATE 3D000") => sql::connect(&dsn.with_dbname("template1")).await,
+        other => other,
+    }
+}
+
+async fn drop_database(dsn: &Dsn) -> Result<()> {
+    let admin = maintenance(dsn).await?;
+    let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", quote_ident(&dsn.dbname));
+    admin.batch_execute(&sql).await.sql(format!("cannot drop the database {}", dsn.dbname))
+}
+
+/// Refuses a database that holds anything of a user's.
+pub async fn require_empty(client: &SqlClient, dsn: &Dsn) -> Result<()> {
+    let rows = client
+        .query(
+            "SELECT n.nspname || '.' || o.name FROM ( \
+               SELECT relnamespace AS ns, relname::text AS name, oid, 'pg_class'::pg_catalog.regclass AS class FROM pg_catalog.pg_class \
+               UNION ALL SELECT pronamespace, proname::text, oid, 'pg_proc'::pg_catalog.regclass FROM pg_catalog.pg_proc \
+               UNION ALL SELECT typnamespace, typname::text, oid, 'pg_type'::pg_catalog.regclass FROM pg_catalog.pg_type \
+             ) o JOIN pg_catalog.pg_namespace n ON n.oid = o.ns \
+             WHERE n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%' \
+               AND n.nspname NOT LIKE 'pg\\_temp%' \
+               AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype = 'e') \
+             ORDER BY 1 LIMIT 3",
+            &[],
+        )
+        .await
+        .sql("cannot look whether the database is empty")?;
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let found: Vec<String> = rows.iter().map(|r| r.get(0)).collect();
+    Err(Error::new(Kind::Refused, format!("the database {} is not empty: it has {}", dsn.dbname, found.join(", ")))
+        .hint("name a database that does not exist yet, or an empty one"))
+}
+
+/// The same for a target that may not exist.
+pub async fn require_absent_or_empty(dsn: &Dsn) -> Result<()> {
+    match sql::connect(dsn).await {
+        Ok(client) => require_empty(&client, dsn).await,
+        Err(e) if e.message().contains("SQLSTATE 3D000") => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Decides about owners and extensions by what the target's server has.
+async fn settle(mut archive: Archive, client: &SqlClient, warnings: &mut Vec<String>) -> Result<Archive> {
+    let names = |sql: &'static str| async move {
+        let rows = client.query(sql, &[]).await.sql("cannot look at the target's server")?;
+        Ok::<BTreeSet<String>, Error>(rows.iter().map(|r| r.get(0)).collect())
+    };
+    let roles = names("SELECT rolname::text FROM pg_catalog.pg_roles").await?;
+    let superuser = client
+        .query_one("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user", &[])
+        .await
+        .sql("cannot look at the role")?
+        .get::<_, bool>(0);
+    let missing: Vec<String> = archive.roles().difference(&roles).cloned().collect();
+    archive.owners = missing.is_empty() && superuser;
+    if !missing.is_empty() {
+        warnings.push(format!(
+            "roles that own something do not exist here ({}): everything belongs to the role of the restore",
+            missing.join(", ")
+        ));
+    } else if !superuser {
+        warnings.push("the role of the restore is no superuser: everything belongs to it".into());
+    }
+    let available = names("SELECT name::text FROM pg_catalog.pg_available_extensions").await?;
+    let missing: BTreeSet<String> = archive.extensions().difference(&available).cloned().collect();
+    if !missing.is_empty() {
+        let list = missing.iter().cloned().collect::<Vec<_>>().join(", ");
+        warnings.push(format!("extensions that this server does not offer are left out: {list}"));
+        archive.without_extensions(&missing);
+    }
+    Ok(archive)
+}
+
+/// Moves sequences forward: to where the base found them, and beyond what the loaded columns hold.
+async fn sequences(client: &SqlClient, noted: &[SequenceState], warnings: &mut Vec<String>) -> Result<()> {
+    for s in noted {
+        let moved = client
+            .execute(
+                "SELECT pg_catalog.setval(c.oid, $2, $3) FROM pg_catalog.pg_class c \
+                 WHERE c.oid = pg_catalog.to_regclass($1) AND c.relkind = 'S'",
+                &[&s.name, &s.last_value, &s.is_called],
+            )
+            .await;
+        if let Err(e) = moved {
+            warnings.push(sql::sql_error(e, format!("sequence {}", s.name)).to_string());
+        }
+    }
+    let owned = client
+        .query(
+            "SELECT d.objid::pg_catalog.regclass::text, d.refobjid::pg_catalog.regclass::text, pg_catalog.quote_ident(a.attname), \
+                    q.seqincrement > 0 \
+             FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_sequence q ON q.seqrelid = d.objid \
+             JOIN pg_catalog.pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid \
+             WHERE d.classid = 'pg_class'::pg_catalog.regclass AND d.refclassid = 'pg_class'::pg_catalog.regclass \
+               AND d.deptype IN ('a', 'i')",
+            &[],
+        )
+        .await
+        .sql("cannot list the sequences")?;
+    for r in owned {
+        let (sequence, table, column, up): (String, String, String, bool) = (r.get(0), r.get(1), r.get(2), r.get(3));
+        let (aggregate, beyond) = if up { ("max", ">") } else { ("min", "<") };
+        let literal = sequence.replace('\'', "''");
+        let sql = format!(
+            "SELECT pg_catalog.setval('{literal}'::pg_catalog.regclass, m.v) FROM (SELECT pg_catalog.{aggregate}({column})::int8 AS v FROM {table}) m, \
+             {sequence} s WHERE m.v IS NOT NULL AND (m.v {beyond} s.last_value OR NOT s.is_called AND m.v = s.last_value)"
+        );
+        if let Err(e) = client.batch_execute(&sql).await {
+            warnings.push(sql::sql_error(e, format!("sequence {sequence}")).to_string());
+        }
+    }
+    Ok(())
+}

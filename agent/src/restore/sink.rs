@@ -1,0 +1,81 @@
+//! What stands between the merge and where the rows go: the choice of tables by class, and counts.
+
+use crate::error::Result;
+use crate::merge::{Image, RowSink};
+use coffer_wire::{Class, Relation};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Rows of one table.
+#[derive(Clone, Debug)]
+pub struct TableRows {
+    pub rel: Arc<Relation>,
+    pub rows: u64,
+}
+
+/// Counts what passes. `rows` and `bytes` can be watched while it works.
+#[derive(Default)]
+pub struct Counts {
+    pub tables: Vec<TableRows>,
+    pub bytes: u64,
+    seen: Option<Arc<AtomicU64>>,
+}
+
+/// Rows of tables of these classes go on to the inner sink; all are counted.
+pub struct Selected<'a> {
+    classes: &'a [Class],
+    inner: Option<&'a mut dyn RowSink>,
+    counts: &'a mut Counts,
+    taken: bool,
+}
+
+impl Counts {
+    /// Counts that somebody watches.
+    pub fn watched(seen: Arc<AtomicU64>) -> Self {
+        Self { seen: Some(seen), ..Self::default() }
+    }
+}
+
+impl<'a> Selected<'a> {
+    /// `classes`: empty for all. Without an inner sink, rows are only counted.
+    pub fn new(classes: &'a [Class], inner: Option<&'a mut dyn RowSink>, counts: &'a mut Counts) -> Self {
+        Self { classes, inner, counts, taken: false }
+    }
+}
+
+impl RowSink for Selected<'_> {
+    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        self.taken = self.classes.is_empty() || self.classes.contains(&rel.class);
+        if self.taken {
+            self.counts.tables.push(TableRows { rel: rel.clone(), rows: 0 });
+            if let Some(i) = &mut self.inner {
+                i.begin_table(rel)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        if !self.taken {
+            return Ok(());
+        }
+        if let Some(t) = self.counts.tables.last_mut() {
+            t.rows += 1;
+        }
+        self.counts.bytes += image.len() + 1;
+        if let Some(s) = &self.counts.seen {
+            s.fetch_add(1, Ordering::Relaxed);
+        }
+        match &mut self.inner {
+            Some(i) => i.row(key, image),
+            None => Ok(()),
+        }
+    }
+
+    fn end_table(&mut self) -> Result<()> {
+        match &mut self.inner {
+            Some(i) if self.taken => i.end_table(),
+            _ => Ok(()),
+        }
+    }
+}
