@@ -97,10 +97,6 @@ CREATE UNLOGGED TABLE coffer.agent_state (
     reported_at   timestamptz NOT NULL
 ) WITH (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 
--- Holds a row of the own transaction's while the extension itself runs DDL: its event triggers then look away. Always
--- empty for everybody else, because the row goes before the transaction ends.
-CREATE UNLOGGED TABLE coffer.at_work (pid int);
-
 CREATE TABLE coffer.job_queue (
     job           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     kind          text NOT NULL,

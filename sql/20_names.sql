@@ -52,19 +52,31 @@ BEGIN
     PERFORM coffer._mark('registry', json_build_object('relid', root::int8, 'action', action, 'rebase', rebase));
 END $$;
 
--- Runs a DDL of the extension's own, which its event triggers pass over.
+-- While the extension itself runs DDL, the setting coffer.at_work holds this word and its event triggers look away. Nobody
+-- who cannot read the key can make it up, and it is gone before anybody else's code runs.
+CREATE FUNCTION coffer._password() RETURNS text
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT encode(sha256(s.mac_key || convert_to(concat_ws(':', pg_backend_pid(), pg_current_xact_id()), 'UTF8')), 'hex')
+    FROM coffer.secret s
+$$;
+
+CREATE FUNCTION coffer._at_work() RETURNS bool
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    RETURN coalesce(current_setting('coffer.at_work', true), '') <> '' AND current_setting('coffer.at_work') = coffer._password();
+END $$;
+
+-- Runs a DDL of the extension's own.
 CREATE FUNCTION coffer._ddl(statement text) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
-    INSERT INTO coffer.at_work VALUES (pg_backend_pid());
+    PERFORM set_config('coffer.at_work', coffer._password(), true);
     EXECUTE statement;
-    DELETE FROM coffer.at_work;
+    PERFORM set_config('coffer.at_work', '', true);
 END $$;
-
-CREATE FUNCTION coffer._at_work() RETURNS bool
-LANGUAGE sql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
-AS $$ SELECT EXISTS (SELECT FROM coffer.at_work) $$;
 
 CREATE FUNCTION coffer._audit(action text, object text, detail jsonb DEFAULT '{}') RETURNS void
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, coffer, pg_temp

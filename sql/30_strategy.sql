@@ -284,7 +284,9 @@ CREATE FUNCTION coffer._tags(root oid) RETURNS TABLE (relid oid, name name, is_c
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT g.tgrelid, g.tgname, g.tgparentid <> 0, g.tgenabled, g.tgargs
-    FROM coffer._tree(root) m JOIN pg_trigger g ON g.tgrelid = m.relid
+    FROM coffer._tree(root) m
+    -- OFFSET 0: look them up by table; the other way round reads every tag trigger of the database.
+    CROSS JOIN LATERAL (SELECT * FROM pg_trigger t WHERE t.tgrelid = m.relid OFFSET 0) g
     WHERE g.tgfoid = to_regprocedure('coffer._tag()')
 $$;
 

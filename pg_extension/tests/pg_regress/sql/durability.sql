@@ -7,7 +7,7 @@ SELECT coffer.restore_point(NULL);
 BEGIN;
 SELECT coffer.restore_point('rolled back') IS NOT NULL AS written;
 ROLLBACK;
-SELECT name, xid IS NOT NULL AS has_xid, created_by FROM coffer.restore_points;
+SELECT name, xid IS NOT NULL AS has_xid, created_by FROM coffer.restore_points WHERE name IN ('before the migration', 'rolled back');
 
 \set VERBOSITY sqlstate
 SELECT coffer.wait_durable(timeout => '0.2s');

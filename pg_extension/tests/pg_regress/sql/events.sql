@@ -100,6 +100,11 @@ SELECT strategy FROM coffer.remove_table('n5');
 SELECT strategy FROM coffer.exclude('n5', 'as we please');
 ALTER TABLE n5 ADD COLUMN x int;
 
+-- The setting by which the extension knows its own DDL cannot be had by guessing.
+SET coffer.at_work = 'x';
+ALTER TABLE n1 DISABLE TRIGGER USER;
+RESET coffer.at_work;
+
 -- What DDL rolls back, its rules do too.
 BEGIN;
 CREATE TABLE n7 (t int);
@@ -138,4 +143,3 @@ DROP SCHEMA ev CASCADE;
 SELECT count(*) FROM coffer.rules;
 SELECT count(*) FROM coffer.rule_relations;
 SELECT count(*) FROM coffer.exclusions;
-SELECT count(*) FROM coffer.at_work;
