@@ -76,11 +76,15 @@ CREATE FUNCTION coffer._agent_fence(rel regclass, tenant_column name, tenant tex
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    is_old  text := format('(OLD.%I)::text IS NOT DISTINCT FROM %L', tenant_column, tenant);
-    is_new  text := format('(NEW.%I)::text IS NOT DISTINCT FROM %L', tenant_column, tenant);
+    is_old  text := format('(OLD.%I)::text IS NOT DISTINCT FROM %L', coalesce(tenant_column, ''), tenant);
+    is_new  text := format('(NEW.%I)::text IS NOT DISTINCT FROM %L', coalesce(tenant_column, ''), tenant);
     f       record;
 BEGIN
-    IF NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel AND r.tenant_column = $2) THEN
+    IF tenant_column IS NULL AND EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid
+                                         WHERE c.oid = rel AND s.tenant = $3) THEN
+        -- Every row of a tenant's schema is the tenant's.
+        is_old := 'true'; is_new := 'true';
+    ELSIF NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel AND r.tenant_column = $2) THEN
         RAISE EXCEPTION '% is not covered by column %', rel, quote_ident(tenant_column) USING ERRCODE = 'undefined_object';
     END IF;
     FOR f IN

@@ -118,6 +118,18 @@ pub async fn read_tables(ctx: &AgentContext, rules: Vec<Rule>, progress: &Arc<Ba
 }
 
 impl ReadTables {
+    /// Takes out the tables for which `why` has an answer.
+    pub fn leave_out(&mut self, why: impl Fn(&TableRead) -> Option<String>) {
+        let left_out = &mut self.left_out;
+        self.tables.retain(|t| match why(t) {
+            None => true,
+            Some(w) => {
+                left_out.push((t.rule.qualified(), w));
+                false
+            }
+        });
+    }
+
     /// Nothing could be read.
     pub fn is_empty(&self) -> bool {
         self.tables.is_empty()
@@ -240,6 +252,12 @@ impl Pick for NotSeen {
     fn table(&mut self, txn: &Begin, relid: u32) -> bool {
         txn.end_lsn <= self.cut && self.tables.get(&relid).is_some_and(|t| !t.snapshot.sees(txn.xid))
     }
+
+    fn dropped(&mut self, txn: &Begin, relid: u32) -> bool {
+        // A leaf that no snapshot knows is younger than they are, and so are all of its rows.
+        let table = self.tables.values().find(|t| t.rule.relid == relid || t.leaves.contains(&relid));
+        txn.end_lsn <= self.cut && table.is_none_or(|t| !t.snapshot.sees(txn.xid))
+    }
 }
 
 fn merge_all(
@@ -266,14 +284,20 @@ fn merge_all(
     let writer = FullWriter::new(job, pick.groups.into_tenants());
     let mut sink = OnlyRead { tables: &tables, inner: writer, group: 0, in_group: false, in_table: false };
     let stats = merge.run(&mut sink)?;
-    if stats.unmatched + stats.duplicates + stats.incomplete > 0 {
-        tracing::warn!(
-            "the base does not fit the changes after it: {} changes of rows that are not there, {} rows with the same \
-             key, {} rows that moved here with values that nothing holds",
-            stats.unmatched,
-            stats.duplicates,
-            stats.incomplete
-        );
+    if stats.unmatched + stats.duplicates > 0 {
+        // Something was lost or doubled between snapshot and stream, so this is not what the tables held at the cut.
+        return Err(Error::new(
+            Kind::Verification,
+            format!(
+                "the base does not fit the changes after it and is not recorded: {} changes of rows that are not \
+                 there, {} rows with the key of another",
+                stats.unmatched, stats.duplicates
+            ),
+        )
+        .code("base_mismatch"));
+    }
+    if stats.incomplete > 0 {
+        tracing::warn!("{} rows came from another tenant with values that nothing holds yet", stats.incomplete);
     }
     Ok((sink.inner.finish()?, stats))
 }
@@ -389,7 +413,8 @@ async fn oldest_transaction(client: &SqlClient) -> Result<String> {
     })
 }
 
-async fn sequences(client: &SqlClient) -> Result<Vec<SequenceState>> {
+/// Where the sequences stand.
+pub async fn sequences(client: &SqlClient) -> Result<Vec<SequenceState>> {
     Ok(schema_dump::sequences(client)
         .await?
         .into_iter()
@@ -401,8 +426,8 @@ async fn sequences(client: &SqlClient) -> Result<Vec<SequenceState>> {
         .collect())
 }
 
-/// The source's definitions as an object of the repository.
-async fn dump(ctx: &AgentContext, client: &SqlClient, cut: Lsn) -> Result<ObjectRef> {
+/// The source's definitions as an object of the repository, as they are at `cut` or a little later.
+pub async fn dump(ctx: &AgentContext, client: &SqlClient, cut: Lsn) -> Result<ObjectRef> {
     let row = client
         .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[])
         .await

@@ -15,7 +15,7 @@ pub mod visibility;
 
 use crate::alarms;
 use crate::error::{Error, Kind, Result};
-use crate::repository::model::Body;
+use crate::repository::model::{Base, Body};
 use crate::repository::{Draft, Log};
 use crate::restore::in_place;
 use crate::run::AgentContext;
@@ -23,9 +23,12 @@ use crate::ship::Durable;
 use crate::snapshot::plan::Seen;
 use crate::snapshot::progress::{BaseProgress, Phase};
 use crate::sql::{self, SqlContext};
-use coffer_wire::Lsn;
+use crate::tenant::Tenant;
+use coffer_wire::{Lsn, Relation, TenantKind};
+use std::collections::BTreeSet;
+use std::io::Read;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::task::JoinHandle;
@@ -42,6 +45,10 @@ pub struct BaseTaker {
     durable: Receiver<Durable>,
     seen: Seen,
     progress: Arc<BaseProgress>,
+    /// Definitions changed after the newest dump of them; the agent may have been away when they did.
+    new_definitions: bool,
+    /// After a dump that failed.
+    definitions_after: Instant,
 }
 
 impl BaseTaker {
@@ -50,7 +57,14 @@ impl BaseTaker {
         // Subscribed before the log is read: no record falls in between.
         let durable = ctx.durable.subscribe();
         tokio::spawn(async move {
-            let taker = Self { ctx, durable, seen: Seen::default(), progress: Arc::default() };
+            let taker = Self {
+                ctx,
+                durable,
+                seen: Seen::default(),
+                progress: Arc::default(),
+                new_definitions: true,
+                definitions_after: Instant::now(),
+            };
             taker.run().await
         })
     }
@@ -65,7 +79,11 @@ impl BaseTaker {
             if self.ctx.is_stopping() {
                 return Ok(());
             }
-            let wait = match self.take_missing().await {
+            let taken = match self.take_missing().await {
+                Ok(true) if self.new_definitions => self.record_definitions().await.map(|()| true),
+                r => r,
+            };
+            let wait = match taken {
                 Ok(true) => {
                     self.ctx.alarms.clear(alarms::BASE_FAILED, &self.ctx.source);
                     pause = RETRY.0;
@@ -95,8 +113,30 @@ impl BaseTaker {
     async fn read_log(&mut self) -> Result<()> {
         self.seen = Seen::default();
         let log = Log::open(&self.ctx.repo, self.ctx.source_uid, None).await?;
+        let unresolved = self.unresolved();
         for r in log.records() {
-            self.seen.record(r);
+            self.seen.record(r, unresolved);
+        }
+        Ok(())
+    }
+
+    /// The uid of the reserved tenant that holds what could not be attributed, once there was something.
+    fn unresolved(&self) -> Option<Uuid> {
+        let tenant = Tenant::reserved(TenantKind::Unresolved);
+        self.ctx.keyring.find(self.ctx.source_uid, &tenant).map(|e| e.uid)
+    }
+
+    /// Finds out which tables the rows are from that could not be attributed.
+    async fn read_unresolved(&mut self) -> Result<()> {
+        for (at, object) in self.seen.take_unread() {
+            let (repo, rt) = (self.ctx.repo.clone(), self.ctx.rt.clone());
+            let relids = tokio::task::spawn_blocking(move || {
+                let mut plain = repo.open_object(&rt, &object, None)?;
+                relations_of(&mut plain).map_err(|e| e.during(format_args!("object {}", object.path)))
+            })
+            .await
+            .map_err(|e| Error::other(format!("reading what could not be attributed broke off: {e}")))??;
+            self.seen.doubt(at, &relids);
         }
         Ok(())
     }
@@ -125,23 +165,27 @@ impl BaseTaker {
             }
             Err(RecvError::Closed) => return Err(Error::other("the stream has ended").code("stopping")),
         };
-        if !self.seen.record(&d.record) {
+        if !self.seen.record(&d.record, self.unresolved()) {
             self.read_log().await?;
         }
-        let mut asks = matches!(d.record.body, Body::Gap { .. } | Body::Timeline { .. });
+        let broken = matches!(d.record.body, Body::Gap { .. } | Body::Timeline { .. });
+        let asks = self.markers(&d) || broken;
+        Ok((asks, Some(d)))
+    }
+
+    /// Takes in the markers of a record: whether they may ask for a base. (That a rewrite changes the table's
+    /// registration is what survives a restart; the marker only brings the base sooner.)
+    fn markers(&mut self, d: &Durable) -> bool {
+        let mut asks = false;
         for m in d.markers.iter() {
             match m.kind.as_str() {
-                "registry" | "ddl" | "drop" => asks = true,
-                "rewrite" => {
-                    asks = true;
-                    if let Some(relid) = rewritten(&m.payload) {
-                        self.seen.forget(relid);
-                    }
-                }
+                "registry" => asks = true,
+                "ddl" | "drop" => (asks, self.new_definitions) = (true, true),
+                "rewrite" => (asks, self.new_definitions) = (true, true),
                 _ => {}
             }
         }
-        Ok((asks, Some(d)))
+        asks
     }
 
     /// One job for every table that lacks a base. False: some table has to be tried again soon.
@@ -157,6 +201,7 @@ impl BaseTaker {
             }
             catalog::rules(&client).await?
         };
+        self.read_unresolved().await?;
         let missing = self.seen.missing(rules);
         if missing.is_empty() {
             return Ok(true);
@@ -166,13 +211,26 @@ impl BaseTaker {
         self.ctx.status.set_snapshotting(true);
         self.progress.begin(names);
         let (job, breaks) = (Uuid::new_v4(), self.seen.breaks());
-        let read = job::read_tables(&self.ctx, missing, &self.progress).await?;
+        let mut read = job::read_tables(&self.ctx, missing, &self.progress).await?;
+        let mut cut = Lsn::ZERO;
+        if !read.is_empty() {
+            cut = self.wait_for_marker(&read).await?;
+            let ships = self.seen.ships(read.xmin(), cut);
+            self.read_unresolved().await?;
+            read.leave_out(|t| {
+                let at = self.seen.doubtful(t.rule.relid)?;
+                let meanwhile = ships.iter().any(|r| r.from_lsn < at && at <= r.upto_lsn);
+                meanwhile.then(|| "rows of it that could not be attributed came while it was read".to_owned())
+            });
+        }
         let left_out = read.left_out.clone();
         if !read.is_empty() {
-            let cut = self.wait_for_marker(&read).await?;
             let ships = self.seen.ships(read.xmin(), cut);
+            self.new_definitions = false;
             let done = read.finish(&self.ctx, job, cut, ships, &self.progress).await?;
-            self.record(done, breaks).await?;
+            self.new_definitions |= done.base.schema.is_none();
+            self.record(done.base, Some(breaks)).await?;
+            tracing::info!(rows = done.rows, "bases are recorded");
         }
         self.ctx.status.set_snapshotting(false);
         let failed = left_out.iter().map(|(t, why)| format!("{t}: {why}")).collect::<Vec<_>>().join("; ");
@@ -206,10 +264,34 @@ impl BaseTaker {
         }
     }
 
+    /// A record of the definitions alone: they changed, and no base was due.
+    async fn record_definitions(&mut self) -> Result<()> {
+        let Some(cut) = self.ctx.log.lock().await.upto_lsn() else { return Ok(()) };
+        // Before the first connection of this process it is not known which server this is.
+        if self.ctx.system().0 == 0 || self.definitions_after > Instant::now() {
+            return Ok(());
+        }
+        self.new_definitions = false;
+        let client = sql::connect(&self.ctx.dsn).await?;
+        match job::dump(&self.ctx, &client, cut).await {
+            Ok(schema) => {
+                let sequences = job::sequences(&client).await?;
+                let job = Uuid::new_v4();
+                let base = Base { job, tables: vec![], cut_lsn: cut, fulls: vec![], schema: Some(schema), sequences };
+                self.record(base, None).await
+            }
+            Err(e) => {
+                tracing::warn!("the schema's definitions are not backed up: {e}");
+                self.new_definitions = true;
+                self.definitions_after = Instant::now() + RETRY.1;
+                Ok(())
+            }
+        }
+    }
+
     /// Appends the record, unless the log broke off since the job began.
-    async fn record(&mut self, done: job::Finished, breaks: u64) -> Result<()> {
-        let (tables, fulls, rows, cut) = (done.base.tables.len(), done.base.fulls.len(), done.rows, done.base.cut_lsn);
-        let job = done.base.job;
+    async fn record(&mut self, base: Base, breaks: Option<u64>) -> Result<()> {
+        let (tables, fulls, cut, job) = (base.tables.len(), base.fulls.len(), base.cut_lsn, base.job);
         let log = self.ctx.log.clone();
         loop {
             let mut log = log.lock().await;
@@ -223,7 +305,7 @@ impl BaseTaker {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 continue;
             }
-            if self.seen.breaks() != breaks {
+            if breaks.is_some_and(|b| self.seen.breaks() != b) {
                 return Err(Error::new(Kind::Fenced, "the log broke off while the base was taken: it is taken again")
                     .code("base_again"));
             }
@@ -235,7 +317,7 @@ impl BaseTaker {
                 from_lsn: last.upto_lsn,
                 upto_lsn: last.upto_lsn,
                 upto_time_us: last.upto_time_us,
-                body: Body::Base(done.base),
+                body: Body::Base(base),
             };
             let record = match log.append(draft).await {
                 Ok(r) => r,
@@ -257,7 +339,7 @@ impl BaseTaker {
             self.ctx.publish(record);
             drop(log);
             self.hear_all()?;
-            tracing::info!(tables, fulls, rows, %cut, "bases are recorded");
+            tracing::info!(tables, fulls, %cut, "base record written");
             return Ok(());
         }
     }
@@ -267,14 +349,10 @@ impl BaseTaker {
         loop {
             match self.durable.try_recv() {
                 Ok(d) => {
-                    if !self.seen.record(&d.record) {
+                    if !self.seen.record(&d.record, self.unresolved()) {
                         return Err(again("records of the log were not heard of"));
                     }
-                    for m in d.markers.iter().filter(|m| m.kind == "rewrite") {
-                        if let Some(relid) = rewritten(&m.payload) {
-                            self.seen.forget(relid);
-                        }
-                    }
+                    self.markers(&d);
                 }
                 Err(TryRecvError::Empty) => return Ok(()),
                 Err(TryRecvError::Lagged(_)) => return Err(again("records of the log were not heard of")),
@@ -288,20 +366,55 @@ fn again(why: &str) -> Error {
     Error::new(Kind::Fenced, format!("{why}: the base is taken again")).code("base_again")
 }
 
-/// The table of a `rewrite` marker.
-fn rewritten(payload: &[u8]) -> Option<u32> {
-    let v: serde_json::Value = serde_json::from_slice(payload).ok()?;
-    v.get("relid")?.as_u64()?.try_into().ok()
+/// The tables that an object's rows are from: those of its descriptors.
+fn relations_of(plain: &mut dyn Read) -> Result<BTreeSet<u32>> {
+    let mut out = BTreeSet::new();
+    let bad = |e: std::io::Error| Error::new(Kind::Verification, "cannot read an object's frames").source(e);
+    loop {
+        let mut head = [0u8; 5];
+        let n = plain.take(5).read(&mut head).map_err(bad)?;
+        if n == 0 {
+            return Ok(out);
+        }
+        plain.read_exact(&mut head[n..]).map_err(bad)?;
+        let len = u32::from_le_bytes([head[1], head[2], head[3], head[4]]);
+        let mut body = plain.take(u64::from(len));
+        if head[0] == coffer_wire::kind::RELATION {
+            let mut bytes = Vec::new();
+            body.read_to_end(&mut bytes).map_err(bad)?;
+            let descriptor = bytes.get(8..).unwrap_or_default();
+            out.insert(Relation::decode(descriptor)?.relid);
+        } else {
+            std::io::copy(&mut body, &mut std::io::sink()).map_err(bad)?;
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::rows::tests::column;
+    use coffer_wire::{Class, KeyMode, Strategy, put_relation, put_run_data};
 
     #[test]
-    fn a_rewrite_names_its_table() {
-        assert_eq!(rewritten(br#"{"relid":16384}"#), Some(16384));
-        assert_eq!(rewritten(b"{}"), None);
-        assert_eq!(rewritten(b"x"), None);
+    fn the_tables_of_an_object_are_those_of_its_descriptors() {
+        let mut bytes = Vec::new();
+        for relid in [9, 7, 9] {
+            let r = Relation {
+                relid,
+                leaf: relid,
+                schema: "s".into(),
+                name: "t".into(),
+                class: Class::Data,
+                strategy: Strategy::Tag,
+                key_mode: KeyMode::Key,
+                columns: vec![column(1, "id", 0)],
+                key: vec![0],
+            };
+            put_relation(&mut bytes, 1, &r.encode());
+            put_run_data(&mut bytes, b"rows that do not matter");
+        }
+        assert_eq!(relations_of(&mut &bytes[..]).unwrap(), BTreeSet::from([7, 9]));
+        assert!(relations_of(&mut &bytes[..3]).is_err());
     }
 }

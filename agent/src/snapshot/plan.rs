@@ -1,16 +1,21 @@
 //! Which tables need a base, and which ships a base has to be merged with: both from the log's records.
 
-use crate::repository::model::{Body, LogRecord};
+use crate::repository::model::{Body, LogRecord, ObjectRef};
 use crate::snapshot::catalog::Rule;
 use coffer_wire::Lsn;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// The log as bases see it. Fed with every record, in order.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// By table, the registration that its newest base was taken for.
-    covered: HashMap<u32, u64>,
+    /// By table, the registration that its newest base was taken for, and the base's cut.
+    covered: HashMap<u32, (u64, Lsn)>,
+    /// By table, where rows of it that could not be attributed were shipped: a base has to lie after that.
+    doubtful: HashMap<u32, Lsn>,
+    /// Objects with rows that could not be attributed, of which it is not known yet which tables they are from.
+    unread: Vec<(Lsn, ObjectRef)>,
     /// Ships that a snapshot taken from now on may not see whole.
     ships: VecDeque<Arc<LogRecord>>,
     /// The next record's number.
@@ -21,7 +26,8 @@ pub struct Seen {
 
 impl Seen {
     /// Takes a record in; one that was seen already is nothing. False when records in between are missing.
-    pub fn record(&mut self, r: &Arc<LogRecord>) -> bool {
+    /// `unresolved`: the uid of the reserved tenant whose objects hold what could not be attributed.
+    pub fn record(&mut self, r: &Arc<LogRecord>, unresolved: Option<Uuid>) -> bool {
         if r.n < self.next {
             return true;
         }
@@ -30,12 +36,20 @@ impl Seen {
         }
         self.next = r.n + 1;
         match &r.body {
-            Body::Base(b) => self.covered.extend(b.tables.iter().map(|t| (t.relid, t.registered_xid))),
-            Body::Ship(_) => self.ships.push_back(r.clone()),
+            Body::Base(b) => {
+                self.covered.extend(b.tables.iter().map(|t| (t.relid, (t.registered_xid, t.cut_lsn))));
+            }
+            Body::Ship(s) => {
+                self.ships.push_back(r.clone());
+                let of = s.objects.iter().filter(|o| Some(o.tenant) == unresolved);
+                self.unread.extend(of.map(|o| (r.upto_lsn, o.clone())));
+            }
             // What lies before is closed: everything is read anew. (After a promotion only what the old timeline
             // archived beyond it would have to be; which rows that were, no table says.)
             Body::Gap { .. } | Body::Timeline { .. } => {
                 self.covered.clear();
+                self.doubtful.clear();
+                self.unread.clear();
                 self.ships.clear();
                 self.breaks += 1;
             }
@@ -53,14 +67,32 @@ impl Seen {
         self.breaks
     }
 
-    /// Tables whose registration no base was taken for.
+    /// Tables whose registration no base was taken for, or that rows which could not be attributed came from since.
     pub fn missing(&self, rules: Vec<Rule>) -> Vec<Rule> {
-        rules.into_iter().filter(|r| self.covered.get(&r.relid) != Some(&r.registered_xid)).collect()
+        let covered = |r: &Rule| {
+            self.covered.get(&r.relid).is_some_and(|(xid, cut)| {
+                *xid == r.registered_xid && self.doubtful.get(&r.relid).is_none_or(|at| at <= cut)
+            })
+        };
+        rules.into_iter().filter(|r| !covered(r)).collect()
     }
 
-    /// A table's rows were changed outside of the stream: its base no longer stands.
-    pub fn forget(&mut self, relid: u32) {
-        self.covered.remove(&relid);
+    /// Objects whose tables are to be told by [`Self::doubt`].
+    pub fn take_unread(&mut self) -> Vec<(Lsn, ObjectRef)> {
+        std::mem::take(&mut self.unread)
+    }
+
+    /// Rows of these tables that could not be attributed were shipped up to here.
+    pub fn doubt(&mut self, at: Lsn, relids: &BTreeSet<u32>) {
+        for relid in relids {
+            let d = self.doubtful.entry(*relid).or_insert(at);
+            *d = (*d).max(at);
+        }
+    }
+
+    /// Where rows of the table that could not be attributed were shipped last.
+    pub fn doubtful(&self, relid: u32) -> Option<Lsn> {
+        self.doubtful.get(&relid).copied()
     }
 
     /// Drops ships whose every transaction any snapshot from now on sees. `xmin`: of a snapshot taken now.
@@ -83,7 +115,6 @@ mod tests {
     use super::*;
     use crate::repository::model::{Base, BaseTable, Ship};
     use coffer_wire::{Class, Strategy};
-    use uuid::Uuid;
 
     fn record(n: u64, upto: u64, body: Body) -> Arc<LogRecord> {
         Arc::new(LogRecord {
@@ -144,13 +175,13 @@ mod tests {
     fn a_table_is_covered_by_a_base_for_its_registration_after_the_last_break() {
         let mut s = Seen::default();
         assert_eq!(missing(&s), [1, 2]);
-        assert!(s.record(&record(0, 10, Body::Init)) && s.record(&record(1, 10, base(&[(1, 100), (2, 99)]))));
+        assert!(
+            s.record(&record(0, 10, Body::Init), None) && s.record(&record(1, 10, base(&[(1, 100), (2, 99)])), None)
+        );
         assert_eq!(missing(&s), [2]);
-        s.record(&record(2, 10, base(&[(2, 100)])));
+        s.record(&record(2, 10, base(&[(2, 100)])), None);
         assert!(missing(&s).is_empty());
-        s.forget(1);
-        assert_eq!(missing(&s), [1]);
-        s.record(&record(3, 20, Body::Gap { reason: "slot_lost".into() }));
+        s.record(&record(3, 20, Body::Gap { reason: "slot_lost".into() }), None);
         assert_eq!(missing(&s), [1, 2]);
         assert_eq!(s.breaks(), 1);
     }
@@ -160,7 +191,7 @@ mod tests {
         let ship = |max_xid| Body::Ship(Ship { max_xid, ..Ship::default() });
         let mut s = Seen::default();
         for (n, upto, xid) in [(0, 10, 5), (1, 20, 8), (2, 30, 7)] {
-            s.record(&record(n, upto, ship(xid)));
+            s.record(&record(n, upto, ship(xid)), None);
         }
         let ns = |v: Vec<Arc<LogRecord>>| v.iter().map(|r| r.n).collect::<Vec<_>>();
         assert_eq!(ns(s.ships(7, Lsn(100))), [1, 2]);
@@ -172,9 +203,38 @@ mod tests {
     #[test]
     fn a_missing_record_is_noticed() {
         let mut s = Seen::default();
-        assert!(s.record(&record(0, 10, Body::Init)));
-        assert!(s.record(&record(0, 10, Body::Init)));
-        assert!(!s.record(&record(2, 10, Body::Idle)));
+        assert!(s.record(&record(0, 10, Body::Init), None));
+        assert!(s.record(&record(0, 10, Body::Init), None));
+        assert!(!s.record(&record(2, 10, Body::Idle), None));
         assert_eq!(s.next(), 1);
+    }
+
+    #[test]
+    fn rows_that_could_not_be_attributed_ask_for_a_base_after_them() {
+        let nobody = Uuid::from_u128(7);
+        let object = ObjectRef {
+            path: "p".into(),
+            kind: crate::crypto::ObjectKind::Changeset,
+            tenant: nobody,
+            object: Uuid::nil(),
+            key_version: 1,
+            bytes: 1,
+            sha256: String::new(),
+            lsn_start: Lsn(0),
+            lsn_end: Lsn(20),
+            rows: 1,
+        };
+        let mut s = Seen::default();
+        s.record(&record(0, 10, base(&[(1, 100), (2, 100)])), Some(nobody));
+        let ship = Body::Ship(Ship { objects: vec![object], ..Ship::default() });
+        s.record(&record(1, 20, ship), Some(nobody));
+        let unread = s.take_unread();
+        assert_eq!(unread.len(), 1);
+        s.doubt(unread[0].0, &BTreeSet::from([1]));
+        assert_eq!(missing(&s), [1]);
+        let Body::Base(mut b) = base(&[(1, 100)]) else { panic!("a base") };
+        b.tables[0].cut_lsn = Lsn(20);
+        s.record(&record(2, 20, Body::Base(b)), Some(nobody));
+        assert!(missing(&s).is_empty());
     }
 }

@@ -38,6 +38,8 @@ pub struct TableRead {
     pub snapshot: PgSnapshot,
     /// The insert position that was read together with the snapshot.
     pub insert_lsn: Lsn,
+    /// The OIDs under which its rows are stored: its own, or its leaves'.
+    pub leaves: Vec<u32>,
     pub rows: u64,
 }
 
@@ -152,11 +154,14 @@ pub async fn read_table(
         },
         w = waiting => { w?; return Ok(Outcome::Yielded("a migration waits for it")) }
     };
-    Ok(Outcome::Done(TableRead { rule: now, snapshot, insert_lsn, rows: n }))
+    let mut leaves: Vec<u32> = ranges.iter().map(|r| r.leaf.oid).collect();
+    leaves.dedup();
+    Ok(Outcome::Done(TableRead { rule: now, snapshot, insert_lsn, leaves, rows: n }))
 }
 
 /// What the ranges of one leaf share.
 struct Leaf {
+    oid: u32,
     /// After FROM.
     from: String,
     relation: Arc<Vec<u8>>,
@@ -195,6 +200,7 @@ async fn ranges(client: &SqlClient, rule: &Rule) -> Result<Vec<Range>> {
     for l in &leaves {
         let relation = catalog::describe(client, rule, l.get(0)).await?;
         let leaf = Arc::new(Leaf {
+            oid: l.get(0),
             from: format!("ONLY {}.{}", quote_ident(l.get(1)), quote_ident(l.get(2))),
             shape: RowShape::new(rule, &relation)?,
             relation: Arc::new(relation.encode()),

@@ -83,6 +83,8 @@ pub struct Apply<'a> {
     /// Staging tables that exist, with the comparison they come from.
     pub staged: BTreeSet<u32>,
     pub comparison: Comparison,
+    /// `coffer._agent_restore_settings` may be called.
+    pub settings: bool,
 }
 
 impl Apply<'_> {
@@ -131,6 +133,12 @@ impl Apply<'_> {
             .batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}"))
             .await
             .map_err(|e| stop(e, "cannot begin"))?;
+        if self.settings {
+            client
+                .batch_execute("SELECT coffer._agent_restore_settings()")
+                .await
+                .map_err(|e| stop(e, "cannot switch off triggers"))?;
+        }
         let (mut staged, mut comparison) = (self.staged.clone(), self.comparison.clone());
         self.lock_rows(&comparison, uniques).await?;
         fence::close(client, self.tenant).await.map_err(|e| stop(e, "cannot hold off the tenant's writers"))?;

@@ -27,6 +27,7 @@ use compare::{Comparison, CoveredTable, Pass, Target};
 use live::LiveTable;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use tokio_postgres::error::SqlState;
 
 /// What the caller asks for.
 #[derive(Clone, Debug, Default)]
@@ -107,7 +108,7 @@ impl InPlace<'_> {
         }
         fence::only_one(&client).await?;
         fence::remove_leftovers(&client).await?;
-        session_settings(&client, &mut warnings).await?;
+        let settings = restore_settings(&client, &mut warnings).await?;
         let mut staged = BTreeSet::new();
         let (tx, rx) = tokio::sync::mpsc::channel(8);
         let first = pass();
@@ -122,7 +123,7 @@ impl InPlace<'_> {
         let done = match self.fence(&client, &compared).await {
             Err(e) => Err(e),
             Ok(()) => {
-                apply::Apply { client: &client, tenant: self.tenant, pass: pass(), staged, comparison: found }
+                apply::Apply { client: &client, tenant: self.tenant, pass: pass(), staged, comparison: found, settings }
                     .run()
                     .await
             }
@@ -182,8 +183,17 @@ async fn standby_is_refused(client: &SqlClient) -> Result<()> {
     Ok(())
 }
 
-/// Settings that need a privilege, each with what follows without it.
-async fn session_settings(client: &SqlClient, warnings: &mut Vec<String>) -> Result<()> {
+/// Whether the extension lets this role switch off triggers and give way to clients at once. Without, what the role
+/// itself may set is set for the session, each with a warning of what follows where it may not.
+async fn restore_settings(client: &SqlClient, warnings: &mut Vec<String>) -> Result<bool> {
+    // In a transaction of its own: the settings end with it.
+    match client.batch_execute("SELECT coffer._agent_restore_settings()").await {
+        Ok(()) => return Ok(true),
+        Err(e)
+            if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)
+                || e.code() == Some(&SqlState::UNDEFINED_FUNCTION) => {}
+        Err(e) => return Err(sql::sql_error(e, "cannot prepare the session")),
+    }
     for (statement, without) in [
         (
             "SET session_replication_role = replica",
@@ -196,14 +206,14 @@ async fn session_settings(client: &SqlClient, warnings: &mut Vec<String>) -> Res
     ] {
         match client.batch_execute(statement).await {
             Ok(()) => {}
-            Err(e) if e.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => {
+            Err(e) if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
                 tracing::warn!("{without}");
                 warnings.push(without.to_owned());
             }
             Err(e) => return Err(sql::sql_error(e, statement)),
         }
     }
-    Ok(())
+    Ok(false)
 }
 
 /// Removes the fences, over a new session when the restore's own is gone. Gives back the session.
