@@ -5,7 +5,7 @@ use coffer::cli::{self, Cli, Verb};
 use coffer::commands;
 
 use coffer::config::Config;
-use coffer::error::{Context, Kind, Result};
+use coffer::error::{Context, Error, Kind, Result};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -13,8 +13,14 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => {
             let code = if e.use_stderr() { Kind::Usage.exit_code() } else { 0 };
-            // A closed pipe is the only way that printing can fail; there is nobody left to tell.
-            let _ = e.print();
+            // Nothing was parsed, so the flag is looked for by hand: whoever asked for JSON gets it for this error too.
+            if e.use_stderr() && std::env::args().any(|a| a == "--json") {
+                let text = e.render().to_string();
+                println!("{}", Error::usage(text.trim_start_matches("error: ").trim_end()).to_json());
+            } else {
+                // A closed pipe is the only way that printing can fail; there is nobody left to tell.
+                let _ = e.print();
+            }
             return ExitCode::from(code);
         }
     };

@@ -233,7 +233,11 @@ impl Writer {
         let (from, to) = (self.tenant(5..9), self.tenant(5..9));
         let r = &mut self.rng;
         let id = r.random_range(1..61);
-        let item = r.random_range(1..601);
+        // Keys of tables whose key lacks the tenant: none is ever taken over by another tenant, unless its row moves.
+        let item = r.random_range(1..76) * 8 + t - 1;
+        let doc = r.random_range(1..12) * 8 + t - 1;
+        let (moving_item, moving_doc) =
+            (r.random_range(1..76) * 8 + r.random_range(4..8), r.random_range(1..12) * 8 + r.random_range(4..8));
         let n = r.random_range(0..20);
         let x: u32 = r.random();
         let big = format!("repeat(md5('{x}'), {})", r.random_range(70..140));
@@ -254,20 +258,26 @@ impl Writer {
                 "INSERT INTO items VALUES ({item}, {t}, {n}, E'l\\t{x}\\\\N') \
                  ON CONFLICT (id) DO UPDATE SET qty = items.qty + 1 WHERE items.tenant = {t};"
             ),
-            11 => format!("UPDATE items SET tenant = {to} WHERE id = {item} AND tenant = {from};"),
-            12 => format!("UPDATE items SET tenant = {to}, id = id + 10000 WHERE id = {item} AND tenant = {from};"),
-            13 => format!("DELETE FROM items WHERE tenant = {t} AND id % 40 = {n};"),
+            11 => format!("UPDATE items SET tenant = {to} WHERE id = {moving_item} AND tenant = {from};"),
+            12 => format!(
+                "UPDATE items SET tenant = {to}, id = id + 8000 WHERE id = {moving_item} AND tenant = {from} AND NOT EXISTS \
+                 (SELECT FROM items i WHERE i.id = {moving_item} + 8000);"
+            ),
+            13 => format!("DELETE FROM items WHERE tenant = {t} AND id / 8 % 40 = {n};"),
             14 => format!(
                 "UPDATE items SET id = id + 1000, label = NULL WHERE id = {item} AND tenant = {t} AND NOT EXISTS \
                  (SELECT FROM items i WHERE i.id = {item} + 1000);"
             ),
             15 => format!(
-                "INSERT INTO docs VALUES ({id}, {t}, 1, {big}) ON CONFLICT (id) DO UPDATE SET rev = docs.rev + 1 \
+                "INSERT INTO docs VALUES ({doc}, {t}, 1, {big}) ON CONFLICT (id) DO UPDATE SET rev = docs.rev + 1 \
                  WHERE docs.tenant = {t};"
             ),
             16 => format!("UPDATE docs SET rev = rev + 1 WHERE tenant = {t};"),
-            17 => format!("UPDATE docs SET id = id + 200 WHERE tenant = {t} AND id = {id};"),
-            18 => format!("DELETE FROM docs WHERE tenant = {t} AND id IN ({id}, {id} + 200);"),
+            17 => format!(
+                "UPDATE docs SET id = id + 200 WHERE tenant = {t} AND id = {doc} AND NOT EXISTS \
+                 (SELECT FROM docs d WHERE d.id = {doc} + 200);"
+            ),
+            18 => format!("DELETE FROM docs WHERE tenant = {t} AND id IN ({doc}, {doc} + 200);"),
             19..21 => format!(
                 "INSERT INTO events SELECT {t}, 'k{}', {n}, now() FROM generate_series(1, {});",
                 n % 3,
@@ -301,7 +311,7 @@ impl Writer {
                 "UPDATE orders SET tenant = {to} WHERE tenant = {from} AND id = {id} AND NOT EXISTS \
                  (SELECT FROM orders o WHERE o.tenant = {to} AND o.id = {id});"
             ),
-            31 => format!("UPDATE docs SET tenant = {to}, rev = rev + 1 WHERE tenant = {from} AND id = {id};"),
+            31 => format!("UPDATE docs SET tenant = {to}, rev = rev + 1 WHERE tenant = {from} AND id = {moving_doc};"),
             32 => format!("UPDATE wide SET tenant = {to} WHERE tenant = {from} AND n = {};", n % 10),
             _ => {
                 let upsert = format!(
