@@ -269,11 +269,32 @@ impl Intake {
 
     /// A row of a base.
     pub fn base_row(&mut self, group: u32, desc: DescId, key: &[u8], line: &[u8]) -> Result<()> {
+        self.base_part(group, desc, key, &Part::Line(line))
+    }
+
+    /// A row of a base whose line comes in pieces: `next` appends one, and says whether there was any.
+    pub fn base_row_in_pieces(
+        &mut self,
+        group: u32,
+        desc: DescId,
+        key: &[u8],
+        next: &mut dyn FnMut(&mut Vec<u8>) -> Result<bool>,
+    ) -> Result<()> {
+        let blobs = &self.blobs;
+        let (mut builder, mut piece) = (LineBuilder::new(blobs), Vec::new());
+        while next(&mut piece)? {
+            builder.push(&piece)?;
+            piece.clear();
+        }
+        let (encoded, whole) = builder.finish()?;
+        self.base_part(group, desc, key, &Part::Built { encoded, key: whole })
+    }
+
+    fn base_part(&mut self, group: u32, desc: DescId, key: &[u8], part: &Part<'_>) -> Result<()> {
         let d = self.gathered.descriptors.get(desc);
         let relid = d.rel.relid;
         let epoch = self.gathered.base_epoch(relid, &d, desc)?;
         self.gathered.stats.rows += 1;
-        let part = Part::Line(line);
         self.value.clear();
         let w = if part.has_hole() { what::PUT_HOLES } else { what::PUT };
         put_value(&mut self.value, w, desc);

@@ -138,6 +138,18 @@ impl Merge {
         self.intake.base_row(group, desc, key, line)
     }
 
+    /// The same for a row that is not to be in memory whole: `next` appends the next piece of its line, and says
+    /// whether there was one.
+    pub fn base_row_in_pieces(
+        &mut self,
+        group: u32,
+        desc: DescId,
+        key: &[u8],
+        next: &mut dyn FnMut(&mut Vec<u8>) -> Result<bool>,
+    ) -> Result<()> {
+        self.intake.base_row_in_pieces(group, desc, key, next)
+    }
+
     /// A full's plaintext; its rows are read when the merge runs. `tables`: `None` for all of them.
     pub fn full(&mut self, group: u32, input: Box<dyn Read + Send>, tables: Option<BTreeSet<u32>>) {
         self.fulls.push(Full { group, input, tables });

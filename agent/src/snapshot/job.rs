@@ -25,7 +25,7 @@ use crate::schema_dump;
 use crate::snapshot::catalog::Rule;
 use crate::snapshot::fulls::{FullWriter, Groups, Job};
 use crate::snapshot::progress::{BaseProgress, Phase};
-use crate::snapshot::read::{self, Batch, Outcome, TableRead};
+use crate::snapshot::read::{self, Outcome, Rows, TableRead};
 use crate::sql::{self, SqlClient, SqlContext};
 use coffer_wire::{Begin, Lsn, Relation, TenantKind, quote_ident};
 use futures::StreamExt;
@@ -216,14 +216,24 @@ impl ReadTables {
 }
 
 /// Sorts the rows that come, by tenant, table and key.
-fn take_rows(scratch: &Scratch, memory: usize, mut rows: mpsc::Receiver<Batch>) -> Result<(Merge, Groups)> {
+fn take_rows(scratch: &Scratch, memory: usize, mut rows: mpsc::Receiver<Rows>) -> Result<(Merge, Groups)> {
     let mut merge = Merge::new(scratch, memory)?;
     let mut groups = Groups::default();
-    while let Some(batch) = rows.blocking_recv() {
-        let desc = merge.relation(&batch.relation)?;
-        for r in batch.rows() {
-            let group = groups.of(r.kind, r.tenant)?;
-            merge.base_row(group, desc, r.key, r.image)?;
+    while let Some(rows) = rows.blocking_recv() {
+        match rows {
+            Rows::Batch(batch) => {
+                let desc = merge.relation(&batch.relation)?;
+                for r in batch.rows() {
+                    let group = groups.of(r.kind, r.tenant)?;
+                    merge.base_row(group, desc, r.key, r.image)?;
+                }
+            }
+            Rows::Large(mut row) => {
+                let desc = merge.relation(&row.relation)?;
+                let group = groups.of(row.kind, &row.tenant)?;
+                let key = std::mem::take(&mut row.key);
+                merge.base_row_in_pieces(group, desc, &key, &mut |piece| row.next(piece))?;
+            }
         }
     }
     Ok((merge, groups))

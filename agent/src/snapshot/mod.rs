@@ -7,6 +7,7 @@
 pub mod catalog;
 pub mod fulls;
 mod job;
+pub mod large;
 pub mod plan;
 pub mod progress;
 pub mod read;

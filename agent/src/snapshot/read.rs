@@ -5,11 +5,13 @@
 //! between the snapshot and the read (they would make it see an empty table). The lock is ACCESS SHARE, and a
 //! migration that waits for it would hold up everyone behind it, so the read is given up and tried again instead.
 //!
-//! A large table is read by several sessions that share the exported snapshot, each taking ranges of blocks.
+//! A large table is read by several sessions that share the exported snapshot, each taking ranges of blocks. Rows with
+//! large values are left out of that and read one by one afterwards ([`super::large`]).
 
 use crate::dsn::Dsn;
 use crate::error::{Error, Result};
 use crate::snapshot::catalog::{self, Rule};
+use crate::snapshot::large::{self, LargeColumns, LargeRow};
 use crate::snapshot::progress::BaseProgress;
 use crate::snapshot::rows::RowShape;
 use crate::snapshot::visibility::PgSnapshot;
@@ -41,6 +43,12 @@ pub struct TableRead {
     /// The OIDs under which its rows are stored: its own, or its leaves'.
     pub leaves: Vec<u32>,
     pub rows: u64,
+}
+
+/// What travels to the merge.
+pub enum Rows {
+    Batch(Batch),
+    Large(LargeRow),
 }
 
 /// Rows of one table (or leaf) on their way to the merge.
@@ -101,7 +109,7 @@ pub async fn read_table(
     rule: &Rule,
     horizon: u64,
     sessions: usize,
-    rows: &mpsc::Sender<Batch>,
+    rows: &mpsc::Sender<Rows>,
     progress: &BaseProgress,
 ) -> Result<Outcome> {
     let table = rule.qualified();
@@ -160,23 +168,33 @@ pub async fn read_table(
 }
 
 /// What the ranges of one leaf share.
-struct Leaf {
+pub(super) struct Leaf {
     oid: u32,
     /// After FROM.
-    from: String,
-    relation: Arc<Vec<u8>>,
-    shape: RowShape,
+    pub from: String,
+    pub relation: Arc<Vec<u8>>,
+    pub shape: RowShape,
+    /// `None`: no row of it can be large.
+    pub large: Option<LargeColumns>,
 }
 
 /// A piece of a table: one COPY.
-struct Range {
+pub(super) struct Range {
     leaf: Arc<Leaf>,
+    /// On `ctid`; empty: the whole table.
     condition: String,
 }
 
 impl Range {
     fn statement(&self) -> String {
-        format!("COPY (SELECT {} FROM {}{}) TO STDOUT", self.leaf.shape.select, self.leaf.from, self.condition)
+        let small = self.leaf.large.as_ref().map(|l| l.row_is_small.as_str());
+        format!("COPY (SELECT {} FROM {}{}) TO STDOUT", self.leaf.shape.select, self.leaf.from, self.filter(small))
+    }
+
+    /// A WHERE of the range and of this, or nothing.
+    pub fn filter(&self, and: Option<&str>) -> String {
+        let both: Vec<&str> = [self.condition.as_str()].into_iter().chain(and).filter(|c| !c.is_empty()).collect();
+        if both.is_empty() { String::new() } else { format!(" WHERE {}", both.join(" AND ")) }
     }
 }
 
@@ -186,7 +204,8 @@ async fn ranges(client: &SqlClient, rule: &Rule) -> Result<Vec<Range>> {
         .query(
             "SELECT c.oid, n.nspname::text, c.relname::text, \
                 CASE WHEN am.amname = 'heap' THEN pg_catalog.pg_relation_size(c.oid) \
-                    / pg_catalog.current_setting('block_size')::int8 ELSE 0 END \
+                    / pg_catalog.current_setting('block_size')::int8 ELSE 0 END, \
+                CASE WHEN c.reltoastrelid <> 0 THEN pg_catalog.pg_relation_size(c.reltoastrelid) ELSE 0 END \
              FROM (SELECT $1::oid AS oid WHERE NOT $2::bool \
                    UNION ALL SELECT p.relid FROM pg_catalog.pg_partition_tree($1::oid) p WHERE $2 AND p.isleaf) t \
              JOIN pg_catalog.pg_class c ON c.oid = t.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
@@ -199,10 +218,15 @@ async fn ranges(client: &SqlClient, rule: &Rule) -> Result<Vec<Range>> {
     let mut out = Vec::new();
     for l in &leaves {
         let relation = catalog::describe(client, rule, l.get(0)).await?;
+        let shape = RowShape::new(rule, &relation)?;
+        let toasted: i64 = l.get(4);
+        let large =
+            if toasted >= large::TOAST_BYTES { LargeColumns::of(client, l.get(0), &shape).await? } else { None };
         let leaf = Arc::new(Leaf {
             oid: l.get(0),
+            large,
+            shape,
             from: format!("ONLY {}.{}", quote_ident(l.get(1)), quote_ident(l.get(2))),
-            shape: RowShape::new(rule, &relation)?,
             relation: Arc::new(relation.encode()),
         });
         out.extend(cut_blocks(l.get(3)).into_iter().map(|condition| Range { leaf: leaf.clone(), condition }));
@@ -219,8 +243,8 @@ fn cut_blocks(blocks: i64) -> Vec<String> {
             match (pieces, i) {
                 (1, _) => String::new(),
                 // Blocks added after they were counted hold nothing that the snapshot sees, but cost little to ask for.
-                (n, i) if i == n - 1 => format!(" WHERE ctid >= '({low},0)'"),
-                _ => format!(" WHERE ctid >= '({low},0)' AND ctid < '({},0)'", low + RANGE_BLOCKS),
+                (n, i) if i == n - 1 => format!("ctid >= '({low},0)'"),
+                _ => format!("ctid >= '({low},0)' AND ctid < '({},0)'", low + RANGE_BLOCKS),
             }
         })
         .collect()
@@ -229,7 +253,7 @@ fn cut_blocks(blocks: i64) -> Vec<String> {
 struct CopyJob<'a> {
     ranges: &'a [Range],
     next: AtomicUsize,
-    rows: &'a mpsc::Sender<Batch>,
+    rows: &'a mpsc::Sender<Rows>,
     progress: &'a BaseProgress,
 }
 
@@ -299,6 +323,9 @@ impl CopyJob<'_> {
             }
         }
         self.send(leaf, batch).await?;
+        if let Some(l) = &leaf.large {
+            n += large::rows(client, leaf, l, &range.filter(Some(&l.row_is_large())), self.rows).await?;
+        }
         self.progress.add_rows(n);
         Ok(n)
     }
@@ -310,7 +337,7 @@ impl CopyJob<'_> {
         self.progress.add_bytes(rows.len() as u64);
         // The merge's own error is what the job reports; this one only ends the read.
         let batch = Batch { relation: leaf.relation.clone(), rows };
-        self.rows.send(batch).await.map_err(|_| Error::other("the merge of base rows has stopped"))
+        self.rows.send(Rows::Batch(batch)).await.map_err(|_| Error::other("the merge of base rows has stopped"))
     }
 }
 
@@ -369,9 +396,9 @@ mod tests {
         assert_eq!(
             cut_blocks(3 * RANGE_BLOCKS + 5),
             [
-                " WHERE ctid >= '(0,0)' AND ctid < '(32768,0)'",
-                " WHERE ctid >= '(32768,0)' AND ctid < '(65536,0)'",
-                " WHERE ctid >= '(65536,0)'"
+                "ctid >= '(0,0)' AND ctid < '(32768,0)'",
+                "ctid >= '(32768,0)' AND ctid < '(65536,0)'",
+                "ctid >= '(65536,0)'"
             ]
         );
     }

@@ -23,6 +23,8 @@ enum Owner {
 pub struct RowShape {
     /// What stands between SELECT and FROM.
     pub select: String,
+    /// The columns of `select`, in its order.
+    pub columns: Vec<String>,
     /// How many fields of a line are the image; those behind are extras.
     image_fields: usize,
     extras: bool,
@@ -74,6 +76,7 @@ impl RowShape {
         Ok(Self {
             select: names.iter().map(|n| quote_ident(n)).collect::<Vec<_>>().join(", "),
             extras: names.len() > image_fields,
+            columns: names,
             image_fields,
             key,
             owner,

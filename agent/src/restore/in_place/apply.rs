@@ -52,7 +52,7 @@ fn stop(e: tokio_postgres::Error, what: impl std::fmt::Display) -> Stop {
             if [SqlState::T_R_DEADLOCK_DETECTED, SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_SERIALIZATION_FAILURE]
                 .contains(c) =>
         {
-            Stop::Again(format!("{what}: {e}"))
+            Stop::Again(sql::sql_error(e, what).to_string())
         }
         Some(c) if *c == SqlState::UNIQUE_VIOLATION || *c == SqlState::EXCLUSION_VIOLATION => {
             Stop::Failed(refused(sql::sql_error(e, what)))

@@ -110,6 +110,7 @@ impl Pass<'_> {
         })
         .await
         .map_err(|e| Error::other(format!("the comparison broke off: {e}")))??;
+        sink.client.batch_execute("COMMIT").await.sql("cannot end the reading transaction")?;
         let mut warnings = sink.warnings;
         warnings.sort();
         warnings.dedup();
