@@ -34,7 +34,7 @@ pub struct RestoreArgs {
     pub reserved: Option<Reserved>,
     /// The point: an RFC 3339 time, an LSN, name:RESTORE_POINT, backup:ID, or latest
     #[arg(long, value_name = "WHEN")]
-    pub to: When,
+    pub to: String,
     #[arg(long, value_enum)]
     pub mode: Mode,
     /// in-place: a connection string, default the source; database: a connection string, created if absent; files: a folder
@@ -109,6 +109,7 @@ struct Report {
 /// Restores; the exit code.
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &RestoreArgs) -> Result<u8> {
     let started = Instant::now();
+    let when: When = args.to.parse().map_err(|e: String| Error::usage(format!("--to: {e}")))?;
     let place = Destination::of(config, source, args).await?;
     let opened = Opened::new(config, args.from.as_deref()).await?;
     let (name, uid) = opened.source(config, source)?;
@@ -118,7 +119,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         (None, None) => return Err(Error::usage("--tenant is missing")),
     };
     let entry = opened.tenant((&name, uid), &tenant)?;
-    let (history, target) = wait_for(&opened, uid, args).await?;
+    let (history, target) = wait_for(&opened, uid, &when, args.wait).await?;
     let wanted = |qualified: &str| wanted(&args.tables, qualified);
     let tables = history.require(&target, &wanted)?;
     let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables));
@@ -129,8 +130,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         inputs,
         from: opened.from.clone(),
         scratch: scratch(config)?,
-        // Readers, the other end and the process itself have the rest.
-        memory: usize::try_from(config.limits.memory / 3).unwrap_or(usize::MAX),
+        memory: merge_memory(config.limits.memory),
         holes: if args.allow_incomplete { Holes::Null } else { Holes::Refuse },
     };
     let dry_run = args.dry_run || !args.confirm;
@@ -155,6 +155,12 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
     });
     print(&document, json, args)?;
     Ok(if report.incomplete > 0 && !dry_run { Kind::Partial.exit_code() } else { 0 })
+}
+
+/// What the merge may use of `limits.memory`: readers, the other end and the process itself have the rest.
+fn merge_memory(limit: u64) -> usize {
+    const REST: u64 = 40 << 20;
+    usize::try_from((limit.saturating_sub(REST) / 2).max(8 << 20)).unwrap_or(usize::MAX)
 }
 
 /// Where a restore goes, looked at before anything is read.
@@ -223,16 +229,21 @@ fn unquoted(qualified: &str) -> String {
 }
 
 /// The history in which the target is durable, and the target.
-async fn wait_for(opened: &Opened, source: uuid::Uuid, args: &RestoreArgs) -> Result<(History, Target)> {
-    let deadline = args.wait.map(|w| Instant::now() + w);
+async fn wait_for(
+    opened: &Opened,
+    source: uuid::Uuid,
+    when: &When,
+    wait: Option<Duration>,
+) -> Result<(History, Target)> {
+    let deadline = wait.map(|w| Instant::now() + w);
     loop {
         let history = opened.history(source).await?;
-        let error = match history.resolve(&args.to).await {
+        let error = match history.resolve(when).await {
             Ok(target) => return Ok((history, target)),
             Err(e) => e,
         };
         let may_come =
-            error.is_code("not_durable") || (error.kind() == Kind::NotFound && matches!(args.to, When::Name(_)));
+            error.is_code("not_durable") || (error.kind() == Kind::NotFound && matches!(when, When::Name(_)));
         if !may_come || deadline.is_none_or(|d| Instant::now() + POLL > d) {
             return Err(error);
         }

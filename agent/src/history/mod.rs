@@ -7,6 +7,8 @@
 
 mod facts;
 pub mod line;
+#[cfg(test)]
+mod tests;
 mod when;
 
 pub use when::When;
@@ -368,6 +370,8 @@ impl History {
         self.line
             .bases
             .iter()
+            // One without tables brings definitions only.
+            .filter(|b| !b.base().tables.is_empty())
             .map(|b| {
                 let base = b.base();
                 let full = base.fulls.iter().find(|f| f.tenant == tenant);

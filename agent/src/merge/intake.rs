@@ -155,8 +155,8 @@ impl Gathered {
     }
 
     /// The descriptor of the last change of the table, or of its base.
-    pub fn newest(&self, relid: u32) -> Option<DescId> {
-        self.tables().get(&relid)?.newest.map(|(_, d)| d)
+    pub fn newest(&self, relid: u32) -> Option<(Position, DescId)> {
+        self.tables().get(&relid)?.newest
     }
 
     /// A descriptor whose rows have the key that changes of this epoch have.

@@ -48,7 +48,7 @@ pub use sorter::{Cursor, KWay, Sorted, Sorter};
 pub use tenant::TenantAt;
 
 use crate::error::{Error, Result};
-use coffer_wire::Relation;
+use coffer_wire::{Lsn, Relation};
 use fold::{FoldStats, Folded};
 use intake::{Gathered, Intake, put_value, what};
 use key::{SUB_IN, TABLE_LEN};
@@ -65,6 +65,10 @@ pub trait RowSink {
     fn begin_group(&mut self, _group: u32) -> Result<()> {
         Ok(())
     }
+
+    /// Where the last change of the table that follows is; for one without changes, [`Lsn::ZERO`]. Its descriptor is that
+    /// change's.
+    fn last_change(&mut self, _at: Lsn) {}
 
     /// Rows of this table follow; their images hold `rel.image_columns()`. Called only for tables that have rows.
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()>;
@@ -233,7 +237,7 @@ impl Output<'_> {
         Ok(())
     }
 
-    fn row(&mut self, row: &[u8], rel: &Arc<Relation>, image: &Image<'_>) -> Result<()> {
+    fn row(&mut self, row: &[u8], rel: &Arc<Relation>, last_change: Lsn, image: &Image<'_>) -> Result<()> {
         let group = u32::from_be_bytes(row[..4].try_into().expect("sort keys start with twelve bytes"));
         if self.group != Some(group) {
             self.end_group()?;
@@ -243,6 +247,7 @@ impl Output<'_> {
         if self.table != Some(rel.relid) {
             self.end_table()?;
             self.table = Some(rel.relid);
+            self.sink.last_change(last_change);
             self.sink.begin_table(rel)?;
         }
         self.key.clear();
@@ -323,13 +328,14 @@ impl Running<'_> {
             r
         } else {
             let newest = g.newest(relid);
+            let last_change = newest.map_or(Lsn::ZERO, |(p, _)| p.end_lsn);
             let (out, image) = (&mut self.out, &mut self.image);
             let mut extra = FoldStats::default();
             let r = fold::fold_table(g, input, &mut stats, &mut |row: &Folded<'_>| {
-                let to = newest.unwrap_or(row.desc);
+                let to = newest.map_or(row.desc, |(_, d)| d);
                 fold::finish_image(g, blobs, row, to, holes, &mut extra, image)?;
                 extra.rows += 1;
-                out.row(row.row, &g.descriptors.relation(to), &Image::new(image, blobs))
+                out.row(row.row, &g.descriptors.relation(to), last_change, &Image::new(image, blobs))
             });
             stats.rows += extra.rows;
             stats.incomplete += extra.incomplete;

@@ -19,6 +19,8 @@ use tokio::sync::mpsc;
 const SMALL_BYTES: u64 = 1 << 20;
 /// Small objects under way at a time.
 const FETCHES_AHEAD: usize = 8;
+/// Small objects that wait to be read.
+const FETCHED: usize = 2;
 
 /// Everything that is needed to read a tenant at a position, as often as wanted.
 #[derive(Clone)]
@@ -72,7 +74,7 @@ impl TenantAt {
 
     /// The sealed bytes of the small objects, in their order.
     fn fetch_ahead(&self) -> mpsc::Receiver<Result<Bytes>> {
-        let (tx, rx) = mpsc::channel(FETCHES_AHEAD);
+        let (tx, rx) = mpsc::channel(FETCHED);
         let (repo, inputs, from) = (self.repo.clone(), self.inputs.clone(), self.from.clone());
         self.rt.spawn(async move {
             let objects: Vec<ObjectRef> = inputs

@@ -439,7 +439,7 @@ fn full_at(world: &World, upto: u64) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
     fn the_merge_is_the_oracle_at_every_commit(

@@ -3,7 +3,6 @@
 //!
 //! The rows come and go in one transaction; a database that this restore made is dropped when it fails.
 
-use super::files::column_list;
 use super::schema::{Archive, Phase};
 use super::sink::{Counts, Selected};
 use crate::dsn::Dsn;
@@ -13,7 +12,7 @@ use crate::repository::ObjectRef;
 use crate::repository::model::SequenceState;
 use crate::sql::{self, SqlClient, SqlContext};
 use bytes::{Bytes, BytesMut};
-use coffer_wire::{Class, ColumnFlags, Relation, quote_ident};
+use coffer_wire::{Class, Column, ColumnFlags, Lsn, Relation, quote_ident};
 use futures::SinkExt;
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -49,7 +48,8 @@ pub struct Done {
 
 /// From the merge's thread to the session.
 enum Piece {
-    Begin(Arc<Relation>),
+    /// With the position of the table's last change.
+    Begin(Arc<Relation>, Lsn),
     Data(Bytes),
     End,
 }
@@ -107,14 +107,14 @@ impl NewDatabase {
         let mut counts = std::mem::take(&mut self.counts);
         let merging = tokio::task::spawn_blocking(move || {
             let mut stats = Vec::new();
-            let mut sink = CopySink { tx, buf: BytesMut::with_capacity(PIECE) };
+            let mut sink = CopySink { tx, buf: BytesMut::with_capacity(PIECE), last_change: Lsn::ZERO };
             for r in &rows {
                 stats.push(r.read(&mut Selected::new(&classes, Some(&mut sink), &mut counts))?);
             }
             Ok::<_, Error>((stats, counts))
         });
         client.batch_execute("BEGIN").await.sql("cannot begin")?;
-        let copied = copy_all(client, &mut rx, warnings).await;
+        let copied = copy_all(client, &mut rx, self.schema.lsn_end, warnings).await;
         // The merge stops when nobody listens any more.
         drop(rx);
         let merged = merging.await.context(Kind::Other, "the merge broke off")?;
@@ -146,11 +146,17 @@ async fn phase(archive: Archive, dsn: &Dsn, phase: Phase) -> Result<(Archive, Ve
 }
 
 /// Runs one COPY per table until the merge ends.
-async fn copy_all(client: &SqlClient, rx: &mut mpsc::Receiver<Piece>, warnings: &mut Vec<String>) -> Result<()> {
+/// `schema`: the position of the definitions.
+async fn copy_all(
+    client: &SqlClient,
+    rx: &mut mpsc::Receiver<Piece>,
+    schema: Lsn,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
     while let Some(piece) = rx.recv().await {
-        let Piece::Begin(rel) = piece else { return Err(Error::other("rows came before their table")) };
-        fit_table(client, &rel, warnings).await?;
-        let statement = format!("COPY {} {} FROM STDIN", rel.qualified(), column_list(&rel));
+        let Piece::Begin(rel, last_change) = piece else { return Err(Error::other("rows came before their table")) };
+        let (columns, gone) = fit_table(client, &rel, last_change <= schema, warnings).await?;
+        let statement = format!("COPY {} ({}) FROM STDIN", rel.qualified(), columns.join(", "));
         let what = format!("cannot load {}", rel.qualified());
         let sink = client.copy_in::<_, Bytes>(&statement).await.sql(&what)?;
         let mut sink = std::pin::pin!(sink);
@@ -159,67 +165,99 @@ async fn copy_all(client: &SqlClient, rx: &mut mpsc::Receiver<Piece>, warnings: 
                 Some(Piece::Data(b)) => sink.send(b).await.sql(&what)?,
                 Some(Piece::End) => break,
                 // The merge failed; its own error says why. Dropping the sink ends the COPY.
-                Some(Piece::Begin(_)) | None => return Ok(()),
+                Some(Piece::Begin(..)) | None => return Ok(()),
             }
         }
         sink.finish().await.sql(&what)?;
+        for column in gone {
+            let sql = format!("ALTER TABLE {} DROP COLUMN {column}", rel.qualified());
+            client.batch_execute(&sql).await.sql(&what)?;
+        }
     }
     Ok(())
 }
 
-/// Makes the table fit the rows: the definitions may be older than they are, when the table was altered after the base.
-async fn fit_table(client: &SqlClient, rel: &Relation, warnings: &mut Vec<String>) -> Result<()> {
+/// Makes the table fit the rows: the definitions may be of another moment than they are, when the table was altered
+/// between its base and the target. Nothing is taken away, since indexes and constraints still to come refer to it.
+/// Returns the columns that the rows go into, and those to drop once the rows are in: the rows still have them, and
+/// definitions that are not older (`settled`) do not. Both quoted.
+async fn fit_table(
+    client: &SqlClient,
+    rel: &Relation,
+    settled: bool,
+    warnings: &mut Vec<String>,
+) -> Result<(Vec<String>, Vec<String>)> {
     let name = rel.qualified();
-    let found = client
-        .query(
-            "SELECT a.attname::text, a.attgenerated <> '' FROM pg_catalog.pg_attribute a \
-             WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped",
-            &[&name],
-        )
-        .await
-        .sql("cannot read the columns of the new table")?;
     let exists = client
         .query_one("SELECT pg_catalog.to_regclass($1) IS NOT NULL", &[&name])
         .await
         .sql("cannot look for the new table")?
         .get::<_, bool>(0);
-    let column = |c: &coffer_wire::Column| {
+    let definition = |c: &Column| {
         let not_null = if c.flags.has(ColumnFlags::NOT_NULL) { " NOT NULL" } else { "" };
         format!("{} {}{not_null}", quote_ident(&c.name), c.type_name)
     };
     if !exists {
-        let columns: Vec<_> = rel.image_columns().map(column).collect();
-        let sql = format!(
-            "CREATE SCHEMA IF NOT EXISTS {}; CREATE TABLE {name} ({})",
-            quote_ident(&rel.schema),
-            columns.join(", ")
-        );
+        let columns: Vec<_> = rel.image_columns().map(definition).collect();
+        let schema = quote_ident(&rel.schema);
+        let sql = format!("CREATE SCHEMA IF NOT EXISTS {schema}; CREATE TABLE {name} ({})", columns.join(", "));
         client.batch_execute(&sql).await.sql(format!("cannot create {name}"))?;
         warnings.push(format!(
             "{name} is younger than the archived definitions: made from its rows, without indexes and constraints"
         ));
-        return Ok(());
+        return Ok((rel.image_columns().map(|c| quote_ident(&c.name)).collect(), Vec::new()));
     }
-    let have: BTreeSet<String> = found.iter().map(|r| r.get(0)).collect();
-    let generated: BTreeSet<String> = found.iter().filter(|r| r.get(1)).map(|r| r.get(0)).collect();
-    for c in rel.image_columns().filter(|c| !have.contains(&c.name)) {
-        let sql = format!("ALTER TABLE {name} ADD COLUMN {}", column(c));
-        client.batch_execute(&sql).await.sql(format!("cannot add column {} to {name}", c.name))?;
-        warnings.push(format!("column {} of {name} is younger than the archived definitions: added", c.name));
+    let have = client
+        .query(
+            "SELECT a.attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' \
+             FROM pg_catalog.pg_attribute a WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 \
+             AND NOT a.attisdropped AND a.attgenerated = ''",
+            &[&name],
+        )
+        .await
+        .sql("cannot read the columns of the new table")?;
+    let have: Vec<(String, String, bool)> = have.iter().map(|r| (r.get(0), r.get(1), r.get(2))).collect();
+    let missing: Vec<&Column> = rel.image_columns().filter(|c| !have.iter().any(|h| h.0 == c.name)).collect();
+    let extra: Vec<_> = have.iter().filter(|h| !rel.columns.iter().any(|c| c.name == h.0)).collect();
+    let renamed = match (missing.as_slice(), extra.as_slice()) {
+        ([m], [e]) if m.type_name == e.1 => Some((m.name.clone(), e.0.clone())),
+        _ => None,
+    };
+    let mut gone = Vec::new();
+    if let Some((rows, definitions)) = &renamed {
+        warnings.push(format!(
+            "column {rows} of {name} is called {definitions} in the archived definitions, and so it is here"
+        ));
+    } else {
+        for c in &missing {
+            let sql = format!("ALTER TABLE {name} ADD COLUMN {}", definition(c));
+            client.batch_execute(&sql).await.sql(format!("cannot add column {} to {name}", c.name))?;
+            if settled {
+                gone.push(quote_ident(&c.name));
+            } else {
+                warnings.push(format!("column {} of {name} is younger than the archived definitions: added", c.name));
+            }
+        }
+        for (absent, _, required) in extra {
+            if *required {
+                let sql = format!("ALTER TABLE {name} ALTER COLUMN {} DROP NOT NULL", quote_ident(absent));
+                client.batch_execute(&sql).await.sql(format!("cannot leave {absent} of {name} empty"))?;
+                warnings.push(format!("column {absent} of {name} is not in the rows and has no default: empty"));
+            }
+        }
     }
-    for gone in have.iter().filter(|h| !generated.contains(*h) && !rel.columns.iter().any(|c| c.name == **h)) {
-        let sql = format!("ALTER TABLE {name} DROP COLUMN {} CASCADE", quote_ident(gone));
-        client.batch_execute(&sql).await.sql(format!("cannot drop column {gone} of {name}"))?;
-        warnings
-            .push(format!("column {gone} of {name} was dropped or renamed after the archived definitions: dropped"));
-    }
-    Ok(())
+    let into = |c: &Column| match &renamed {
+        Some((rows, definitions)) if *rows == c.name => quote_ident(definitions),
+        _ => quote_ident(&c.name),
+    };
+    Ok((rel.image_columns().map(into).collect(), gone))
 }
 
 /// Sends rows to the session, in pieces.
 struct CopySink {
     tx: mpsc::Sender<Piece>,
     buf: BytesMut,
+    last_change: Lsn,
 }
 
 impl CopySink {
@@ -252,8 +290,12 @@ impl Write for CopySink {
 }
 
 impl RowSink for CopySink {
+    fn last_change(&mut self, at: Lsn) {
+        self.last_change = at;
+    }
+
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
-        self.send(Piece::Begin(rel.clone()))
+        self.send(Piece::Begin(rel.clone(), self.last_change))
     }
 
     fn row(&mut self, _: &[u8], image: &Image<'_>) -> Result<()> {

@@ -189,7 +189,7 @@ fn file_name(rel: &Relation, extension: &str) -> String {
 }
 
 /// `(a, b)`, quoted.
-pub(super) fn column_list(rel: &Relation) -> String {
+fn column_list(rel: &Relation) -> String {
     let names: Vec<_> = rel.image_columns().map(|c| quote_ident(&c.name)).collect();
     format!("({})", names.join(", "))
 }

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::merge::{Image, RowSink};
-use coffer_wire::{Class, Relation};
+use coffer_wire::{Class, Lsn, Relation};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -44,6 +44,12 @@ impl<'a> Selected<'a> {
 }
 
 impl RowSink for Selected<'_> {
+    fn last_change(&mut self, at: Lsn) {
+        if let Some(i) = &mut self.inner {
+            i.last_change(at);
+        }
+    }
+
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
         self.taken = self.classes.is_empty() || self.classes.contains(&rel.class);
         if self.taken {

@@ -1,0 +1,185 @@
+//! Points in time against a log that lies in a temporary repository.
+
+use super::*;
+use crate::clock::SystemClock;
+use crate::config::Config;
+use crate::crypto::{Codec, Header, ObjectKind, random};
+use crate::repository::model::{Base, BaseTable, Ship, TxnEntry, TxnIndex};
+use crate::repository::{Access, Body, Draft, paths};
+use coffer_wire::{Begin, Marker, put_begin, put_marker};
+use std::io::Write;
+use tokio::runtime::Handle;
+
+/// Commit time in seconds, as the log has it.
+const S: i64 = 1_000_000;
+
+struct World {
+    _dir: tempfile::TempDir,
+    repo: Arc<Repository>,
+    keyring: Arc<Keyring>,
+    source: Uuid,
+    log: Log,
+}
+
+impl World {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().display();
+        let text = format!(
+            "[keys]\nprovider = \"file\"\npath = \"{root}/kek\"\nkeyring = [\"file://{root}/k\"]\n\
+             [[store]]\nname = \"a\"\nurl = \"file://{root}/a\"\n"
+        );
+        let config = Config::from_text(&text, std::iter::empty()).unwrap();
+        crate::keyring::Kek::create_file(&config.keys).unwrap();
+        let clock = Arc::new(SystemClock);
+        let keyring = Keyring::create(&config.keys, clock.clone()).await.unwrap();
+        Repository::create(&config, keyring.clone(), clock.clone()).await.unwrap();
+        let repo = Repository::open(&config, keyring.clone(), clock, Access::Write).await.unwrap();
+        let source = keyring.ensure_source("shop").await.unwrap();
+        let log = Log::open(&repo, source, None).await.unwrap();
+        let mut w = Self { _dir: dir, repo, keyring, source, log };
+        w.append(0, 10, 0, Body::Init).await;
+        w
+    }
+
+    async fn append(&mut self, from: u64, upto: u64, upto_time_us: i64, body: Body) {
+        let d = Draft {
+            system_identifier: 7,
+            timeline: 1,
+            slot: "s".into(),
+            from_lsn: Lsn(from),
+            upto_lsn: Lsn(upto),
+            upto_time_us,
+            body,
+        };
+        self.log.append(d).await.unwrap();
+    }
+
+    /// A ship of these transactions: end LSN, commit time in seconds; a restore point for each name.
+    async fn ship(&mut self, from: u64, upto: u64, txns: &[(u64, i64)], points: &[(&str, u64)]) {
+        let entries: Vec<TxnEntry> =
+            txns.iter().map(|(l, t)| TxnEntry { end_lsn: Lsn(*l), commit_us: t * S, xid: *l }).collect();
+        let mut plain = Vec::new();
+        TxnIndex { entries: entries.clone() }.encode(&mut plain);
+        for (name, at) in points {
+            put_begin(&mut plain, &Begin { xid: *at, commit_lsn: Lsn(*at), end_lsn: Lsn(*at), commit_time_us: 0 });
+            put_marker(&mut plain, &Marker { seq: 0, kind: "restore_point", payload: name.as_bytes() });
+        }
+        let key = self.keyring.repository_key();
+        let header = Header {
+            kind: ObjectKind::Common,
+            codec: Codec::Lz4,
+            tenant: key.id.uid,
+            object: random::uuid(),
+            source: self.source,
+            system_identifier: 7,
+            timeline: 1,
+            lsn_start: Lsn(from),
+            lsn_end: Lsn(upto),
+            key_version: key.id.version,
+        };
+        let path = paths::common(self.source, Lsn(upto), header.object);
+        let (repo, rt) = (self.repo.clone(), Handle::current());
+        let common = tokio::task::spawn_blocking(move || {
+            repo.seal_to(rt, path, &header, &key, |s| {
+                s.write_all(&plain).unwrap();
+                Ok(0)
+            })
+        })
+        .await
+        .unwrap()
+        .unwrap();
+        let max = entries.iter().map(|e| e.commit_us).max().unwrap_or(0);
+        let ship = Ship {
+            txns: txns.len() as u64,
+            first_commit_us: entries.first().map_or(0, |e| e.commit_us),
+            last_commit_us: entries.last().map_or(0, |e| e.commit_us),
+            max_commit_us: max,
+            min_commit_us: entries.iter().map(|e| e.commit_us).min(),
+            eventful: Some(!points.is_empty()),
+            common: Some(common),
+            ..Ship::default()
+        };
+        self.append(from, upto, max - 1, Body::Ship(ship)).await;
+    }
+
+    async fn base(&mut self, upto: u64, cut: u64) {
+        let table = BaseTable { relid: 1, name: "public.a".into(), cut_lsn: Lsn(cut), registered_xid: 1, rows: 0 };
+        let body = Base {
+            job: Uuid::from_u128(9),
+            tables: vec![table],
+            cut_lsn: Lsn(cut),
+            fulls: vec![],
+            schema: None,
+            sequences: vec![],
+        };
+        self.append(upto, upto, 0, Body::Base(body)).await;
+    }
+
+    async fn history(&self) -> History {
+        History::load(&self.repo, &self.keyring, self.source, None).await.unwrap()
+    }
+}
+
+async fn at(h: &History, seconds: i64) -> Result<u64> {
+    h.resolve(&When::Time(seconds * S)).await.map(|t| t.lsn.0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_is_the_prefix_before_the_first_later_commit() {
+    let mut w = World::new().await;
+    w.ship(10, 100, &[(20, 10), (40, 11), (60, 12)], &[("p", 40)]).await;
+    w.base(100, 60).await;
+    // A commit may be a little earlier than the one before it: clocks of two backends.
+    w.ship(100, 200, &[(120, 20), (140, 19), (160, 21)], &[]).await;
+    w.append(200, 250, 30 * S, Body::Idle).await;
+    let h = w.history().await;
+    assert_eq!(at(&h, 12).await.unwrap(), 100, "everything before the first commit of the next ship");
+    assert_eq!(at(&h, 11).await.unwrap(), 40);
+    assert_eq!(at(&h, 9).await.unwrap(), 10);
+    assert_eq!(at(&h, 19).await.unwrap(), 100, "the commit at 20 comes first in the log");
+    assert_eq!(at(&h, 20).await.unwrap(), 140);
+    assert_eq!(at(&h, 30).await.unwrap(), 250, "an idle record reaches it");
+    let e = at(&h, 31).await.unwrap_err();
+    assert!(e.is_code("not_durable") && e.kind() == Kind::OutsideWindow, "{e}");
+    assert_eq!(h.resolve(&When::Name("p".into())).await.unwrap().lsn, Lsn(40));
+    assert_eq!(h.resolve(&When::Name("q".into())).await.unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(h.resolve(&When::Lsn(Lsn(251))).await.unwrap_err().kind(), Kind::OutsideWindow);
+    assert_eq!(h.resolve(&When::Lsn(Lsn(130))).await.unwrap().time_us, 20 * S);
+    assert_eq!(h.resolve(&When::Backup(Uuid::from_u128(9))).await.unwrap().lsn, Lsn(60));
+    let windows = h.windows(None);
+    assert_eq!(windows.len(), 1);
+    assert_eq!((windows[0].from_lsn, windows[0].to_lsn), (Lsn(60), Lsn(250)));
+    // What `list` shows can be asked for.
+    for t in [&windows[0].from_time, &windows[0].to_time] {
+        let target = h.resolve(&t.parse().unwrap()).await.unwrap();
+        h.require(&target, &|_| true).unwrap();
+    }
+    let p = h.resolve(&When::Name("p".into())).await.unwrap();
+    let e = h.require(&p, &|_| true).unwrap_err();
+    assert_eq!(e.kind(), Kind::OutsideWindow);
+    assert_eq!(e.to_json()["error"]["window"][0]["from_lsn"], "0/3C");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_stepped_back_makes_the_span_ambiguous() {
+    let mut w = World::new().await;
+    w.base(10, 10).await;
+    w.ship(10, 100, &[(20, 100), (40, 200)], &[]).await;
+    // Back to 150, on from there; the step lies between two ships.
+    w.ship(100, 200, &[(120, 150), (140, 160)], &[]).await;
+    w.ship(200, 300, &[(220, 205), (240, 300)], &[]).await;
+    // And one inside a ship.
+    w.ship(300, 400, &[(320, 310), (340, 305), (360, 320)], &[]).await;
+    w.append(400, 450, 900 * S, Body::Idle).await;
+    let h = w.history().await;
+    assert_eq!(at(&h, 120).await.unwrap(), 20, "before the step's lowest time nothing is ambiguous");
+    let e = at(&h, 170).await.unwrap_err();
+    assert!(e.is_code("ambiguous_time"), "{e}");
+    assert!(e.message().contains("0/28") && e.message().contains("0/78"), "both LSNs: {e}");
+    assert_eq!(at(&h, 200).await.unwrap(), 200, "nothing later than 200 comes before the step");
+    assert_eq!(at(&h, 250).await.unwrap(), 220);
+    assert!(at(&h, 307).await.unwrap_err().is_code("ambiguous_time"));
+    assert_eq!(at(&h, 310).await.unwrap(), 340);
+    assert_eq!(h.resolve(&When::Lsn(Lsn(130))).await.unwrap().lsn, Lsn(130), "an LSN is never ambiguous");
+}
