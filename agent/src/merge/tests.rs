@@ -100,10 +100,12 @@ impl Plain {
     }
 }
 
+type KeyAndLine = (Vec<u8>, Vec<u8>);
+
 /// What the merge gave: per (group, relid) the lines in order.
 #[derive(Default)]
 pub(crate) struct Collected {
-    pub tables: BTreeMap<(u32, u32), Vec<(Vec<u8>, Vec<u8>)>>,
+    pub tables: BTreeMap<(u32, u32), Vec<KeyAndLine>>,
     pub rels: BTreeMap<u32, Arc<Relation>>,
     at: (u32, u32),
 }
@@ -325,7 +327,7 @@ impl World {
         if self.dirty {
             self.dirty = false;
             self.versions.push((self.lsn, self.rows.clone()));
-            if self.versions.len() % 3 == 0 {
+            if self.versions.len().is_multiple_of(3) {
                 self.plain.push(Plain::default());
             }
         }
