@@ -27,7 +27,7 @@ GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) 
 
 GRANT SELECT ON coffer.coverage, coffer.tenants, coffer.jobs, coffer.audit_log, coffer.status, coffer.restore_points
     TO coffer_auditor;
-GRANT EXECUTE ON FUNCTION coffer.doctor() TO coffer_auditor;
+GRANT EXECUTE ON FUNCTION coffer.doctor(), coffer.changes(text, pg_lsn, int), coffer.snapshot(text) TO coffer_auditor;
 GRANT EXECUTE ON FUNCTION coffer.wait_durable(pg_lsn, interval), coffer.restore_point(text) TO coffer_operator;
 GRANT EXECUTE ON FUNCTION
     coffer.add_table(regclass, name, regclass, text), coffer.add_shared(regclass), coffer.exclude(regclass, text),

@@ -11,6 +11,7 @@ extension_sql_file!("../../sql/20_names.sql", name = "names", requires = ["table
 extension_sql_file!("../../sql/30_strategy.sql", name = "strategy", requires = ["names"]);
 extension_sql_file!("../../sql/40_registry.sql", name = "registry", requires = ["strategy"]);
 extension_sql_file!("../../sql/50_coverage.sql", name = "coverage", requires = ["registry"]);
+extension_sql_file!("../../sql/55_reading.sql", name = "reading", requires = ["coverage"]);
 extension_sql_file!("../../sql/60_events.sql", name = "events", requires = ["coverage"]);
 extension_sql_file!("../../sql/70_durability.sql", name = "durability", requires = ["coverage"]);
 extension_sql_file!("../../sql/75_agent.sql", name = "agent", requires = ["durability"]);

@@ -1,0 +1,92 @@
+-- One tenant's data for people and for scripts: what is not archived yet, and what is there now.
+
+-- Not from the agent's slot but from a copy of it that lasts for this call: reading takes nothing away from the agent.
+CREATE FUNCTION coffer.changes(tenant text, upto_lsn pg_lsn DEFAULT NULL, upto_nchanges int DEFAULT NULL)
+RETURNS TABLE (lsn pg_lsn, xid xid8, commit_time timestamptz, op text, relation text, key jsonb, old jsonb, new jsonb)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    slot  name;
+    copy  name := format('coffer_changes_%s', pg_backend_pid());
+    libs  text := current_setting('output_plugin_libraries', true);
+BEGIN
+    IF $1 IS NULL THEN
+        RAISE EXCEPTION 'no tenant given' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    SELECT s.slot_name INTO slot FROM pg_replication_slots s
+    WHERE s.plugin = 'pg_coffer' AND s.database = current_database() AND NOT s.temporary AND s.wal_status <> 'lost'
+    ORDER BY s.confirmed_flush_lsn DESC LIMIT 1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no replication slot to read from' USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = 'The agent makes it at its first start; see coffer.doctor().';
+    END IF;
+    IF pg_current_xact_id_if_assigned() IS NOT NULL THEN
+        RAISE EXCEPTION 'coffer.changes() cannot run in a transaction that has written' USING ERRCODE = 'active_sql_transaction';
+    END IF;
+    -- Newer minors load only listed plugins, whoever asks.
+    IF EXISTS (SELECT FROM pg_settings s WHERE s.name = 'output_plugin_libraries') THEN
+        PERFORM set_config('output_plugin_libraries', 'pg_coffer', true);
+    ELSE
+        libs := NULL;
+    END IF;
+    PERFORM pg_copy_logical_replication_slot(slot, copy, true);
+    BEGIN
+        RETURN QUERY
+            SELECT (c.d ->> 'lsn')::pg_lsn, (c.d ->> 'xid')::xid8, (c.d ->> 'commit_time')::timestamptz, c.d ->> 'op',
+                   r.relation, c.d -> 'key', c.d -> 'old', c.d -> 'new'
+            FROM (SELECT p.data::jsonb AS d
+                  FROM pg_logical_slot_peek_changes(copy, $2, $3, 'format', 'json', 'tenant', $1) p) c
+            -- A TRUNCATE names all its tables at once.
+            CROSS JOIN LATERAL (SELECT c.d ->> 'relation' WHERE c.d ? 'relation'
+                                UNION SELECT t FROM jsonb_array_elements_text(c.d -> 'relations') t) r (relation)
+            WHERE c.d ->> 'op' IN ('insert', 'update', 'delete', 'truncate')
+              AND ($2 IS NULL OR (c.d ->> 'lsn')::pg_lsn <= $2);
+    EXCEPTION WHEN OTHERS THEN
+        PERFORM pg_drop_replication_slot(copy);
+        RAISE;
+    END;
+    PERFORM pg_drop_replication_slot(copy);
+    IF libs IS NOT NULL THEN
+        PERFORM set_config('output_plugin_libraries', libs, true);
+    END IF;
+    PERFORM coffer._audit('changes', $1);
+END $$;
+COMMENT ON FUNCTION coffer.changes IS
+'The changes of one tenant that are committed but not archived yet, in commit order: whole transactions up to upto_lsn, or until there are upto_nchanges. Nothing is consumed. A TRUNCATE appears for every tenant. Needs a free replication slot while it runs, and a transaction that has not written.';
+
+-- STABLE: every statement inside sees the snapshot of the statement that calls it.
+CREATE FUNCTION coffer._snapshot(of_tenant text)
+RETURNS TABLE (relation text, row_data jsonb, snapshot pg_snapshot, lsn pg_lsn)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r  record;
+BEGIN
+    FOR r IN
+        SELECT u.relid, format(' WHERE "the row".%I::text = $1', u.tenant_column) AS condition, c.relkind
+        FROM coffer.rules u JOIN pg_class c ON c.oid = u.relid WHERE u.tenant_attnum > 0
+        UNION ALL
+        SELECT t.oid, '', c.relkind FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t (oid)
+        JOIN pg_class c ON c.oid = t.oid WHERE s.tenant = of_tenant
+        ORDER BY 1
+    LOOP
+        -- Inheritance children are tables of their own, partitions are not.
+        RETURN QUERY EXECUTE format('SELECT %L::text, to_jsonb("the row".*), pg_current_snapshot(), pg_current_wal_insert_lsn() FROM %s%s AS "the row"%s',
+            r.relid::regclass, CASE r.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, r.relid::regclass, r.condition) USING of_tenant;
+    END LOOP;
+END $$;
+
+CREATE FUNCTION coffer.snapshot(tenant text)
+RETURNS TABLE (relation text, row_data jsonb, snapshot pg_snapshot, lsn pg_lsn)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET row_security = off SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    IF $1 IS NULL THEN
+        RAISE EXCEPTION 'no tenant given' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    PERFORM coffer._audit('snapshot', $1);
+    RETURN QUERY SELECT * FROM coffer._snapshot($1);
+END $$;
+COMMENT ON FUNCTION coffer.snapshot IS
+'All rows of one tenant as they are now, all as of one snapshot, from every covered table; shared tables are not the tenant''s.';
