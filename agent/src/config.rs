@@ -272,6 +272,10 @@ impl Config {
             if !names.insert(&s.name) {
                 return Err(Error::usage(format!("two stores are named '{}'", s.name)));
             }
+            if s.lock != LockMode::None {
+                return Err(Error::usage(format!("store '{}': this version sets no Object Lock dates", s.name))
+                    .hint("remove `lock`, and let the bucket's own default retention lock what is written"));
+            }
         }
         if !self.store.is_empty() && !self.store.iter().any(|s| s.required) {
             return Err(Error::usage("no [[store]] is required: nothing would ever be durable; set required = true"));
@@ -390,6 +394,8 @@ mod tests {
         assert_eq!(c.pick_source(None).unwrap().1.slot_name("shop"), "x");
         assert!(load(MINIMAL, &[("COFFER_SHIP__INTREVAL", "5s")]).is_err());
         assert!(load(&MINIMAL.replace("provider", "provder"), &[]).is_err());
+        assert!(load(&MINIMAL.replace("name = \"a\"", "name = \"a\"\nlock = \"none\""), &[]).is_ok());
+        assert!(load(&MINIMAL.replace("name = \"a\"", "name = \"a\"\nlock = \"compliance\""), &[]).is_err());
         assert!(load(&MINIMAL.replace("name = \"a\"", "name = \"a\"\nrequired = false"), &[]).is_err());
     }
 

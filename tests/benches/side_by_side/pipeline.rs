@@ -108,7 +108,7 @@ fn peer(world: &World, file: &Path) -> (Took, u64) {
     shell("sync", &[]);
     let end = world.identity.end;
     let mut c = world.cluster.client("pg_recvlogical", DB);
-    c.args(["-S", PEER_SLOT, "--start", "--no-loop", "-o", "proto_version=1"]);
+    c.args(["-d", DB, "-S", PEER_SLOT, "--start", "--no-loop", "-o", "proto_version=1"]);
     c.args(["-o", &format!("publication_names={}", world.identity.name), "-f"]).arg(file);
     c.arg(format!("--endpos={:X}/{:X}", end >> 32, end & 0xffff_ffff));
     let cpu = children_cpu();
