@@ -39,9 +39,9 @@ AS $$
     WHERE t.relkind = 'r' AND e.index IS DISTINCT FROM m.key_index
       AND NOT coalesce((SELECT k.sorted::text[] = r.key_columns FROM coffer._keys(t.relid) k WHERE k.index_oid = e.index), false)
     UNION ALL
-    SELECT 'a tag trigger is missing, disabled or for another column', false
+    SELECT 'a trigger of its strategy is missing, disabled or for another column', false
     FROM coffer.rules r JOIN pg_attribute a ON a.attrelid = r.relid AND a.attnum = r.tenant_attnum
-    WHERE r.relid = $1 AND r.strategy = 1 AND NOT coffer._tags_intact($1, a.attname)
+    WHERE r.relid = $1 AND NOT coffer._triggers_intact($1, a.attname, r.strategy)
     UNION ALL
     SELECT 'a type of its columns changed its meaning', true
     FROM coffer.rules r WHERE r.relid = $1 AND NOT coffer._types_compatible(r.types, coffer._types($1))
@@ -106,8 +106,8 @@ BEGIN
     ELSIF altered THEN
         RAISE WARNING 'coffer: the replica identity of % is in force again', root::regclass
             USING HINT = 'Without it the log does not say which row was deleted. To stop covering the table: coffer.remove_table().';
-    ELSIF 'a tag trigger is missing, disabled or for another column' = ANY (findings) AND col = r.tenant_column
-          AND command IN ('ALTER TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') AND NOT coalesce(rebase, false) THEN
+    ELSIF r.strategy = 1 AND 'a trigger of its strategy is missing, disabled or for another column' = ANY (findings)
+          AND col = r.tenant_column AND command IN ('ALTER TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') AND NOT coalesce(rebase, false) THEN
         RAISE WARNING 'coffer: the tag triggers of % are in force again', root::regclass
             USING HINT = 'Without them a DELETE does not say whose row it was. To stop covering the table: coffer.remove_table().';
     END IF;
@@ -292,7 +292,7 @@ BEGIN
         FROM pg_event_trigger_dropped_objects() d
         JOIN pg_namespace n ON n.nspname = d.address_names[1]
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = d.address_names[2]
-        WHERE d.object_type = 'trigger' AND starts_with(d.address_names[3], 'zzz_coffer_tag_')
+        WHERE d.object_type = 'trigger' AND d.address_names[3] ~ '^(zzz_coffer_tag_|aaa_coffer_fill)'
     LOOP
         BEGIN
             IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
