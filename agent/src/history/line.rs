@@ -63,6 +63,8 @@ pub struct Facts {
     /// Tables that were rewritten without their rows being given anew.
     pub rewrites: Vec<(u32, Lsn)>,
     pub drops: Vec<(u32, Lsn)>,
+    /// Where definitions of covered tables changed.
+    pub ddl: Vec<Lsn>,
     /// Tables with changes that capture could not attribute.
     pub unresolved: Vec<(u32, Lsn)>,
 }
@@ -331,27 +333,37 @@ impl Line {
         wanted: &dyn Fn(&str) -> bool,
     ) -> Result<Vec<TableAt>, Vec<(u32, Closed)>> {
         let (mut tables, mut unknown) = (Vec::new(), Vec::new());
-        for relid in self.relids(facts) {
-            let name = self.name(relid).unwrap_or_default();
-            if !self.present(relid, facts).iter().any(|(from, to)| *from <= at && at < *to) || !wanted(name) {
+        for relid in self.covered_at(at, facts) {
+            if !wanted(self.name(relid).unwrap_or_default()) {
                 continue;
             }
-            if let Some(c) = self.closed(relid, facts).into_iter().find(|c| c.from <= at && at < c.to) {
-                unknown.push((relid, c));
-                continue;
-            }
-            let newest = self
-                .bases
-                .iter()
-                .enumerate()
-                .filter_map(|(i, b)| b.base().tables.iter().find(|t| t.relid == relid).map(|t| (t, i)))
-                .filter(|(t, _)| t.cut_lsn <= at)
-                .max_by_key(|(t, i)| (t.cut_lsn, *i));
-            if let Some((t, base)) = newest {
-                tables.push(TableAt { relid, name: t.name.clone(), cut: t.cut_lsn, base });
+            match self.closed(relid, facts).into_iter().find(|c| c.from <= at && at < c.to) {
+                Some(c) => unknown.push((relid, c)),
+                None => tables.extend(self.newest_base(relid, at)),
             }
         }
         if unknown.is_empty() { Ok(tables) } else { Err(unknown) }
+    }
+
+    /// The same without these tables, whatever is known of them.
+    pub fn tables_except(&self, at: Lsn, facts: &Facts, except: &BTreeSet<u32>) -> Vec<TableAt> {
+        let covered = self.covered_at(at, facts);
+        covered.into_iter().filter(|r| !except.contains(r)).filter_map(|r| self.newest_base(r, at)).collect()
+    }
+
+    fn covered_at(&self, at: Lsn, facts: &Facts) -> Vec<u32> {
+        let covered = |r: &u32| self.present(*r, facts).iter().any(|(from, to)| *from <= at && at < *to);
+        self.relids(facts).into_iter().filter(covered).collect()
+    }
+
+    fn newest_base(&self, relid: u32, at: Lsn) -> Option<TableAt> {
+        self.bases
+            .iter()
+            .enumerate()
+            .filter_map(|(i, b)| b.base().tables.iter().find(|t| t.relid == relid).map(|t| (t, i)))
+            .filter(|(t, _)| t.cut_lsn <= at)
+            .max_by_key(|(t, i)| (t.cut_lsn, *i))
+            .map(|(t, base)| TableAt { relid, name: t.name.clone(), cut: t.cut_lsn, base })
     }
 
     /// The tenant's fulls that these tables are read from, each with its tables.
