@@ -12,8 +12,15 @@ AS $$ SELECT s.value::name FROM coffer.settings s WHERE s.name = 'auto_tenant_co
 CREATE FUNCTION coffer._absorb(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
+DECLARE
+    gone  oid;
 BEGIN
-    DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root;
+    FOR gone IN
+        DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root RETURNING r.relid
+    LOOP
+        -- Or the log would wait for a first base of it for ever.
+        PERFORM coffer._mark('registry', json_build_object('relid', gone::int8, 'action', 'remove', 'rebase', false));
+    END LOOP;
     DELETE FROM coffer.exclusions e USING coffer._tree(root) t WHERE e.relid = t.relid AND t.relid <> root;
 END $$;
 
