@@ -224,6 +224,9 @@ BEGIN
     IF coffer._forget(rel) THEN
         PERFORM coffer._changed(rel, 'remove');
         PERFORM coffer._audit('remove_table', rel::text);
+        IF EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel) THEN
+            PERFORM coffer._consider(rel, 'ALTER TABLE');
+        END IF;
         RETURN QUERY SELECT rel, coffer._strategy_name(before.strategy), before.tenant_column, nullif(before.parent, 0)::regclass,
                             coffer._class_name(before.class), 'no longer covered; replica identity and triggers are as they were before';
         RETURN;

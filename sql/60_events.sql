@@ -326,7 +326,8 @@ CREATE FUNCTION coffer._on_rewrite() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    rel  oid := coffer._root(pg_event_trigger_table_rewrite_oid());
+    rel     oid := coffer._root(pg_event_trigger_table_rewrite_oid());
+    unlogs  bool;
 BEGIN
     IF coffer._at_work()
        OR NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel)
@@ -337,10 +338,15 @@ BEGIN
     -- What a rewrite computes anew, and what was written while a table was unlogged, is in no change that was archived.
     UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = rel;
     UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
-    PERFORM coffer._changed(rel, 'add', true);
-    -- Reason 1: to or from UNLOGGED.
-    IF pg_event_trigger_table_rewrite_reason() & 1 <> 0
-       AND (SELECT c.relpersistence FROM pg_class c WHERE c.oid = pg_event_trigger_table_rewrite_oid()) = 'p' THEN
+    -- Reason 1: to or from UNLOGGED. No base follows while the table is unlogged.
+    unlogs := pg_event_trigger_table_rewrite_reason() & 1 <> 0
+              AND (SELECT c.relpersistence FROM pg_class c WHERE c.oid = pg_event_trigger_table_rewrite_oid()) = 'p';
+    IF unlogs AND rel = pg_event_trigger_table_rewrite_oid() THEN
+        PERFORM coffer._changed(rel, 'remove');
+    ELSE
+        PERFORM coffer._changed(rel, 'add', true);
+    END IF;
+    IF unlogs THEN
         RAISE WARNING 'coffer: % becomes unlogged, and is not backed up while it is', pg_event_trigger_table_rewrite_oid()::regclass;
     ELSE
         RAISE NOTICE 'coffer: % is rewritten and gets a new base; it can be restored to points up to here and from that base on',
