@@ -158,6 +158,18 @@ pub unsafe fn size_on_disk(p: *const u8) -> usize {
     unsafe { (p.add(6).cast::<u32>().read_unaligned() & 0x3fff_ffff) as usize }
 }
 
+/// Whether two varlenas are one value in a TOAST table.
+///
+/// # Safety
+/// Both point to varlenas.
+pub unsafe fn same_on_disk(a: *const u8, b: *const u8) -> bool {
+    // SAFETY: a pointer into a TOAST table has 18 bytes.
+    unsafe {
+        matches!((varlena(a), varlena(b)), (Varlena::OnDisk(_), Varlena::OnDisk(_)))
+            && std::slice::from_raw_parts(a, 18) == std::slice::from_raw_parts(b, 18)
+    }
+}
+
 /// What a varlena is.
 #[derive(Clone, Copy, Debug)]
 pub enum Varlena<'a> {

@@ -210,7 +210,7 @@ impl ReadTables {
             }
         };
         failpoints::hit(failpoints::BASE_AFTER_FULLS)?;
-        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences, pending: Vec::new() };
+        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences };
         Ok(Finished { base, rows: stats.rows })
     }
 }

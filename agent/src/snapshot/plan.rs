@@ -164,7 +164,6 @@ mod tests {
             fulls: vec![],
             schema: None,
             sequences: vec![],
-            pending: vec![],
         })
     }
 

@@ -13,6 +13,7 @@ pub const PREFIX: &str = "pg_coffer";
 
 const TAG: u8 = 1;
 const MARKER: u8 = 2;
+const FILL: u8 = 3;
 const MAC_LEN: usize = 16;
 
 /// The operation that a tag announces.
@@ -43,10 +44,27 @@ pub struct Tag<'a> {
     pub new: Option<TagTenant<'a>>,
 }
 
+/// A value that a row took along when it moved to another tenant, and that its UPDATE left out of the log since it was
+/// TOASTed and did not change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill<'a> {
+    /// The leaf that the row is in.
+    pub relid: u32,
+    /// The key of the new row, as a COPY line.
+    pub key: &'a [u8],
+    /// Where the row is now.
+    pub tenant: TagTenant<'a>,
+    /// The column, in the partition root.
+    pub attnum: i16,
+    /// The value, as a field of a COPY line.
+    pub field: &'a [u8],
+}
+
 /// A message of ours, MAC checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message<'a> {
     Tag(Tag<'a>),
+    Fill(Fill<'a>),
     Marker { kind: &'a str, payload: &'a [u8] },
 }
 
@@ -90,6 +108,19 @@ pub fn encode_marker(key: &MacKey, kind: &str, payload: &[u8]) -> Vec<u8> {
     out
 }
 
+pub fn encode_fill(key: &MacKey, f: &Fill<'_>) -> Vec<u8> {
+    let mut out = Vec::with_capacity(f.field.len() + f.key.len() + f.tenant.key.len() + 64);
+    out.push(FILL);
+    out.extend_from_slice(&f.relid.to_le_bytes());
+    put_bytes(&mut out, f.key);
+    put_tenant(&mut out, Some(f.tenant));
+    out.extend_from_slice(&f.attnum.to_le_bytes());
+    put_bytes(&mut out, f.field);
+    let m = mac(key, &out);
+    out.extend_from_slice(&m);
+    out
+}
+
 /// Reads a message; `Err` for a wrong MAC or bytes that are not ours.
 pub fn decode<'a>(key: &MacKey, message: &'a [u8]) -> Result<Message<'a>, WireError> {
     let Some(cut) = message.len().checked_sub(MAC_LEN) else {
@@ -116,6 +147,13 @@ pub fn decode<'a>(key: &MacKey, message: &'a [u8]) -> Result<Message<'a>, WireEr
             let new = tenant(&mut c)?;
             Message::Tag(Tag { relid, op, key, old, new })
         }
+        FILL => Message::Fill(Fill {
+            relid: c.u32("relation")?,
+            key: c.bytes("key")?,
+            tenant: tenant(&mut c)?.ok_or(c.err("a tenant"))?,
+            attnum: c.u16("column")? as i16,
+            field: c.bytes("value")?,
+        }),
         MARKER => Message::Marker { kind: c.str("marker kind")?, payload: c.bytes("marker payload")? },
         _ => return Err(c.err("known message kind")),
     };
@@ -157,6 +195,8 @@ mod tests {
             assert!(decode(&key, &bad).is_err(), "bit {bit}");
         }
         assert!(decode(&[8; 16], &m).is_err());
+        let f = Fill { relid: 1, key: b"k", tenant: t.old.unwrap(), attnum: 3, field: b"a\\tb" };
+        assert_eq!(decode(&key, &encode_fill(&key, &f)), Ok(Message::Fill(f)));
         let m = encode_marker(&key, "base", &[1, 2]);
         assert_eq!(decode(&key, &m), Ok(Message::Marker { kind: "base", payload: &[1, 2] }));
     }
