@@ -337,9 +337,10 @@ impl Source {
         match found {
             Some(s) if s.is_lost() => {
                 let why = s.invalidated.unwrap_or_else(|| "wal_removed".to_owned());
-                self.gap(client, format!("slot_lost: {why}"), None).await
+                tracing::warn!(source = ctx.source, slot = ctx.slot, why, "the slot is lost");
+                self.gap(client, "slot_lost".to_owned(), None).await
             }
-            None => self.gap(client, "slot_missing".to_owned(), None).await,
+            None => self.gap(client, "slot_lost".to_owned(), None).await,
             Some(s) if s.confirmed > durable => self.gap(client, "slot_ahead".to_owned(), Some(s.confirmed)).await,
             Some(s) => {
                 if s.wal_status == "unreserved" {
