@@ -135,6 +135,7 @@ fn markers(plain: &[u8], out: &mut Found) -> Result<()> {
                     }
                     "rewrite" => rewrites.push(json::<RewriteMarker>(m.kind, m.payload)?.relid),
                     "drop" => {
+                        out.ddl.push(at);
                         out.drops.extend(json::<DropMarker>(m.kind, m.payload)?.relids.into_iter().map(|r| (r, at)));
                     }
                     _ => {}

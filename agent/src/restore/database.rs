@@ -223,6 +223,21 @@ async fn fit_table(
         ([m], [e]) if m.type_name == e.1 => Some((m.name.clone(), e.0.clone())),
         _ => None,
     };
+    if settled && renamed.is_none() && !missing.is_empty() && !extra.is_empty() {
+        // The rows are older than a DDL that both took columns away and brought some: which became which is not known.
+        let names = |list: &mut dyn Iterator<Item = &str>| list.collect::<Vec<_>>().join(", ");
+        return Err(Error::new(
+            Kind::Refused,
+            format!(
+                "the columns of {name} changed after the tenant's last rows in it: they have {}, the definitions at the \
+                 target have {}",
+                names(&mut missing.iter().map(|c| c.name.as_str())),
+                names(&mut extra.iter().map(|e| e.0.as_str()))
+            ),
+        )
+        .code("columns_changed")
+        .hint("restore to files, or to a point after the table's next base"));
+    }
     let mut gone = Vec::new();
     if let Some((rows, definitions)) = &renamed {
         warnings.push(format!(
