@@ -262,65 +262,78 @@ BEGIN
              ELSE 'DEFAULT' END));
 END $$;
 
--- The tag triggers, on the root: the server clones them to partitions, present and to come. ALWAYS: they also fire in
--- sessions that replicate or restore. The name sorts last, so that what the application's triggers do is in the row. On
--- a partitioned table it differs from that on a plain one: else a covered table could not be attached as a partition.
-CREATE FUNCTION coffer._create_tags(root oid, tenant name) RETURNS void
+-- Whether rows that move to another tenant may leave large values behind: unchanged values that are stored outside the
+-- row are not in the log, and the new tenant has never seen them. A tag takes them along by itself.
+CREATE FUNCTION coffer._wants_fill(root oid, strategy int2) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT strategy = 0 AND to_regprocedure('coffer._fill()') IS NOT NULL
+       AND CASE c.relkind WHEN 'p' THEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = root AND a.attnum > 0 AND NOT a.attisdropped
+                                                AND a.attlen = -1 AND a.attstorage <> 'p')
+                ELSE c.reltoastrelid <> 0 END
+    FROM pg_class c WHERE c.oid = root
+$$;
+
+-- The triggers of a strategy, on the root: the server clones them to partitions, present and to come. ALWAYS: they also
+-- fire in sessions that replicate or restore. A tag's name sorts last, so that what the application's triggers do is in
+-- the row; fill's sorts first. On a partitioned table the names differ from those on a plain one: else a covered table
+-- could not be attached as a partition.
+CREATE FUNCTION coffer._create_triggers(root oid, tenant name, strategy int2) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
     suffix  text := CASE (SELECT relkind FROM pg_class WHERE oid = root) WHEN 'p' THEN '_tree' ELSE '' END;
+    moved   text := format('%s IS DISTINCT FROM %s', coffer._key_expression('OLD', root, tenant), coffer._key_expression('NEW', root, tenant));
+    t       record;
 BEGIN
-    PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_delete%s BEFORE DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._tag(%L)',
-                   suffix, root::regclass, tenant));
-    PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_move%s BEFORE UPDATE ON %s FOR EACH ROW WHEN (%s IS DISTINCT FROM %s) '
-                   'EXECUTE FUNCTION coffer._tag(%L)', suffix, root::regclass,
-                   coffer._key_expression('OLD', root, tenant), coffer._key_expression('NEW', root, tenant), tenant));
-    PERFORM coffer._always_tags(root);
+    IF strategy = 1 THEN
+        PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_delete%s BEFORE DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._tag(%L)',
+                                   suffix, root::regclass, tenant));
+        PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_move%s BEFORE UPDATE ON %s FOR EACH ROW WHEN (%s) EXECUTE FUNCTION coffer._tag(%L)',
+                                   suffix, root::regclass, moved, tenant));
+    ELSIF coffer._wants_fill(root, strategy) THEN
+        PERFORM coffer._ddl(format('CREATE TRIGGER aaa_coffer_fill%s AFTER UPDATE ON %s FOR EACH ROW WHEN (%s) EXECUTE FUNCTION coffer._fill(%L)',
+                                   suffix, root::regclass, moved, tenant));
+    END IF;
+    FOR t IN SELECT * FROM coffer._triggers(root) WHERE enabled <> 'A' LOOP
+        PERFORM coffer._ddl(format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', t.relid::regclass, t.name));
+    END LOOP;
 END $$;
 
--- Every tag trigger of a tree, under whatever name.
-CREATE FUNCTION coffer._tags(root oid) RETURNS TABLE (relid oid, name name, is_clone bool, enabled "char", args bytea)
+-- Every trigger of a strategy's in a tree, under whatever name.
+CREATE FUNCTION coffer._triggers(root oid) RETURNS TABLE (relid oid, name name, is_clone bool, enabled "char", args bytea)
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT g.tgrelid, g.tgname, g.tgparentid <> 0, g.tgenabled, g.tgargs
     FROM coffer._tree(root) m
     -- OFFSET 0: look them up by table; the other way round reads every tag trigger of the database.
     CROSS JOIN LATERAL (SELECT * FROM pg_trigger t WHERE t.tgrelid = m.relid OFFSET 0) g
-    WHERE g.tgfoid = to_regprocedure('coffer._tag()')
+    WHERE g.tgfoid IN (to_regprocedure('coffer._tag()'), to_regprocedure('coffer._fill()'))
 $$;
 
-CREATE FUNCTION coffer._always_tags(root oid) RETURNS void
-LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
-AS $$
-DECLARE
-    t  record;
-BEGIN
-    FOR t IN SELECT * FROM coffer._tags(root) WHERE enabled <> 'A' LOOP
-        PERFORM coffer._ddl(format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', t.relid::regclass, t.name));
-    END LOOP;
-END $$;
-
 -- Clones go with the trigger they were made from.
-CREATE FUNCTION coffer._drop_tags(root oid) RETURNS void
+CREATE FUNCTION coffer._drop_triggers(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
     t  record;
 BEGIN
-    FOR t IN SELECT * FROM coffer._tags(root) WHERE NOT is_clone LOOP
+    FOR t IN SELECT * FROM coffer._triggers(root) WHERE NOT is_clone LOOP
         PERFORM coffer._ddl(format('DROP TRIGGER %I ON %s', t.name, t.relid::regclass));
     END LOOP;
 END $$;
 
--- Whether every relation of the tree has both triggers, for this column, firing always, and no left-over ones.
-CREATE FUNCTION coffer._tags_intact(root oid, tenant name) RETURNS bool
+-- Whether every relation of the tree has what the strategy asks for, for this column, firing always, and nothing left over.
+CREATE FUNCTION coffer._triggers_intact(root oid, tenant name, strategy int2) RETURNS bool
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT bool_and((SELECT count(*) = 2 AND bool_and(t.enabled = 'A' AND t.name ~ '^zzz_coffer_tag_(delete|move)(_tree)?$'
-                                                      AND t.args = convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea)
-                     FROM coffer._tags(root) t WHERE t.relid = m.relid))
-    FROM coffer._tree(root) m WHERE m.relkind IN ('r', 'p')
+    SELECT bool_and((SELECT count(*) = w.number AND coalesce(bool_and(t.enabled = 'A' AND t.name ~ w.names
+                                                             AND t.args = convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea), true)
+                     FROM coffer._triggers(root) t WHERE t.relid = m.relid))
+    FROM coffer._tree(root) m
+    CROSS JOIN (SELECT CASE WHEN strategy = 1 THEN 2 WHEN coffer._wants_fill(root, strategy) THEN 1 ELSE 0 END AS number,
+                       CASE WHEN strategy = 1 THEN '^zzz_coffer_tag_(delete|move)(_tree)?$' ELSE '^aaa_coffer_fill(_tree)?$' END AS names) w
+    WHERE m.relkind IN ('r', 'p')
 $$;
 
 -- What the enums and composite types of a table's columns look like: old images are read with it.

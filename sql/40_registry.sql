@@ -56,13 +56,10 @@ BEGIN
     SELECT * INTO p FROM coffer._plan(root, tenant);
     -- The rule goes first and comes back last: what the event triggers see in between is a table without a rule.
     DELETE FROM coffer.rules WHERE relid = root RETURNING * INTO before;
-    IF before.strategy = 1 AND (p.strategy IS DISTINCT FROM 1 OR NOT coffer._tags_intact(root, tenant)) THEN
-        PERFORM coffer._drop_tags(root);
-    END IF;
     PERFORM coffer._apply_identity(root, p.identity, p.key_index);
-    IF p.strategy = 1 AND NOT coffer._tags_intact(root, tenant) THEN
-        PERFORM coffer._drop_tags(root);
-        PERFORM coffer._create_tags(root, tenant);
+    IF NOT coffer._triggers_intact(root, tenant, p.strategy) THEN
+        PERFORM coffer._drop_triggers(root);
+        PERFORM coffer._create_triggers(root, tenant, p.strategy);
     END IF;
     DELETE FROM coffer.exclusions WHERE relid = root;
     rebase := coalesce(rebase, false) OR before.relid IS NULL
@@ -209,7 +206,7 @@ BEGIN
     END IF;
     PERFORM coffer._lock(rel, 'ACCESS EXCLUSIVE');
     DELETE FROM coffer.rules WHERE relid = rel;
-    PERFORM coffer._drop_tags(rel);
+    PERFORM coffer._drop_triggers(rel);
     FOR m IN SELECT relid FROM coffer.rule_relations WHERE root = rel LOOP
         PERFORM coffer._restore_identity(m);
     END LOOP;
@@ -227,6 +224,9 @@ BEGIN
     IF coffer._forget(rel) THEN
         PERFORM coffer._changed(rel, 'remove');
         PERFORM coffer._audit('remove_table', rel::text);
+        IF EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel) THEN
+            PERFORM coffer._consider(rel, 'ALTER TABLE');
+        END IF;
         RETURN QUERY SELECT rel, coffer._strategy_name(before.strategy), before.tenant_column, nullif(before.parent, 0)::regclass,
                             coffer._class_name(before.class), 'no longer covered; replica identity and triggers are as they were before';
         RETURN;

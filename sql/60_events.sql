@@ -12,8 +12,15 @@ AS $$ SELECT s.value::name FROM coffer.settings s WHERE s.name = 'auto_tenant_co
 CREATE FUNCTION coffer._absorb(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
+DECLARE
+    gone  oid;
 BEGIN
-    DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root;
+    FOR gone IN
+        DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root RETURNING r.relid
+    LOOP
+        -- Or the log would wait for a first base of it for ever.
+        PERFORM coffer._mark('registry', json_build_object('relid', gone::int8, 'action', 'remove', 'rebase', false));
+    END LOOP;
     DELETE FROM coffer.exclusions e USING coffer._tree(root) t WHERE e.relid = t.relid AND t.relid <> root;
 END $$;
 
@@ -39,9 +46,9 @@ AS $$
     WHERE t.relkind = 'r' AND e.index IS DISTINCT FROM m.key_index
       AND NOT coalesce((SELECT k.sorted::text[] = r.key_columns FROM coffer._keys(t.relid) k WHERE k.index_oid = e.index), false)
     UNION ALL
-    SELECT 'a tag trigger is missing, disabled or for another column', false
+    SELECT 'a trigger of its strategy is missing, disabled or for another column', false
     FROM coffer.rules r JOIN pg_attribute a ON a.attrelid = r.relid AND a.attnum = r.tenant_attnum
-    WHERE r.relid = $1 AND r.strategy = 1 AND NOT coffer._tags_intact($1, a.attname)
+    WHERE r.relid = $1 AND NOT coffer._triggers_intact($1, a.attname, r.strategy)
     UNION ALL
     SELECT 'a type of its columns changed its meaning', true
     FROM coffer.rules r WHERE r.relid = $1 AND NOT coffer._types_compatible(r.types, coffer._types($1))
@@ -106,8 +113,8 @@ BEGIN
     ELSIF altered THEN
         RAISE WARNING 'coffer: the replica identity of % is in force again', root::regclass
             USING HINT = 'Without it the log does not say which row was deleted. To stop covering the table: coffer.remove_table().';
-    ELSIF 'a tag trigger is missing, disabled or for another column' = ANY (findings) AND col = r.tenant_column
-          AND command IN ('ALTER TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') AND NOT coalesce(rebase, false) THEN
+    ELSIF r.strategy = 1 AND 'a trigger of its strategy is missing, disabled or for another column' = ANY (findings)
+          AND col = r.tenant_column AND command IN ('ALTER TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') AND NOT coalesce(rebase, false) THEN
         RAISE WARNING 'coffer: the tag triggers of % are in force again', root::regclass
             USING HINT = 'Without them a DELETE does not say whose row it was. To stop covering the table: coffer.remove_table().';
     END IF;
@@ -292,7 +299,7 @@ BEGIN
         FROM pg_event_trigger_dropped_objects() d
         JOIN pg_namespace n ON n.nspname = d.address_names[1]
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = d.address_names[2]
-        WHERE d.object_type = 'trigger' AND starts_with(d.address_names[3], 'zzz_coffer_tag_')
+        WHERE d.object_type = 'trigger' AND d.address_names[3] ~ '^(zzz_coffer_tag_|aaa_coffer_fill)'
     LOOP
         BEGIN
             IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
@@ -319,7 +326,8 @@ CREATE FUNCTION coffer._on_rewrite() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    rel  oid := coffer._root(pg_event_trigger_table_rewrite_oid());
+    rel     oid := coffer._root(pg_event_trigger_table_rewrite_oid());
+    unlogs  bool;
 BEGIN
     IF coffer._at_work()
        OR NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel)
@@ -330,10 +338,15 @@ BEGIN
     -- What a rewrite computes anew, and what was written while a table was unlogged, is in no change that was archived.
     UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = rel;
     UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
-    PERFORM coffer._changed(rel, 'add', true);
-    -- Reason 1: to or from UNLOGGED.
-    IF pg_event_trigger_table_rewrite_reason() & 1 <> 0
-       AND (SELECT c.relpersistence FROM pg_class c WHERE c.oid = pg_event_trigger_table_rewrite_oid()) = 'p' THEN
+    -- Reason 1: to or from UNLOGGED. No base follows while the table is unlogged.
+    unlogs := pg_event_trigger_table_rewrite_reason() & 1 <> 0
+              AND (SELECT c.relpersistence FROM pg_class c WHERE c.oid = pg_event_trigger_table_rewrite_oid()) = 'p';
+    IF unlogs AND rel = pg_event_trigger_table_rewrite_oid() THEN
+        PERFORM coffer._changed(rel, 'remove');
+    ELSE
+        PERFORM coffer._changed(rel, 'add', true);
+    END IF;
+    IF unlogs THEN
         RAISE WARNING 'coffer: % becomes unlogged, and is not backed up while it is', pg_event_trigger_table_rewrite_oid()::regclass;
     ELSE
         RAISE NOTICE 'coffer: % is rewritten and gets a new base; it can be restored to points up to here and from that base on',

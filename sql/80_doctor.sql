@@ -133,10 +133,10 @@ BEGIN
         WHERE r.strategy = 1 AND g.tgparentid = 0 AND NOT g.tgisinternal AND g.tgfoid <> to_regprocedure('coffer._tag()') AND g.tgname > 'zzz_coffer_tag_move_tree' COLLATE "C"
           AND g.tgtype & 3 = 3 AND g.tgtype & 24 <> 0
         ORDER BY 1;
-    RETURN QUERY SELECT format('table %s', g.tgrelid::regclass), false, 'has a tag trigger but no rule, as after a restore from a dump',
+    RETURN QUERY SELECT format('table %s', g.tgrelid::regclass), false, 'has a trigger of the extension''s but no rule, as after a restore from a dump',
         format('DROP TRIGGER %I ON %s; -- or cover the table again', g.tgname, g.tgrelid::regclass)
         FROM pg_trigger g
-        WHERE g.tgfoid = to_regprocedure('coffer._tag()') AND g.tgparentid = 0
+        WHERE g.tgfoid IN (to_regprocedure('coffer._tag()'), to_regprocedure('coffer._fill()')) AND g.tgparentid = 0
           AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = coffer._root(g.tgrelid))
         ORDER BY g.tgrelid::regclass::text COLLATE "C", g.tgname;
     RETURN QUERY SELECT format('table %s', c.relation), false, 'not covered: ' || c.reason,

@@ -15,6 +15,7 @@ use crate::run::AgentContext;
 use crate::ship::Anchors;
 use crate::sql::{self, SqlClient, SqlContext};
 use coffer_wire::Lsn;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -115,6 +116,7 @@ impl Reporter {
         self.ctx.alarms.clear(alarms::REPORTING_FAILED, &self.ctx.source);
         // Whoever was met before this session began.
         let known = self.ctx.keyring.tenants(self.ctx.source_uid);
+        let mut registered: HashSet<_> = known.iter().map(|e| e.uid).collect();
         self.register(client, known).await?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -125,6 +127,10 @@ impl Reporter {
                     self.judge_rpo(Some(client)).await;
                     if self.last_report.is_none_or(|t| t.elapsed() >= REPORT) {
                         self.report(client).await?;
+                        // Whoever a base met first.
+                        let mut known = self.ctx.keyring.tenants(self.ctx.source_uid);
+                        known.retain(|e| registered.insert(e.uid));
+                        self.register(client, known).await?;
                     }
                     if self.last_coverage.is_none_or(|t| t.elapsed() >= COVERAGE) {
                         self.coverage(client).await?;
@@ -143,6 +149,7 @@ impl Reporter {
                     while let Ok(next) = self.new_tenants.try_recv() {
                         batch.push(next);
                     }
+                    registered.extend(batch.iter().map(|e| e.uid));
                     self.register(client, batch).await?;
                 }
             }

@@ -110,6 +110,11 @@ impl Agent {
     fn command(&self) -> Command {
         let mut c = Command::new(env_path("COFFER_BIN"));
         c.arg("--config").arg(self.config());
+        // Where pg_dump and pg_restore of every major are.
+        let mut path: Vec<PathBuf> =
+            ["COFFER_PG15_BIN", "COFFER_PG18_BIN"].iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
+        path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+        c.env("PATH", std::env::join_paths(path).expect("no colon in a folder's name"));
         c.envs(self.env.iter().map(|(k, v)| (k.as_str(), v.as_str())));
         c
     }

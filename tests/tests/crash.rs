@@ -195,7 +195,9 @@ fn random_kills(major: u32) {
         let cluster = Cluster::start(major);
         workload::prepare(&cluster, "shop");
         let tables = workload::watched();
-        let scratch = Scratch::new(&cluster, workload::DDL).await;
+        // Beside the server that is killed.
+        let beside = Cluster::start(major);
+        let scratch = Scratch::new(&beside, workload::DDL).await;
         let load = Workload::start(&cluster, "shop", 4, seed, Duration::from_millis(15));
         let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
         agent.start();

@@ -6,7 +6,7 @@
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database, Scratch};
-use coffer_tests::truth::{self, Truth};
+use coffer_tests::truth::{self, Truth, Watched};
 use coffer_tests::workload::{self, TENANTS, Workload};
 use coffer_tests::{block_on, seed, wait_for};
 use rand::rngs::StdRng;
@@ -62,15 +62,18 @@ fn under_load(major: u32) {
         let status = agent.json(&["status"]);
         assert_eq!(status["sources"][0]["unresolved_rows"], 0, "{status}");
 
+        let scratch = Scratch::new(&cluster, workload::DDL).await;
         // A tenant that is left alone from now on comes back in place while the writers go on with the others.
         load.freeze(1);
         let others_go_on = load.committed();
         // The table locks of a restore point wait for whatever still touches it.
         let still = truth::take(&mut observer, &tables, "frozen").await;
         for (mode, truth) in [("back", truths.choose(&mut rng).expect("a point")), ("forth", &still)] {
-            agent.json(&restored::in_place("1", &format!("name:{}", truth.name)));
+            let wrong = scratch.check(&agent, truth, &tables, "1").await;
+            assert!(wrong.is_empty(), "to files before in place, {mode}, SEED={seed}: {wrong:#?}");
+            let done = agent.json(&restored::in_place("1", &format!("name:{}", truth.name)));
             let wrong = truth.differences(&observer, &tables, "1").await;
-            assert!(wrong.is_empty(), "in place, {mode}, SEED={seed}: {wrong:#?}");
+            assert!(wrong.is_empty(), "in place, {mode}, SEED={seed}: {wrong:#?}\n{done}");
         }
         load.after(20).await;
         let (committed, failed) = load.stop().await;
@@ -82,7 +85,6 @@ fn under_load(major: u32) {
         assert!(code == 4 || code == 3, "before the first base: {code} {doc}");
         drop(too_early);
 
-        let scratch = Scratch::new(&cluster, workload::DDL).await;
         let mut wrong = Vec::new();
         let (mut files, mut databases) = (0, 0);
         let begun = Instant::now();
@@ -134,39 +136,61 @@ fn phantom(major: u32) {
         for attempt in 1..=8 {
             let cluster = Cluster::start_with(major, conf, &[]);
             workload::prepare(&cluster, "shop");
-            let tables = workload::watched();
-            // The base has its rows and pauses before it writes the marker that would make it valid (and, being a
-            // synchronous commit, would flush the phantom too).
+            cluster.psql("shop", "CREATE TABLE late (tenant int NOT NULL, id int PRIMARY KEY, v text)");
+            let mut tables = workload::watched();
+            tables.push(Watched::new("late", "tenant"));
             let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
-            agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-copy@1=sleep(3000)".into())];
-            let db = cluster.connect("shop").await;
-            db.batch_execute("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE").await.expect("the lock");
             agent.start();
-            let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'orders'::regclass AND NOT granted";
+            restored::wait_windows(&mut agent, &TENANTS);
+            agent.kill9();
+            // The next base has its rows and pauses before it writes the marker that would make it valid (and, being a
+            // synchronous commit, would flush the phantom too).
+            agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-copy@1=sleep(3000)".into())];
+            agent.start();
+            cluster.psql("shop", "SELECT coffer.wait_durable()");
+            let db = cluster.connect("shop").await;
+            db.batch_execute("BEGIN; SELECT coffer.add_table('late', 'tenant'); COMMIT; BEGIN; LOCK TABLE late")
+                .await
+                .expect("the lock");
+            let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'late'::regclass AND NOT granted";
             let end = Instant::now() + Duration::from_secs(60);
             while db.query_one(waits, &[]).await.expect("locks").get::<_, i64>(0) == 0 {
                 assert!(Instant::now() < end, "the base never came to the table:\n{}", agent.log());
-                tokio::time::sleep(Duration::from_millis(10)).await;
+                tokio::time::sleep(Duration::from_millis(2)).await;
             }
             // The base takes its snapshot as soon as this has committed, and so sees the row.
-            db.batch_execute(
-                "SET LOCAL synchronous_commit = off; INSERT INTO orders VALUES (1, 99999, 'phantom'); COMMIT",
-            )
-            .await
-            .expect("an asynchronous commit");
+            db.batch_execute("SET LOCAL synchronous_commit = off; INSERT INTO late VALUES (1, 1, 'phantom'); COMMIT")
+                .await
+                .expect("an asynchronous commit");
             wait_for("the base to have read", 60, || agent.log().contains("failpoint base-after-copy").then_some(()));
             cluster.kill9();
             cluster.up();
-            if cluster.psql("shop", "SELECT count(*) FROM orders WHERE id = 99999") != "0" {
+            if cluster.psql("shop", "SELECT count(*) FROM late") != "0" {
                 println!("attempt {attempt}: the row survived the crash");
                 continue;
             }
-            restored::wait_windows(&mut agent, &TENANTS);
+            // Another row, which a restore has as soon as there is a base.
+            cluster.psql("shop", "INSERT INTO late VALUES (2, 2, 'real')");
             let mut observer = workload::observer(&cluster, "shop").await;
-            let truth = truth::take(&mut observer, &tables, "after").await;
-            let scratch = Scratch::new(&cluster, workload::DDL).await;
-            let wrong = scratch.check(&agent, &truth, &tables, "1").await;
-            assert!(wrong.is_empty(), "{wrong:#?}");
+            let scratch =
+                Scratch::new(&cluster, &format!("{} CREATE TABLE late (tenant int, id int, v text)", workload::DDL))
+                    .await;
+            let end = Instant::now() + Duration::from_secs(90);
+            for n in 0.. {
+                let truth = truth::take(&mut observer, &tables, &format!("after {n}")).await;
+                let out = restored::Out::new();
+                let to = format!("name:{}", truth.name);
+                let done = agent.coffer(&restored::args("2", &to, "files", out.arg()));
+                if done.status.success() {
+                    let mut wrong = scratch.check(&agent, &truth, &tables, "2").await;
+                    wrong.extend(scratch.check(&agent, &truth, &tables, "1").await);
+                    assert!(wrong.is_empty(), "{wrong:#?}\n{}", agent.log());
+                    break;
+                }
+                // Outside the window until the table has its base.
+                assert_eq!(done.status.code(), Some(4), "{}", String::from_utf8_lossy(&done.stderr));
+                assert!(Instant::now() < end, "no base:\n{}", agent.log());
+            }
             println!("PostgreSQL {major}: lost at attempt {attempt}");
             return;
         }

@@ -1,10 +1,10 @@
 //! Names and keys that need quoting, escaping or measuring.
 
 use coffer_tests::agent::{Agent, Setup};
-use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database, Scratch, quote};
 use coffer_tests::truth::{self, Watched};
+use coffer_tests::{block_on, wait_for};
 
 on_majors! {
     identifiers: identifiers;
@@ -199,7 +199,9 @@ fn tenant_keys(major: u32) {
         for key in truth.tenants.keys() {
             assert!(listed.contains(&key.as_str()), "{key:?} is not listed");
         }
-        let registered = cluster.psql("shop", "SELECT count(*) FROM coffer.tenants WHERE kind = 'normal'");
-        assert_eq!(registered, truth.tenants.len().to_string(), "tenants register themselves");
+        wait_for("the tenants to register themselves", 60, || {
+            let registered = cluster.psql("shop", "SELECT count(*) FROM coffer.tenants WHERE kind = 'normal'");
+            (registered == truth.tenants.len().to_string()).then_some(())
+        });
     });
 }

@@ -319,8 +319,9 @@ fn shared(
         return Ok(None);
     }
     let Some(entry) = opened.keyring.find(source, &tenant) else { return Ok(None) };
-    let tables = history.require(target, &|_| true)?;
-    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables));
+    // Which tables are shared is known from the rows alone; what is not known at the target is the tenant's, or was asked
+    // for and refused before.
+    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, history.known(target)));
     Ok(Some(TenantAt { tenant, inputs, ..at.clone() }))
 }
 
@@ -355,6 +356,7 @@ async fn to_database(
         warnings: done.warnings,
         ..Report::default()
     };
+    report.warnings.extend(inputs.schema_warning.clone());
     report.incomplete = warnings_of(&done.stats, &mut report.warnings);
     Ok(report)
 }

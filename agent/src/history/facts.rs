@@ -39,6 +39,7 @@ struct Found {
     registry: Vec<Registered>,
     rewrites: Vec<(u32, Lsn)>,
     drops: Vec<(u32, Lsn)>,
+    ddl: Vec<Lsn>,
     unresolved: Vec<(u32, Lsn)>,
 }
 
@@ -55,6 +56,7 @@ pub(super) async fn read(repo: &Repository, keyring: &Keyring, ships: &[ShipAt],
         facts.restore_points.extend(f.points.into_iter().filter(|p| p.1 <= ship.limit));
         facts.registry.extend(f.registry.into_iter().filter(|r| r.at <= ship.limit));
         facts.rewrites.extend(f.rewrites.into_iter().filter(|r| r.1 <= ship.limit));
+        facts.ddl.extend(f.ddl.into_iter().filter(|at| *at <= ship.limit));
         facts.drops.extend(f.drops.into_iter().filter(|r| r.1 <= ship.limit));
         facts.unresolved.extend(f.unresolved.into_iter().filter(|r| r.1 <= ship.limit));
     }
@@ -138,6 +140,7 @@ fn markers(plain: &[u8], out: &mut Found) -> Result<()> {
                         out.ddl.push(at);
                         out.drops.extend(json::<DropMarker>(m.kind, m.payload)?.relids.into_iter().map(|r| (r, at)));
                     }
+                    "ddl" => out.ddl.push(at),
                     _ => {}
                 }
             }

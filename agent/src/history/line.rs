@@ -4,6 +4,7 @@
 //! so that a position means one thing. Then, per table, the spans that are closed: from where rows may have come or
 //! gone without a trace, to the table's next base.
 
+use crate::repository::model::PendingTable;
 use crate::repository::{Body, LogRecord, ObjectRef};
 use coffer_wire::Lsn;
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,6 +64,8 @@ pub struct Facts {
     /// Tables that were rewritten without their rows being given anew.
     pub rewrites: Vec<(u32, Lsn)>,
     pub drops: Vec<(u32, Lsn)>,
+    /// Where definitions of covered tables changed.
+    pub ddl: Vec<Lsn>,
     /// Tables with changes that capture could not attribute.
     pub unresolved: Vec<(u32, Lsn)>,
 }
@@ -177,12 +180,19 @@ impl Line {
     fn relids(&self, facts: &Facts) -> BTreeSet<u32> {
         let based = self.bases.iter().flat_map(|b| b.base().tables.iter().map(|t| t.relid));
         let added = facts.registry.iter().filter(|r| matches!(r.what, Registration::Add { .. })).map(|r| r.relid);
-        based.chain(added).collect()
+        based.chain(added).chain(self.pending().map(|p| p.relid)).collect()
+    }
+
+    /// Tables that a base was to hold and did not.
+    fn pending(&self) -> impl Iterator<Item = &PendingTable> {
+        self.bases.iter().flat_map(|b| &b.base().pending)
     }
 
     /// The name that the newest base has for the table.
     fn name(&self, relid: u32) -> Option<&str> {
-        self.bases.iter().rev().flat_map(|b| &b.base().tables).find(|t| t.relid == relid).map(|t| t.name.as_str())
+        let based = self.bases.iter().rev().flat_map(|b| &b.base().tables).find(|t| t.relid == relid);
+        let pending = || self.pending().find(|p| p.relid == relid).map(|p| p.name.as_str());
+        based.map(|t| t.name.as_str()).or_else(pending)
     }
 
     /// The first cut at or after `from` of a base that saw the registration `xid`.
@@ -213,7 +223,7 @@ impl Line {
                 .registry
                 .iter()
                 .any(|r| r.relid == relid && r.xid == t.registered_xid && matches!(r.what, Registration::Add { .. })),
-            None => true,
+            None => events.iter().any(|e| e.1) || !self.pending().any(|p| p.relid == relid),
         };
         let mut out = Vec::new();
         let mut since = (!registered_later).then_some(self.start);
@@ -331,27 +341,37 @@ impl Line {
         wanted: &dyn Fn(&str) -> bool,
     ) -> Result<Vec<TableAt>, Vec<(u32, Closed)>> {
         let (mut tables, mut unknown) = (Vec::new(), Vec::new());
-        for relid in self.relids(facts) {
-            let name = self.name(relid).unwrap_or_default();
-            if !self.present(relid, facts).iter().any(|(from, to)| *from <= at && at < *to) || !wanted(name) {
+        for relid in self.covered_at(at, facts) {
+            if !wanted(self.name(relid).unwrap_or_default()) {
                 continue;
             }
-            if let Some(c) = self.closed(relid, facts).into_iter().find(|c| c.from <= at && at < c.to) {
-                unknown.push((relid, c));
-                continue;
-            }
-            let newest = self
-                .bases
-                .iter()
-                .enumerate()
-                .filter_map(|(i, b)| b.base().tables.iter().find(|t| t.relid == relid).map(|t| (t, i)))
-                .filter(|(t, _)| t.cut_lsn <= at)
-                .max_by_key(|(t, i)| (t.cut_lsn, *i));
-            if let Some((t, base)) = newest {
-                tables.push(TableAt { relid, name: t.name.clone(), cut: t.cut_lsn, base });
+            match self.closed(relid, facts).into_iter().find(|c| c.from <= at && at < c.to) {
+                Some(c) => unknown.push((relid, c)),
+                None => tables.extend(self.newest_base(relid, at)),
             }
         }
         if unknown.is_empty() { Ok(tables) } else { Err(unknown) }
+    }
+
+    /// The same without these tables, whatever is known of them.
+    pub fn tables_except(&self, at: Lsn, facts: &Facts, except: &BTreeSet<u32>) -> Vec<TableAt> {
+        let covered = self.covered_at(at, facts);
+        covered.into_iter().filter(|r| !except.contains(r)).filter_map(|r| self.newest_base(r, at)).collect()
+    }
+
+    fn covered_at(&self, at: Lsn, facts: &Facts) -> Vec<u32> {
+        let covered = |r: &u32| self.present(*r, facts).iter().any(|(from, to)| *from <= at && at < *to);
+        self.relids(facts).into_iter().filter(covered).collect()
+    }
+
+    fn newest_base(&self, relid: u32, at: Lsn) -> Option<TableAt> {
+        self.bases
+            .iter()
+            .enumerate()
+            .filter_map(|(i, b)| b.base().tables.iter().find(|t| t.relid == relid).map(|t| (t, i)))
+            .filter(|(t, _)| t.cut_lsn <= at)
+            .max_by_key(|(t, i)| (t.cut_lsn, *i))
+            .map(|(t, base)| TableAt { relid, name: t.name.clone(), cut: t.cut_lsn, base })
     }
 
     /// The tenant's fulls that these tables are read from, each with its tables.
@@ -421,6 +441,7 @@ mod tests {
             fulls: vec![],
             schema: None,
             sequences: vec![],
+            pending: vec![],
         })
     }
 
@@ -451,6 +472,22 @@ mod tests {
         assert_eq!(t.iter().map(|t| (t.relid, t.cut.0)).collect::<Vec<_>>(), [(1, 30), (2, 40)]);
         assert!(l.tables_at(Lsn(35), &Facts::default(), &|_| true).is_err());
         assert_eq!(l.tables_at(Lsn(35), &Facts::default(), &|n| n == "public.t1").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_table_that_the_first_base_had_to_leave_out_closes_everything_until_its_own() {
+        let mut first = base(&[(1, 30, 5)]);
+        if let Body::Base(b) = &mut first {
+            b.pending.push(PendingTable { relid: 2, name: "public.t2".into() });
+        }
+        let mut records = vec![record(0, 0, 10, Body::Init), record(1, 10, 50, ship()), record(2, 50, 50, first)];
+        records.push(record(3, 50, 90, ship()));
+        let l = Line::new(&records);
+        assert_eq!(open(&l, &Facts::default()), []);
+        assert!(l.tables_at(Lsn(60), &Facts::default(), &|_| true).is_err());
+        records.push(record(4, 90, 90, base(&[(2, 80, 5)])));
+        let l = Line::new(&records);
+        assert_eq!(open(&l, &Facts::default()), [(80, 90)]);
     }
 
     #[test]

@@ -57,8 +57,10 @@ pub struct Inputs {
     pub fulls: Vec<(ObjectRef, BTreeSet<u32>)>,
     /// In order.
     pub ships: Vec<ShipInput>,
-    /// Definitions of the newest base that has them, at or before the target.
+    /// The definitions as they were at the target.
     pub schema: Option<ObjectRef>,
+    /// A reason why they may not be quite those.
+    pub schema_warning: Option<String>,
     pub sequences: Vec<SequenceState>,
 }
 
@@ -355,14 +357,55 @@ impl History {
         let bases = || self.line.bases.iter().rev().map(|b| b.base()).filter(|b| b.cut_lsn <= target);
         // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
         let of_tables = || tables.iter().map(|t| self.line.bases[t.base].base());
-        let schema = bases().chain(of_tables()).find_map(|b| b.schema.clone());
+        let (schema, schema_warning) = self.schema_at(target, &mut of_tables().map(|b| b.schema.as_ref()));
         let sequences = bases()
             .chain(of_tables())
             .find(|b| !b.sequences.is_empty())
             .map(|b| b.sequences.clone())
             .unwrap_or_default();
         let fulls = self.line.fulls(&tables, tenant);
-        Inputs { target, tables, fulls, ships, schema, sequences }
+        Inputs { target, tables, fulls, ships, schema, schema_warning, sequences }
+    }
+
+    /// The definitions at a position: the newest that were archived up to it or, when they changed since, the next ones,
+    /// if nothing changed between. `others` are better than none.
+    fn schema_at(
+        &self,
+        target: Lsn,
+        others: &mut dyn Iterator<Item = Option<&ObjectRef>>,
+    ) -> (Option<ObjectRef>, Option<String>) {
+        let archived =
+            || self.line.bases.iter().map(|b| b.base()).filter_map(|b| Some((b.cut_lsn, b.schema.as_ref()?)));
+        let before = archived().filter(|(cut, _)| *cut <= target).max_by_key(|(cut, _)| *cut);
+        let changed = self.facts.ddl.iter().filter(|d| **d <= target).max().copied().unwrap_or_default();
+        if let Some((cut, s)) = before
+            && cut >= changed
+        {
+            return (Some(s.clone()), None);
+        }
+        let after = archived().filter(|(cut, _)| *cut > target).min_by_key(|(cut, _)| *cut);
+        if let Some((cut, s)) = after
+            && !self.facts.ddl.iter().any(|d| *d > target && *d <= cut)
+        {
+            return (Some(s.clone()), None);
+        }
+        let some = before.map(|(_, s)| s.clone()).or_else(|| others.flatten().next().cloned());
+        let warning = format!(
+            "definitions of covered tables changed at {changed}, and were archived only after further changes: what is \
+             restored has the columns of the rows, other definitions may be older than the target"
+        );
+        (some, Some(warning))
+    }
+
+    /// Tables whose rows are known at the target; others are left out.
+    pub fn known(&self, target: &Target) -> Vec<TableAt> {
+        match self.line.tables_at(target.lsn, &self.facts, &|_| true) {
+            Ok(t) => t,
+            Err(unknown) => {
+                let closed: BTreeSet<u32> = unknown.into_iter().map(|(relid, _)| relid).collect();
+                self.line.tables_except(target.lsn, &self.facts, &closed)
+            }
+        }
     }
 
     /// The tenant's backups, oldest first.

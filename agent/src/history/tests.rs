@@ -112,6 +112,7 @@ impl World {
             fulls: vec![],
             schema: None,
             sequences: vec![],
+            pending: vec![],
         };
         self.append(upto, upto, 0, Body::Base(body)).await;
     }

@@ -134,6 +134,17 @@ pub struct Base {
     pub schema: Option<ObjectRef>,
     #[serde(default)]
     pub sequences: Vec<SequenceState>,
+    /// Tables that are covered and that this base was to hold and does not: until a base of theirs, no point is whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<PendingTable>,
+}
+
+/// A covered table without a base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingTable {
+    pub relid: u32,
+    /// Qualified and quoted as SQL needs it.
+    pub name: String,
 }
 
 /// One table of a base.

@@ -57,9 +57,29 @@ enum Piece {
 impl NewDatabase {
     /// Does it. The target is refused unless it is absent or empty.
     pub async fn run(self) -> Result<Done> {
-        let (client, made) = open_or_create(&self.dsn).await?;
-        let dsn = self.dsn.clone();
-        match self.fill(client).await {
+        let dsn = self.dsn.with_application_name("coffer restore");
+        let mut warnings = Vec::new();
+        let (client, archive, made) = match sql::connect(&dsn).await {
+            Ok(client) => {
+                require_empty(&client, &dsn).await?;
+                let archive = self.archive(major(&client).await?).await?;
+                (client, archive, false)
+            }
+            Err(e) if is_absent(&e) => {
+                let admin = maintenance(&dsn).await?;
+                let archive = self.archive(major(&admin).await?).await?;
+                let archive = create(&admin, &dsn, archive, &mut warnings).await?;
+                match sql::connect(&dsn).await {
+                    Ok(client) => (client, archive, true),
+                    Err(e) => {
+                        let _ = drop_database(&dsn).await;
+                        return Err(e);
+                    }
+                }
+            }
+            Err(e) => return Err(e),
+        };
+        match self.fill(client, archive, warnings).await {
             Ok(done) => Ok(done),
             Err(e) if made => match drop_database(&dsn).await {
                 Ok(()) => Err(e),
@@ -69,14 +89,7 @@ impl NewDatabase {
         }
     }
 
-    async fn fill(mut self, client: SqlClient) -> Result<Done> {
-        let mut warnings = Vec::new();
-        let version = client
-            .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4 / 10000", &[])
-            .await
-            .sql("cannot ask for the server's version")?;
-        let major = u32::try_from(version.get::<_, i32>(0)).unwrap_or(0);
-        let archive = self.archive(major).await?;
+    async fn fill(mut self, client: SqlClient, archive: Archive, mut warnings: Vec<String>) -> Result<Done> {
         let archive = settle(archive, &client, &mut warnings).await?;
         let (archive, _) = phase(archive, &self.dsn, Phase::Before).await?;
         let stats = self.load(&client, &mut warnings).await?;
@@ -257,8 +270,9 @@ async fn fit_table(
             if *required {
                 let sql = format!("ALTER TABLE {name} ALTER COLUMN {} DROP NOT NULL", quote_ident(absent));
                 client.batch_execute(&sql).await.sql(format!("cannot leave {absent} of {name} empty"))?;
-                warnings.push(format!("column {absent} of {name} is not in the rows and has no default: empty"));
             }
+            warnings
+                .push(format!("column {absent} of {name} is younger than the tenant's rows: they have its default"));
         }
     }
     let into = |c: &Column| match &renamed {
@@ -324,34 +338,48 @@ impl RowSink for CopySink {
     }
 }
 
-/// A session at the target; whether the database was made for it.
-async fn open_or_create(dsn: &Dsn) -> Result<(SqlClient, bool)> {
-    let dsn = dsn.with_application_name("coffer restore");
-    match sql::connect(&dsn).await {
-        Ok(client) => {
-            require_empty(&client, &dsn).await?;
-            Ok((client, false))
-        }
-        Err(e) if e.message().contains("SQLSTATE 3D000") => {
-            let admin = maintenance(&dsn).await?;
-            let create = format!("CREATE DATABASE {} TEMPLATE template0", quote_ident(&dsn.dbname));
-            admin.batch_execute(&create).await.sql(format!("cannot create the database {}", dsn.dbname))?;
-            match sql::connect(&dsn).await {
-                Ok(client) => Ok((client, true)),
-                Err(e) => {
-                    let _ = drop_database(&dsn).await;
-                    Err(e)
-                }
-            }
-        }
-        Err(e) => Err(e),
+async fn major(client: &SqlClient) -> Result<u32> {
+    let version = client
+        .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4 / 10000", &[])
+        .await
+        .sql("cannot ask for the server's version")?;
+    Ok(u32::try_from(version.get::<_, i32>(0)).unwrap_or(0))
+}
+
+/// Whether a session could not be opened because there is no such database.
+fn is_absent(e: &Error) -> bool {
+    e.message().contains("SQLSTATE 3D000")
+}
+
+/// Creates the target with the source's encoding and locale. A locale that this machine does not have is replaced.
+async fn create(admin: &SqlClient, dsn: &Dsn, archive: Archive, warnings: &mut Vec<String>) -> Result<Archive> {
+    let (archive, options) = blocking(move || {
+        let options = archive.database_options()?;
+        Ok((archive, options))
+    })
+    .await?;
+    let name = quote_ident(&dsn.dbname);
+    let options = options.unwrap_or_else(|| "TEMPLATE = template0".to_owned());
+    let Err(refused) = admin.batch_execute(&format!("CREATE DATABASE {name} WITH {options}")).await else {
+        return Ok(archive);
+    };
+    let refused = sql::sql_error(refused, format!("cannot create the database {}", dsn.dbname));
+    let encoding = options.split_once("ENCODING = '").and_then(|(_, o)| o.split('\'').next()).unwrap_or("UTF8");
+    let plain = format!(
+        "CREATE DATABASE {name} WITH TEMPLATE = template0 ENCODING = '{encoding}' LC_COLLATE = 'C' LC_CTYPE = 'C'"
+    );
+    // When this fails too it was not the locale: the first answer says it best.
+    if admin.batch_execute(&plain).await.is_err() {
+        return Err(refused);
     }
+    warnings.push(format!("the source's locale is not to be had here, the new database's is C: {}", refused.message()));
+    Ok(archive)
 }
 
 /// A session at the same server, in a database that is always there.
 async fn maintenance(dsn: &Dsn) -> Result<SqlClient> {
     match sql::connect(&dsn.with_dbname("postgres")).await {
-        Err(e) if e.message().contains("SQLSTATE 3D000") => sql::connect(&dsn.with_dbname("template1")).await,
+        Err(e) if is_absent(&e) => sql::connect(&dsn.with_dbname("template1")).await,
         other => other,
     }
 }
@@ -391,7 +419,7 @@ pub async fn require_empty(client: &SqlClient, dsn: &Dsn) -> Result<()> {
 pub async fn require_absent_or_empty(dsn: &Dsn) -> Result<()> {
     match sql::connect(dsn).await {
         Ok(client) => require_empty(&client, dsn).await,
-        Err(e) if e.message().contains("SQLSTATE 3D000") => Ok(()),
+        Err(e) if is_absent(&e) => Ok(()),
         Err(e) => Err(e),
     }
 }

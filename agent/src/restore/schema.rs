@@ -99,7 +99,7 @@ impl Entry {
 
     fn is_ours(&self) -> bool {
         self.schema == "coffer"
-            || self.rest.split(' ').any(|w| w.starts_with("zzz_coffer_tag_") || w.starts_with("aaa_coffer_fence"))
+            || self.rest.split(' ').any(|w| w.starts_with("zzz_coffer_") || w.starts_with("aaa_coffer_"))
             || (self.description == "SCHEMA" && self.rest.starts_with("coffer "))
             || (self.description == "EXTENSION" && self.rest.starts_with("pg_coffer"))
             || (self.description == "COMMENT"
@@ -164,6 +164,19 @@ impl Archive {
         archive.entries =
             listed.lines().filter(|l| !l.starts_with(';') && !l.is_empty()).filter_map(Entry::parse).collect();
         Ok(archive)
+    }
+
+    /// What follows `CREATE DATABASE name WITH` for a database like the one that was dumped: encoding and locale. Blocking.
+    pub fn database_options(&self) -> Result<Option<String>> {
+        let out = Command::new(&self.program)
+            .args(["--create", "--no-owner", "--no-privileges", "--file=-"])
+            .arg(self.path())
+            .stdin(Stdio::null())
+            .output()
+            .context(Kind::Other, format_args!("cannot start {}", self.program.display()))?;
+        let script = String::from_utf8_lossy(&out.stdout);
+        let line = script.lines().find(|l| l.starts_with("CREATE DATABASE "));
+        Ok(line.and_then(|l| l.split_once(" WITH ")).map(|(_, o)| o.trim_end_matches(';').to_owned()))
     }
 
     fn path(&self) -> PathBuf {
@@ -320,6 +333,7 @@ mod tests {
             "TABLE coffer x postgres",
             "TRIGGER public orders zzz_coffer_tag_delete postgres",
             "TRIGGER public orders aaa_coffer_fence_ins postgres",
+            "TRIGGER public orders aaa_coffer_fill postgres",
             "PUBLICATION - p postgres",
             "PUBLICATION TABLE public p orders postgres",
             "SUBSCRIPTION - s postgres",

@@ -210,7 +210,7 @@ impl ReadTables {
             }
         };
         failpoints::hit(failpoints::BASE_AFTER_FULLS)?;
-        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences };
+        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences, pending: Vec::new() };
         Ok(Finished { base, rows: stats.rows })
     }
 }

@@ -16,7 +16,7 @@ pub mod visibility;
 
 use crate::alarms;
 use crate::error::{Error, Kind, Result};
-use crate::repository::model::{Base, Body};
+use crate::repository::model::{Base, Body, PendingTable};
 use crate::repository::{Draft, Log};
 use crate::restore::in_place;
 use crate::run::AgentContext;
@@ -212,6 +212,8 @@ impl BaseTaker {
         self.ctx.status.set_snapshotting(true);
         self.progress.begin(names);
         let (job, breaks) = (Uuid::new_v4(), self.seen.breaks());
+        let wanted: Vec<PendingTable> =
+            missing.iter().map(|r| PendingTable { relid: r.relid, name: r.qualified() }).collect();
         let mut read = job::read_tables(&self.ctx, missing, &self.progress).await?;
         let mut cut = Lsn::ZERO;
         if !read.is_empty() {
@@ -228,7 +230,9 @@ impl BaseTaker {
         if !read.is_empty() {
             let ships = self.seen.ships(read.xmin(), cut);
             self.new_definitions = false;
-            let done = read.finish(&self.ctx, job, cut, ships, &self.progress).await?;
+            let mut done = read.finish(&self.ctx, job, cut, ships, &self.progress).await?;
+            let has = |p: &PendingTable| done.base.tables.iter().any(|t| t.relid == p.relid);
+            done.base.pending = wanted.into_iter().filter(|p| !has(p)).collect();
             self.new_definitions |= done.base.schema.is_none();
             self.record(done.base, Some(breaks)).await?;
             tracing::info!(rows = done.rows, "bases are recorded");
@@ -278,7 +282,15 @@ impl BaseTaker {
             Ok(schema) => {
                 let sequences = job::sequences(&client).await?;
                 let job = Uuid::new_v4();
-                let base = Base { job, tables: vec![], cut_lsn: cut, fulls: vec![], schema: Some(schema), sequences };
+                let base = Base {
+                    job,
+                    tables: vec![],
+                    cut_lsn: cut,
+                    fulls: vec![],
+                    schema: Some(schema),
+                    sequences,
+                    pending: vec![],
+                };
                 self.record(base, None).await
             }
             Err(e) => {

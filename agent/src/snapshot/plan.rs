@@ -164,6 +164,7 @@ mod tests {
             fulls: vec![],
             schema: None,
             sequences: vec![],
+            pending: vec![],
         })
     }
 

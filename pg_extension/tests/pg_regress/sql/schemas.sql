@@ -41,6 +41,9 @@ CREATE SCHEMA other CREATE TABLE t (x int);
 SELECT schema, name, tenant, key_columns FROM coffer._agent_rules() ORDER BY schema COLLATE "C", name COLLATE "C";
 SELECT * FROM coffer.add_schema_pattern('');
 
+-- A rule of its own ends: the schema's is in force.
+SELECT strategy FROM coffer.remove_table('acme.own_rule');
+SELECT name, strategy, tenant FROM coffer._agent_rules() WHERE name = 'own_rule';
 SELECT * FROM coffer.remove_schema('acme');
 SELECT relname, relreplident FROM pg_class WHERE relnamespace = 'acme'::regnamespace AND relkind IN ('r', 'p') AND relpersistence = 'p' ORDER BY relname COLLATE "C";
 SET client_min_messages = warning;
