@@ -139,7 +139,11 @@ fn present(
             if n == 0 {
                 return out.flush().context(Kind::Other, "cannot write to standard output");
             }
-            out.write_all(&piece[..n]).context(Kind::Other, "cannot write to standard output")?;
+            match out.write_all(&piece[..n]) {
+                // Whoever reads has seen enough.
+                Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+                written => written.context(Kind::Other, "cannot write to standard output")?,
+            }
         }
     }
     let plain_bytes = std::io::copy(&mut plain, &mut std::io::sink()).map_err(failed)?;

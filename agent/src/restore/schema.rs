@@ -176,7 +176,7 @@ impl Archive {
             .context(Kind::Other, format_args!("cannot start {}", self.program.display()))?;
         let script = String::from_utf8_lossy(&out.stdout);
         let line = script.lines().find(|l| l.starts_with("CREATE DATABASE "));
-        Ok(line.and_then(|l| l.split_once(" WITH ")).map(|(_, o)| o.trim_end_matches(';').to_owned()))
+        Ok(line.and_then(|l| l.rsplit_once(" WITH ")).map(|(_, o)| o.trim_end_matches(';').to_owned()))
     }
 
     fn path(&self) -> PathBuf {
