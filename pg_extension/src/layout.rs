@@ -90,6 +90,12 @@ impl Layout {
         }
     }
 
+    /// Of a relation of which nothing is known.
+    pub fn empty() -> Self {
+        let (atts, columns, image, key) = Default::default();
+        Self { atts, columns, image, key, identity: Identity::None }
+    }
+
     /// The index of a column of the root.
     pub fn column(&self, attnum: i16) -> Option<usize> {
         self.columns.iter().position(|c| c.attnum == attnum)

@@ -2,6 +2,7 @@
 
 use super::hash::ByNumber;
 use super::options::Options;
+use super::rows::data_error;
 use crate::catalog::{self, Rule};
 use crate::compat;
 use crate::encoding::Encoding;
@@ -11,6 +12,7 @@ use crate::render::Outputs;
 use crate::tuple;
 use coffer_wire::{Class, Column, ColumnFlags, KeyMode, Relation, Strategy, TenantKind};
 use pgrx::pg_sys;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
 /// How the tenant of a row is found.
@@ -92,7 +94,13 @@ impl Relations {
     ) -> Known {
         if !self.entries.contains_key(&relid) {
             // SAFETY: by the caller.
-            let entry = unsafe { self.look_up(relation, options, encoding) };
+            let looked = catch_unwind(AssertUnwindSafe(|| unsafe { self.look_up(relation, options, encoding) }));
+            let entry = looked.unwrap_or_else(|panic| {
+                // What a failed look-up leaves open goes with the transaction that decoding runs in.
+                let reason = data_error(panic).into_owned();
+                let known = Known::Covered(Rc::new(undescribed(relid, reason)));
+                Entry { known, related: vec![relid], types: Vec::new() }
+            });
             self.entries.insert(relid, entry);
         }
         let known = self.entries[&relid].known.clone();
@@ -251,6 +259,29 @@ unsafe fn cover(
         };
         let encoded = descriptor.encode();
         Covered { id: Relation::id_of(&encoded), descriptor, encoded, layout, owner }
+    }
+}
+
+/// Stands for a relation that could not be described: its changes are kept as unresolved, with the reason.
+fn undescribed(relid: u32, reason: String) -> Covered {
+    let descriptor = Relation {
+        relid,
+        leaf: relid,
+        schema: String::new(),
+        name: format!("oid {relid}"),
+        class: Class::Data,
+        strategy: Strategy::Shared,
+        key_mode: KeyMode::FullRow,
+        columns: Vec::new(),
+        key: Vec::new(),
+    };
+    let encoded = descriptor.encode();
+    Covered {
+        id: Relation::id_of(&encoded),
+        descriptor,
+        encoded,
+        layout: Layout::empty(),
+        owner: Owner::Unknown(format!("it cannot be described: {reason}")),
     }
 }
 

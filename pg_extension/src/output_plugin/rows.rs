@@ -338,7 +338,7 @@ impl State {
 
 /// What the server, or a function of a type, could not do with the data at hand. What is no fault of the data goes on
 /// its way: resources, cancellation and shutdown, the system.
-fn data_error(panic: Box<dyn Any + Send>) -> Reason {
+pub fn data_error(panic: Box<dyn Any + Send>) -> Reason {
     PgTryBuilder::new(AssertUnwindSafe(move || -> Reason { resume_unwind(panic) }))
         .catch_others(|error| match &error {
             CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => {
