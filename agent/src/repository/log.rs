@@ -17,7 +17,7 @@ use futures::future::try_join_all;
 use futures::{StreamExt, stream};
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
@@ -190,12 +190,14 @@ impl Log {
         self.broken = None;
         for m in self.repository.required() {
             m.set_durable(self.source, record.upto_lsn);
+            m.set_complete(self.source, n + 1);
         }
         let record = Arc::new(record);
         if self.keep_records {
             self.records.push(record.clone());
         }
         self.head = Some(Head { hash: hex(&sha256(&bytes)), record: record.clone() });
+        self.repository.ends.lock().unwrap_or_else(PoisonError::into_inner).insert(self.source, n + 1);
         self.repository.grown.notify_waiters();
         Ok(record)
     }

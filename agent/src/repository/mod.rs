@@ -6,6 +6,7 @@
 //!   random bits; nothing is overwritten;
 //! - a store that does not answer makes writers wait, never skip; readers may name another one.
 
+mod aws_profile;
 mod descriptor;
 #[cfg(feature = "failpoints")]
 pub mod faults;
@@ -28,7 +29,7 @@ pub use store::{Created, Health, Store};
 pub use url::{Directory, connect};
 
 use crate::clock::SharedClock;
-use crate::config::Config;
+use crate::config::{Config, LockMode};
 use crate::crypto::{Header, Sealed, hex};
 use crate::error::{Error, Kind, Result};
 use crate::keyring::Keyring;
@@ -62,6 +63,8 @@ struct Member {
     attached: AtomicBool,
     /// What is durable there, by source.
     durable: Mutex<HashMap<Uuid, Lsn>>,
+    /// The record before which it is known to have all, by source.
+    complete: Mutex<HashMap<Uuid, u64>>,
 }
 
 /// How a store is, for status and metrics.
@@ -86,8 +89,10 @@ pub struct Repository {
     access: Access,
     keyring: Arc<Keyring>,
     clock: SharedClock,
-    /// Told when the log grows, for the copier.
+    /// Told when a log grows, for the copier.
     grown: tokio::sync::Notify,
+    /// Number after the newest record that this process appended, by source.
+    ends: Mutex<HashMap<Uuid, u64>>,
 }
 
 impl std::fmt::Debug for Repository {
@@ -130,12 +135,18 @@ impl Repository {
             sequencer: sequencer_of(config)?,
             members: stores
                 .into_iter()
-                .map(|store| Member { store, attached: AtomicBool::new(false), durable: Mutex::default() })
+                .map(|store| Member {
+                    store,
+                    attached: AtomicBool::new(false),
+                    durable: Mutex::default(),
+                    complete: Mutex::default(),
+                })
                 .collect(),
             access,
             keyring,
             clock,
             grown: tokio::sync::Notify::new(),
+            ends: Mutex::default(),
         };
         let mut first_error = None;
         for m in &repository.members {
@@ -293,6 +304,14 @@ impl Member {
         self.durable.lock().unwrap_or_else(PoisonError::into_inner).get(&source).copied()
     }
 
+    fn complete(&self, source: Uuid) -> Option<u64> {
+        self.complete.lock().unwrap_or_else(PoisonError::into_inner).get(&source).copied()
+    }
+
+    fn set_complete(&self, source: Uuid, end: u64) {
+        self.complete.lock().unwrap_or_else(PoisonError::into_inner).insert(source, end);
+    }
+
     fn set_durable(&self, source: Uuid, lsn: Lsn) {
         self.durable.lock().unwrap_or_else(PoisonError::into_inner).insert(source, lsn);
     }
@@ -338,6 +357,13 @@ pub async fn refuse_existing(config: &Config) -> Result<()> {
 }
 
 fn connect_all(config: &Config, directory: Directory) -> Result<Vec<Arc<Store>>> {
+    if let Some(c) = config.store.iter().find(|c| c.lock != LockMode::None) {
+        return Err(Error::usage(format!(
+            "store {}: this version sets no Object Lock dates; lock = \"none\" is all it knows",
+            c.name
+        ))
+        .hint("give the bucket a default retention: every object that is written then gets it"));
+    }
     config.store.iter().map(|c| connect(&c.name, &c.url, c.required, directory).map(Arc::new)).collect()
 }
 

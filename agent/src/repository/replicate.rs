@@ -9,7 +9,8 @@ use crate::crypto::{Sha256, hex};
 use crate::error::{Error, Kind, Result};
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::PutPayload;
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -75,6 +76,16 @@ impl Repository {
                 Err(e) => return Err(e),
             }
         }
+        let end = self.end_of_log(source).await?;
+        self.catch_up(m, source, end).await
+    }
+
+    /// Number after the newest record: what this process appended, else what the stores have.
+    async fn end_of_log(&self, source: Uuid) -> Result<u64> {
+        let known = self.ends.lock().unwrap_or_else(PoisonError::into_inner).get(&source).copied();
+        if let Some(end) = known {
+            return Ok(end);
+        }
         let mut end = 0;
         for other in self.members.iter().filter(|o| o.attached()) {
             match numbers(&other.store, source).await {
@@ -83,7 +94,7 @@ impl Repository {
                 Err(e) => return Err(e),
             }
         }
-        self.catch_up(m, source, end).await
+        Ok(end)
     }
 
     /// Makes an empty store part of the repository.
@@ -98,9 +109,11 @@ impl Repository {
 
     /// Copies what a store lacks of the records below `end` and of what they name.
     pub(super) async fn catch_up(&self, m: &Member, source: Uuid, end: u64) -> Result<Copied> {
-        let has = numbers(&m.store, source).await?;
+        // A long log is listed once; from then on the store is known to have all before a number.
+        let from = m.complete(source).unwrap_or(0);
+        let has = if from == 0 { numbers(&m.store, source).await? } else { BTreeSet::new() };
         let mut copied = Copied::default();
-        for n in (0..end).filter(|n| !has.contains(n)) {
+        for n in (from..end).filter(|n| !has.contains(n)) {
             let path = paths::log_record(source, n);
             let bytes = self.record_from_others(m, &path).await?;
             let record = open_record(self, source, n, &bytes)?;
@@ -118,6 +131,7 @@ impl Repository {
             copied.records += 1;
             m.set_durable(source, record.upto_lsn);
         }
+        m.set_complete(source, end.max(from));
         if copied.records == 0
             && let Some(last) = has.last()
             && m.durable(source).is_none()

@@ -10,6 +10,7 @@ use object_store::path::Path;
 use object_store::{
     GetOptions, GetRange, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
 };
+use std::future::Future;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -19,6 +20,11 @@ use std::time::{Duration, Instant};
 const CREATE_ATTEMPTS: u32 = 5;
 /// Wait between them, doubled each time.
 const CREATE_BACKOFF: Duration = Duration::from_millis(100);
+
+/// Attempts of a read, as long as each fails quickly: a passing fault is worth another try, a store that is away is not.
+const READ_ATTEMPTS: u32 = 4;
+const READ_BACKOFF: Duration = Duration::from_millis(100);
+const QUICK: Duration = Duration::from_secs(2);
 
 /// Outcome of a put-if-absent.
 #[derive(Debug, PartialEq, Eq)]
@@ -96,8 +102,9 @@ impl Store {
     /// The whole object.
     pub async fn get(&self, path: &str) -> Result<Bytes> {
         self.check_there()?;
-        let got = async { self.inner.get(&Path::from(path)).await?.bytes().await };
-        self.note(got.await).map_err(|e| self.error("read", path, e))
+        let location = Path::from(path);
+        let got = self.steadily(|| async { self.inner.get(&location).await?.bytes().await }).await;
+        got.map_err(|e| self.error("read", path, e))
     }
 
     /// The whole object, `None` when there is none.
@@ -112,19 +119,21 @@ impl Store {
     /// These bytes of an object, and the object's length.
     pub async fn get_range(&self, path: &str, range: Range<u64>) -> Result<(Bytes, u64)> {
         self.check_there()?;
-        let got = async {
-            let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
-            let got = self.inner.get_opts(&Path::from(path), options).await?;
+        let location = Path::from(path);
+        let get = || async {
+            let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+            let got = self.inner.get_opts(&location, options).await?;
             let size = got.meta.size;
             Ok((got.bytes().await?, size))
         };
-        self.note(got.await).map_err(|e| self.error("read", path, e))
+        self.steadily(get).await.map_err(|e| self.error("read", path, e))
     }
 
     /// Length of an object, `None` when there is none.
     pub async fn size(&self, path: &str) -> Result<Option<u64>> {
         self.check_there()?;
-        match self.note(self.inner.head(&Path::from(path)).await) {
+        let location = Path::from(path);
+        match self.steadily(|| self.inner.head(&location)).await {
             Ok(m) => Ok(Some(m.size)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(self.error("look for", path, e)),
@@ -191,30 +200,28 @@ impl Store {
 
     /// Names and lengths of the objects in a folder and below, sorted by name.
     pub async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>> {
-        self.check_there()?;
-        let prefix = Path::from(folder);
-        let listed =
-            self.inner.list(Some(&prefix)).map_ok(|m| (m.location.to_string(), m.size)).try_collect::<Vec<_>>().await;
-        let mut all = match self.note(listed) {
-            Ok(all) => all,
-            Err(object_store::Error::NotFound { .. }) if self.root.is_some() => Vec::new(),
-            Err(e) => return Err(self.error("list", folder, e)),
-        };
-        all.sort_unstable();
-        Ok(all)
+        self.list_from(folder, None).await
     }
 
     /// The same, only names after `name`.
     pub async fn list_after(&self, folder: &str, name: &str) -> Result<Vec<(String, u64)>> {
+        self.list_from(folder, Some(name)).await
+    }
+
+    async fn list_from(&self, folder: &str, after: Option<&str>) -> Result<Vec<(String, u64)>> {
         self.check_there()?;
-        let listed = self
-            .inner
-            .list_with_offset(Some(&Path::from(folder)), &Path::from(name))
+        let (prefix, after) = (Path::from(folder), after.map(Path::from));
+        let list = || {
+            match &after {
+                Some(after) => self.inner.list_with_offset(Some(&prefix), after),
+                None => self.inner.list(Some(&prefix)),
+            }
             .map_ok(|m| (m.location.to_string(), m.size))
             .try_collect::<Vec<_>>()
-            .await;
-        let mut all = match self.note(listed) {
+        };
+        let mut all = match self.steadily(list).await {
             Ok(all) => all,
+            // A directory that nothing was written to yet.
             Err(object_store::Error::NotFound { .. }) if self.root.is_some() => Vec::new(),
             Err(e) => return Err(self.error("list", folder, e)),
         };
@@ -229,6 +236,24 @@ impl Store {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(e) => Err(self.error("delete", path, e)),
         }
+    }
+
+    /// Repeats a read that failed quickly.
+    async fn steadily<T, F: Future<Output = object_store::Result<T>>>(
+        &self,
+        mut op: impl FnMut() -> F,
+    ) -> object_store::Result<T> {
+        let mut wait = READ_BACKOFF;
+        for _ in 1..READ_ATTEMPTS {
+            let started = Instant::now();
+            match op().await {
+                Err(object_store::Error::Generic { .. }) if started.elapsed() < QUICK => {}
+                r => return self.note(r),
+            }
+            tokio::time::sleep(wait).await;
+            wait *= 2;
+        }
+        self.note(op().await)
     }
 
     /// Keeps book of whether the store answers. A "no" is an answer.

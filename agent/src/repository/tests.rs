@@ -327,6 +327,7 @@ async fn an_optional_store_catches_up_on_its_own() {
     std::fs::remove_file(w.record("c", source, 3)).unwrap();
     std::fs::remove_file(w.file("c", &large)).unwrap();
     flip(&w.file("a", &large), 10 << 20);
+    let writer = w.open(Access::Write).await;
     assert_eq!(writer.replicate_to("c", source).await.unwrap_err().kind(), Kind::Verification);
     assert!(!w.file("c", &large).exists() && !w.record("c", source, 3).exists());
 }

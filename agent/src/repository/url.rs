@@ -84,6 +84,26 @@ fn local(root: &std::path::Path, directory: Directory) -> Result<PrefixStore<Loc
     Ok(PrefixStore::new(LocalFileSystem::new().with_fsync(true), prefix))
 }
 
+/// Credentials from the shared credentials file, when neither the URL nor the environment says where they come from.
+fn with_profile(b: AmazonS3Builder, url: &Url) -> Result<AmazonS3Builder> {
+    const ELSEWHERE: [&str; 4] = [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    ];
+    let given = url.query_pairs().any(|(k, _)| k == "access_key_id");
+    if given || ELSEWHERE.iter().any(|v| std::env::var_os(v).is_some()) {
+        return Ok(b);
+    }
+    let Some(p) = super::aws_profile::load()? else { return Ok(b) };
+    let b = b.with_access_key_id(p.access_key_id).with_secret_access_key(p.secret_access_key.as_str());
+    Ok(match p.session_token {
+        Some(t) => b.with_token(t),
+        None => b,
+    })
+}
+
 /// For the trial of a store: the request's body is replaced by these bytes after it was signed, as a fault on the way
 /// would do.
 #[derive(Clone)]
@@ -117,7 +137,7 @@ fn s3(url: &Url) -> Result<Arc<dyn ObjectStore>> {
         .host_str()
         .filter(|h| !h.is_empty())
         .ok_or_else(|| Error::usage("an S3 URL names a bucket: s3://bucket/prefix?region=eu-central-1"))?;
-    let mut b = AmazonS3Builder::from_env()
+    let mut b = with_profile(AmazonS3Builder::from_env(), url)?
         .with_bucket_name(bucket)
         // The environment must not switch this off: numbers are won by it.
         .with_conditional_put(object_store::aws::S3ConditionalPut::ETagMatch)
