@@ -292,7 +292,7 @@ async fn local_directories_keep_the_contract() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_s3_server_keeps_the_contract() {
     let Some(mut weed) = Weed::start() else { return };
-    for bucket in ["contract", "eu", "us", "keys"] {
+    for bucket in ["contract", "region-eu", "region-us", "keyring"] {
         weed.bucket(bucket);
     }
     let store = |url: &str| Arc::new(connect("x", url, true, Directory::MustExist).unwrap());
@@ -337,11 +337,11 @@ async fn refusals(weed: &Weed) {
 async fn two_regions(weed: &mut Weed) {
     let w = World::new(
         &[
-            ("eu", weed.url("eu", SECRET_KEY), true),
+            ("eu", weed.url("region-eu", SECRET_KEY), true),
             ("disk", "file://$DIR/disk".into(), true),
-            ("us", weed.url("us", SECRET_KEY), false),
+            ("us", weed.url("region-us", SECRET_KEY), false),
         ],
-        Some(weed.url("keys", SECRET_KEY)),
+        Some(weed.url("keyring", SECRET_KEY)),
     );
     w.init().await;
     let repo = w.open(Access::Write).await.unwrap();

@@ -266,7 +266,7 @@ impl Store {
                 | object_store::Error::Unauthenticated { .. }),
             ) => {
                 health.down_since.get_or_insert_with(Instant::now);
-                health.last_error = Some(e.to_string());
+                health.last_error = Some(said(e));
             }
             _ if health.down_since.is_some() => *health = Health::default(),
             _ => {}
@@ -290,15 +290,15 @@ impl Store {
     }
 
     pub(super) fn write_error(&self, path: &str, e: object_store::Error) -> Error {
-        match e {
+        match &e {
             // A write finds no bucket.
             object_store::Error::NotFound { .. } => {
                 Error::new(Kind::Unreachable, format!("store {} ({}): cannot write {path}", self.name, self.shown))
                     .code("store_missing")
                     .hint("create the bucket or the directory, or correct the store's url")
-                    .source(e)
+                    .source(said(&e))
             }
-            e => self.error("write", path, e),
+            _ => self.error("write", path, e),
         }
     }
 
@@ -318,8 +318,27 @@ impl Store {
             E::Generic { .. } | E::JoinError { .. } => Error::new(Kind::Unreachable, message).code("store_unreachable"),
             _ => Error::new(Kind::Other, message),
         }
-        .source(e)
+        .source(said(&e))
     }
+}
+
+/// What the store said, in one line: a server's code and message, else the innermost cause. The chain in full repeats the
+/// request's URL and the server's document at every step.
+fn said(e: &object_store::Error) -> String {
+    let text = e.to_string();
+    let tag = |name: &str| {
+        let (open, close) = (format!("<{name}>"), format!("</{name}>"));
+        let from = text.find(&open)? + open.len();
+        text.get(from..from + text[from..].find(&close)?)
+    };
+    if let Some(code) = tag("Code") {
+        return format!("{code}: {}", tag("Message").unwrap_or_default());
+    }
+    let mut cause: &(dyn std::error::Error + 'static) = e;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
 }
 
 fn is_full(e: &object_store::Error) -> bool {
