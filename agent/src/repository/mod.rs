@@ -188,7 +188,8 @@ impl Repository {
                 d.store
             )));
         }
-        if d.sequencer != sequencer {
+        // Readers win no numbers: they may know only some of the stores.
+        if d.sequencer != sequencer && self.access == Access::Write {
             return Err(Error::usage(format!(
                 "numbers of this repository are won in store '{}', but the first required store is '{sequencer}'",
                 d.sequencer
