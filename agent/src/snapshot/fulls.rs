@@ -149,7 +149,8 @@ impl FullWriter {
             rows: 1,
             rows_len: head.len() as u64 + u64::from(length),
         };
-        let mut frame = Vec::new();
+        // The table's descriptor may still wait for its first row.
+        let mut frame = std::mem::take(&mut self.frame);
         put_run_header(&mut frame, &header, None);
         self.send(Piece::Frames(frame, 1))?;
         let mut pieces = Pieces { writer: self, buf: head, error: None };

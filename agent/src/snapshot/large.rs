@@ -23,8 +23,9 @@ pub const TOAST_BYTES: i64 = 256 << 10;
 const ROW_BYTES: i64 = 8 << 20;
 /// Columns of a large row above this are read in slices.
 const VALUE_BYTES: i64 = 1 << 20;
-/// Bytes of a slice, before it becomes text.
-const SLICE_BYTES: i64 = 4 << 20;
+/// Bytes of a slice. The server reads a `bytea` from where the slice begins, but other types whole for each slice.
+const BYTEA_SLICE: i64 = 4 << 20;
+const TEXT_SLICE: i64 = 16 << 20;
 /// How much larger than its stored form a value's text may be, for types that do not tell.
 const STORED_FACTOR: i64 = 16;
 /// Slices on their way to the merge.
@@ -56,6 +57,10 @@ impl Column {
             Nature::Text => format!("COALESCE(pg_catalog.octet_length({c})::int8, 0)"),
             Nature::Other => format!("COALESCE({STORED_FACTOR} * pg_catalog.pg_column_size({c})::int8, 0)"),
         }
+    }
+
+    fn slice(&self) -> i64 {
+        if self.nature == Nature::Bytea { BYTEA_SLICE } else { TEXT_SLICE }
     }
 
     /// Bytes of which slices are taken.
@@ -205,9 +210,9 @@ async fn row(client: &SqlClient, leaf: &Leaf, sliced: &[&Column], ctid: &str, ou
 
 /// Sends a field: what COPY would write for the value.
 async fn value(client: &SqlClient, column: &Column, from: &str, tx: &mpsc::Sender<Piece>) -> Result<()> {
-    let bytes = column.bytes();
+    let (bytes, length) = (column.bytes(), column.slice());
     let slice = client
-        .prepare(&format!("SELECT pg_catalog.substring({bytes}, $1::int4, {SLICE_BYTES}::int4) {from}"))
+        .prepare(&format!("SELECT pg_catalog.substring({bytes}, $1::int4, {length}::int4) {from}"))
         .await
         .sql("a slice of a value")?;
     let mut at: i64 = 1;
@@ -225,12 +230,12 @@ async fn value(client: &SqlClient, column: &Column, from: &str, tx: &mpsc::Sende
             }
             Nature::Text | Nature::Other => copy_text::escape_into(&mut out, part),
         }
-        let ended = (part.len() as i64) < SLICE_BYTES;
+        let ended = (part.len() as i64) < length;
         tx.send(Piece::Bytes(out)).await.map_err(|_| Error::other("the merge of base rows has stopped"))?;
         if ended {
             return Ok(());
         }
-        at += SLICE_BYTES;
+        at += length;
     }
 }
 

@@ -70,6 +70,12 @@ fn stop(e: tokio_postgres::Error, what: impl std::fmt::Display) -> Stop {
     }
 }
 
+fn differs(live: &LiveTable, verb: &str, found: u64, expected: u64) -> Stop {
+    let what =
+        format!("{}: {verb} would change {found} rows where {expected} differ; nothing was changed", live.name());
+    Stop::Failed(Error::new(Kind::Refused, what).hint("a trigger, a rule or a partition of the table interferes"))
+}
+
 fn refused(e: Error) -> Error {
     Error::new(Kind::Refused, format!("the rows at the target do not fit the tables as they are now: {e}"))
         .hint("nothing was changed; restore to a schema or to files and move the rows by hand")
@@ -242,7 +248,7 @@ impl Apply<'_> {
             if counts.updated > 0
                 && let Some(s) = sql.update(&counts.changed_columns)
             {
-                self.change(live, "update", &s, Some(counts.updated)).await?;
+                self.update(live, sql, &s, counts.updated).await?;
             }
         }
         for (live, counts, sql) in &touched {
@@ -337,6 +343,32 @@ impl Apply<'_> {
         match sql.orphans(fk) {
             Some(s) => self.must_be_empty(&s, &what).await,
             None => Ok(()),
+        }
+    }
+
+    /// Updates; where that meets a unique index, by deleting and inserting.
+    async fn update(
+        &self,
+        live: &LiveTable,
+        sql: &TableSql<'_>,
+        statement: &str,
+        expected: u64,
+    ) -> std::result::Result<(), Stop> {
+        let client = self.client;
+        let savepoint = |e| stop(e, "cannot set a savepoint");
+        client.batch_execute("SAVEPOINT coffer_update").await.map_err(savepoint)?;
+        match client.execute(statement, &[]).await {
+            Err(e) if e.code() == Some(&SqlState::UNIQUE_VIOLATION) => {
+                client.batch_execute("ROLLBACK TO SAVEPOINT coffer_update").await.map_err(savepoint)?;
+                for (i, s) in sql.update_by_replacing().iter().enumerate() {
+                    let expected = (i > 0).then_some(expected);
+                    self.change(live, "replace", s, expected).await?;
+                }
+                Ok(())
+            }
+            Err(e) => Err(stop(e, format!("cannot update rows of {}", live.name()))),
+            Ok(n) if n != expected => Err(differs(live, "update", n, expected)),
+            Ok(_) => Ok(()),
         }
     }
 

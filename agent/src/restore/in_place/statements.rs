@@ -161,6 +161,48 @@ impl<'a> TableSql<'a> {
         })
     }
 
+    /// The updates as deletes and inserts, for values of a unique index that change places between rows, which an
+    /// UPDATE cannot do. Columns newer than the target keep their values.
+    pub fn update_by_replacing(&self) -> [String; 3] {
+        let columns: Vec<(String, String)> = self
+            .mapping
+            .columns
+            .iter()
+            .enumerate()
+            .filter(|(_, c)| !c.flags.has(ColumnFlags::GENERATED))
+            .map(|(i, c)| (quote_ident(&c.name), format!("s.c{i}")))
+            .chain(self.mapping.newer.iter().enumerate().map(|(i, n)| (quote_ident(n), format!("k.n{i}"))))
+            .collect();
+        let keys: String = self.mapping.key.iter().map(|k| format!(", s.c{k} AS c{k}")).collect();
+        let newer: String =
+            self.mapping.newer.iter().enumerate().map(|(i, n)| format!(", t.{} AS n{i}", quote_ident(n))).collect();
+        let same: Vec<String> = self
+            .mapping
+            .key
+            .iter()
+            .zip(&self.key)
+            .map(|(k, op)| op.apply(&format!("s.c{k}"), &format!("k.c{k}")))
+            .collect();
+        let keep = format!("coffer_keep_{}", self.table.rule.relid);
+        [
+            format!(
+                "CREATE TEMP TABLE {keep} ON COMMIT DROP AS SELECT 1 AS one{keys}{newer} FROM {} JOIN {} ON {} WHERE s.op = 'U'",
+                self.from(),
+                self.stage(),
+                self.same_row()
+            ),
+            format!("DELETE FROM {} USING {} WHERE s.op = 'U' AND {}", self.from(), self.stage(), self.same_row()),
+            format!(
+                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} JOIN pg_temp.{keep} k ON {} WHERE s.op = 'U'",
+                self.table.rule.qualified(),
+                columns.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", "),
+                columns.iter().map(|(_, v)| v.as_str()).collect::<Vec<_>>().join(", "),
+                self.stage(),
+                same.join(" AND ")
+            ),
+        ]
+    }
+
     pub fn insert(&self) -> String {
         let columns: Vec<(usize, String)> = self
             .mapping
