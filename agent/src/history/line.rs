@@ -442,6 +442,7 @@ mod tests {
             schema: None,
             sequences: vec![],
             pending: vec![],
+            database: None,
         })
     }
 

@@ -113,6 +113,7 @@ impl World {
             schema: None,
             sequences: vec![],
             pending: vec![],
+            database: None,
         };
         self.append(upto, upto, 0, Body::Base(body)).await;
     }

@@ -82,6 +82,8 @@ struct Table {
     /// Of the first change.
     first_shape: Option<(Arc<KeyShape>, u32)>,
     newest: Option<(Position, DescId)>,
+    /// The same of each leaf.
+    leaves: HashMap<u32, (Position, DescId)>,
     /// By epoch: a descriptor of its changes.
     epochs: Vec<(u32, DescId)>,
 }
@@ -143,6 +145,7 @@ impl Gathered {
         if t.newest.is_none() {
             t.newest = Some((Position::BASE, d));
         }
+        t.leaves.entry(desc.rel.leaf).or_insert((Position::BASE, d));
         Ok(match &t.first_shape {
             Some((s, e)) if *s == desc.shape => *e,
             _ => 0,
@@ -159,6 +162,15 @@ impl Gathered {
         self.tables().get(&relid)?.newest
     }
 
+    /// The newest descriptor of the leaf that a row under `d` is in.
+    pub fn newest_of_leaf(&self, d: DescId) -> DescId {
+        let (relid, leaf) = {
+            let r = self.descriptors.relation(d);
+            (r.relid, r.leaf)
+        };
+        self.tables().get(&relid).and_then(|t| t.leaves.get(&leaf)).map_or(d, |(_, d)| *d)
+    }
+
     /// A descriptor whose rows have the key that changes of this epoch have.
     pub fn of_epoch(&self, relid: u32, epoch: u32) -> Option<DescId> {
         self.tables().get(&relid)?.epochs.iter().find(|(e, _)| *e == epoch).map(|(_, d)| *d)
@@ -169,6 +181,10 @@ impl Gathered {
         let t = tables.entry(relid).or_default();
         if t.newest.is_none_or(|(p, _)| p <= at) {
             t.newest = Some((at, d));
+        }
+        let leaf = t.leaves.entry(self.descriptors.relation(d).leaf).or_insert((at, d));
+        if leaf.0 <= at {
+            *leaf = (at, d);
         }
     }
 

@@ -73,6 +73,11 @@ pub trait RowSink {
     /// Rows of this table follow; their images hold `rel.image_columns()`. Called only for tables that have rows.
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()>;
 
+    /// Rows of this leaf of the table follow, with images under this descriptor. Only with [`Merge::keep_leaves`].
+    fn leaf(&mut self, _rel: &Arc<Relation>) -> Result<()> {
+        Ok(())
+    }
+
     /// A row. `key` is empty for a table whose rows are told apart by the whole row.
     fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()>;
 
@@ -111,6 +116,7 @@ pub struct Merge {
     scratch: Scratch,
     memory: usize,
     holes: Holes,
+    keep_leaves: bool,
 }
 
 impl Merge {
@@ -123,12 +129,18 @@ impl Merge {
             scratch: scratch.clone(),
             memory,
             holes: Holes::Refuse,
+            keep_leaves: false,
         })
     }
 
     /// What to do with values that are not in the input; default [`Holes::Refuse`].
     pub fn on_holes(&mut self, holes: Holes) {
         self.holes = holes;
+    }
+
+    /// Rows of a partitioned table keep their leaf, which a later TRUNCATE of that leaf needs: for fulls.
+    pub fn keep_leaves(&mut self) {
+        self.keep_leaves = true;
     }
 
     /// Takes a descriptor ([`Relation::encode`]) in.
@@ -176,7 +188,7 @@ impl Merge {
 
     /// Gives all rows to the sink.
     pub fn run(self, sink: &mut dyn RowSink) -> Result<MergeStats> {
-        let Self { intake, fulls, rows, scratch, memory, holes } = self;
+        let Self { intake, fulls, rows, scratch, memory, holes, keep_leaves } = self;
         let Intake { sorter, blobs, gathered, .. } = intake;
         let sorted = sorter.finish()?;
         let full_rows = AtomicU64::new(0);
@@ -194,8 +206,9 @@ impl Merge {
             scratch: scratch.clone().for_memory(memory / 4),
             memory: memory / 4,
             holes,
+            keep_leaves,
             stats: FoldStats::default(),
-            out: Output { sink, group: None, table: None, key: Vec::new() },
+            out: Output { sink, group: None, table: None, leaf: None, key: Vec::new() },
             image: Vec::new(),
         };
         run.all(&mut KWay::new(cursors))?;
@@ -218,6 +231,8 @@ struct Output<'a> {
     sink: &'a mut dyn RowSink,
     group: Option<u32>,
     table: Option<u32>,
+    /// The descriptor of the leaf, where the sink wants to know.
+    leaf: Option<DescId>,
     key: Vec<u8>,
 }
 
@@ -237,7 +252,14 @@ impl Output<'_> {
         Ok(())
     }
 
-    fn row(&mut self, row: &[u8], rel: &Arc<Relation>, last_change: Lsn, image: &Image<'_>) -> Result<()> {
+    fn row(
+        &mut self,
+        row: &[u8],
+        rel: &Arc<Relation>,
+        leaf: Option<(DescId, &Arc<Relation>)>,
+        last_change: Lsn,
+        image: &Image<'_>,
+    ) -> Result<()> {
         let group = u32::from_be_bytes(row[..4].try_into().expect("sort keys start with twelve bytes"));
         if self.group != Some(group) {
             self.end_group()?;
@@ -247,8 +269,15 @@ impl Output<'_> {
         if self.table != Some(rel.relid) {
             self.end_table()?;
             self.table = Some(rel.relid);
+            self.leaf = None;
             self.sink.last_change(last_change);
             self.sink.begin_table(rel)?;
+        }
+        if let Some((d, rel)) = leaf
+            && self.leaf != Some(d)
+        {
+            self.leaf = Some(d);
+            self.sink.leaf(rel)?;
         }
         self.key.clear();
         if rel.key_mode == coffer_wire::KeyMode::Key {
@@ -266,6 +295,7 @@ struct Running<'a> {
     /// For each of the moves and the carry.
     memory: usize,
     holes: Holes,
+    keep_leaves: bool,
     stats: FoldStats,
     out: Output<'a>,
     image: Vec<u8>,
@@ -310,7 +340,7 @@ impl Running<'_> {
         epoch: u32,
         input: &mut dyn Cursor,
     ) -> Result<Option<([u8; TABLE_LEN], Sorted)>> {
-        let (g, blobs, holes) = (self.g, self.blobs, self.holes);
+        let (g, blobs, holes, keep_leaves) = (self.g, self.blobs, self.holes, self.keep_leaves);
         let mut stats = std::mem::take(&mut self.stats);
         let mut carry = None;
         let result = if epoch < g.last_epoch(relid) {
@@ -332,10 +362,13 @@ impl Running<'_> {
             let (out, image) = (&mut self.out, &mut self.image);
             let mut extra = FoldStats::default();
             let r = fold::fold_table(g, input, &mut stats, &mut |row: &Folded<'_>| {
-                let to = newest.map_or(row.desc, |(_, d)| d);
+                let table = newest.map_or(row.desc, |(_, d)| d);
+                let to = if keep_leaves { g.newest_of_leaf(row.desc) } else { table };
                 fold::finish_image(g, blobs, row, to, holes, &mut extra, image)?;
                 extra.rows += 1;
-                out.row(row.row, &g.descriptors.relation(to), last_change, &Image::new(image, blobs))
+                let (rel, leaf_rel) = (g.descriptors.relation(table), g.descriptors.relation(to));
+                let leaf = keep_leaves.then_some((to, &leaf_rel));
+                out.row(row.row, &rel, leaf, last_change, &Image::new(image, blobs))
             });
             stats.rows += extra.rows;
             stats.incomplete += extra.incomplete;

@@ -137,6 +137,18 @@ pub struct Base {
     /// Tables that are covered and that this base was to hold and does not: until a base of theirs, no point is whole.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<PendingTable>,
+    /// What a new database for the tenant has to be created with.
+    #[serde(default)]
+    pub database: Option<DatabaseLocale>,
+}
+
+/// What the source's database was created with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatabaseLocale {
+    /// As PostgreSQL names it: `UTF8`, `LATIN1`.
+    pub encoding: String,
+    pub collate: String,
+    pub ctype: String,
 }
 
 /// A covered table without a base.

@@ -11,6 +11,7 @@ use crate::tenant::Tenant;
 use coffer_wire::{
     KeyMode, Lsn, Relation, RunHeader, TenantKind, put_insert, put_relation, put_run_data, put_run_header,
 };
+use std::collections::HashSet;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,7 +62,13 @@ pub struct FullWriter {
 }
 
 struct Table {
-    descriptor: [u8; 8],
+    /// Descriptors that the file has already.
+    written: HashSet<u64>,
+    /// Of the leaf that rows come from.
+    leaf: u64,
+    /// Ids of the descriptors of the run, eight bytes each, and the leaf's place among them.
+    run: Vec<u8>,
+    place: Option<u16>,
     full_row: bool,
     rows: Vec<u8>,
     count: u32,
@@ -119,13 +126,15 @@ impl FullWriter {
             seq: 0,
             tenant_kind: tenant.kind,
             tenant_key: &tenant.key,
-            relations: &t.descriptor,
+            relations: &t.run,
             rows: t.count,
             rows_len: t.rows.len() as u64,
         };
         put_run_header(&mut self.frame, &header, Some(&t.rows));
         let n = u64::from(t.count);
         t.rows.clear();
+        t.run.clear();
+        t.place = None;
         t.count = 0;
         let frame = std::mem::take(&mut self.frame);
         self.send(Piece::Frames(frame, n))
@@ -145,7 +154,7 @@ impl FullWriter {
             seq: 0,
             tenant_kind: tenant.kind,
             tenant_key: &tenant.key,
-            relations: &t.descriptor,
+            relations: &t.leaf.to_le_bytes(),
             rows: 1,
             rows_len: head.len() as u64 + u64::from(length),
         };
@@ -222,23 +231,48 @@ impl RowSink for FullWriter {
     }
 
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
-        let encoded = rel.encode();
-        let id = Relation::id_of(&encoded);
         self.send(Piece::Section(rel.relid))?;
-        put_relation(&mut self.frame, id, &encoded);
         self.table = Some(Table {
-            descriptor: id.to_le_bytes(),
+            written: HashSet::new(),
+            leaf: 0,
+            run: Vec::new(),
+            place: None,
             full_row: rel.key_mode == KeyMode::FullRow,
             rows: Vec::new(),
             count: 0,
         });
+        self.leaf(rel)
+    }
+
+    fn leaf(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        let Some(t) = &mut self.table else { return Ok(()) };
+        let encoded = rel.encode();
+        t.leaf = Relation::id_of(&encoded);
+        t.place = None;
+        // Stands before the run that is being filled, so before every row that refers to it.
+        if t.written.insert(t.leaf) {
+            put_relation(&mut self.frame, t.leaf, &encoded);
+        }
         Ok(())
     }
 
     fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
         let Some(line) = image.as_line().filter(|l| l.len() < RUN_BYTES) else { return self.large_row(key, image) };
         let Some(t) = &mut self.table else { return Ok(()) };
-        put_insert(&mut t.rows, 0, if t.full_row { b"" } else { key }, line);
+        let place = match t.place {
+            Some(p) => p,
+            None => {
+                let id = t.leaf.to_le_bytes();
+                let known = t.run.chunks_exact(8).position(|c| c == id);
+                let place = known.unwrap_or(t.run.len() / 8);
+                if known.is_none() {
+                    t.run.extend_from_slice(&id);
+                }
+                let place = u16::try_from(place).map_err(|_| Error::other("a table has more than 65535 leaves"))?;
+                *t.place.insert(place)
+            }
+        };
+        put_insert(&mut t.rows, place, if t.full_row { b"" } else { key }, line);
         t.count += 1;
         if t.rows.len() >= RUN_BYTES { self.flush() } else { Ok(()) }
     }

@@ -18,7 +18,7 @@ use crate::crypto::{Codec, Header, ObjectKind, random};
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::merge::{Holes, Image, Merge, MergeStats, Pick, RowSink, Scratch};
-use crate::repository::model::{Base, BaseTable, LogRecord, SequenceState};
+use crate::repository::model::{Base, BaseTable, DatabaseLocale, LogRecord, SequenceState};
 use crate::repository::{ObjectRef, paths};
 use crate::run::AgentContext;
 use crate::schema_dump;
@@ -140,14 +140,9 @@ impl ReadTables {
         self.tables.iter().map(|t| t.snapshot.xmin).min().unwrap_or(u64::MAX)
     }
 
-    /// Writes a marker; the base is as good as the stream's delivery of it.
-    pub async fn mark(&self) -> Result<[u8; 16]> {
-        let id: [u8; 16] = random::bytes();
-        self.session
-            .execute("SELECT coffer._agent_base_marker($1)", &[&id.as_slice()])
-            .await
-            .sql("cannot write the marker of a base")?;
-        Ok(id)
+    /// The session that writes the marker.
+    pub fn session(&self) -> &SqlClient {
+        &self.session
     }
 
     /// Merges, writes the fulls and the definitions. `ships`: those that may hold what the snapshots do not see.
@@ -169,6 +164,7 @@ impl ReadTables {
         }
         let (system_identifier, timeline) = ctx.system();
         let sequences = sequences(&self.session).await?;
+        let database = Some(locale(&self.session).await?);
         let schema = dump(ctx, &self.session, cut);
         let tables: Vec<BaseTable> = self
             .tables
@@ -210,9 +206,19 @@ impl ReadTables {
             }
         };
         failpoints::hit(failpoints::BASE_AFTER_FULLS)?;
-        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences, pending: Vec::new() };
+        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences, pending: Vec::new(), database };
         Ok(Finished { base, rows: stats.rows })
     }
+}
+
+/// Writes a marker; what the session read before is as good as the stream's delivery of it.
+pub async fn mark(session: &SqlClient) -> Result<[u8; 16]> {
+    let id: [u8; 16] = random::bytes();
+    session
+        .execute("SELECT coffer._agent_base_marker($1)", &[&id.as_slice()])
+        .await
+        .sql("cannot write the marker of a base")?;
+    Ok(id)
 }
 
 /// Sorts the rows that come, by tenant, table and key.
@@ -291,6 +297,7 @@ fn merge_all(
     let tables = pick.tables;
     // A row that came from another tenant with values that did not change has holes here; a later change may fill them.
     merge.on_holes(Holes::Keep);
+    merge.keep_leaves();
     let writer = FullWriter::new(job, pick.groups.into_tenants());
     let mut sink = OnlyRead { tables: &tables, inner: writer, group: 0, in_group: false, in_table: false };
     let stats = merge.run(&mut sink)?;
@@ -338,6 +345,10 @@ impl RowSink for OnlyRead<'_> {
         }
         self.in_table = true;
         self.inner.begin_table(rel)
+    }
+
+    fn leaf(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        if self.in_table { self.inner.leaf(rel) } else { Ok(()) }
     }
 
     fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
@@ -421,6 +432,19 @@ async fn oldest_transaction(client: &SqlClient) -> Result<String> {
                 .to_owned()
         }
     })
+}
+
+/// What the database was created with.
+pub async fn locale(client: &SqlClient) -> Result<DatabaseLocale> {
+    let row = client
+        .query_one(
+            "SELECT pg_catalog.pg_encoding_to_char(encoding)::text, datcollate::text, datctype::text \
+             FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()",
+            &[],
+        )
+        .await
+        .sql("cannot read the database's encoding")?;
+    Ok(DatabaseLocale { encoding: row.get(0), collate: row.get(1), ctype: row.get(2) })
 }
 
 /// Where the sequences stand.

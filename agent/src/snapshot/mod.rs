@@ -23,7 +23,7 @@ use crate::run::AgentContext;
 use crate::ship::Durable;
 use crate::snapshot::plan::Seen;
 use crate::snapshot::progress::{BaseProgress, Phase};
-use crate::sql::{self, SqlContext};
+use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, Relation, TenantKind};
 use std::collections::BTreeSet;
@@ -37,6 +37,10 @@ use uuid::Uuid;
 
 /// Rules are compared with the log at least this often; most changes are noticed by their markers.
 const RECHECK: Duration = Duration::from_secs(10);
+/// A burst of DDL is waited for this long before the definitions are dumped, …
+const DEFINITIONS_REST: Duration = Duration::from_secs(1);
+/// … and so many dumps are tried while more of it comes; the next round goes on.
+const DUMPS: usize = 5;
 /// First and longest wait after a job that failed, or that left tables out.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -48,6 +52,8 @@ pub struct BaseTaker {
     progress: Arc<BaseProgress>,
     /// Definitions changed after the newest dump of them; the agent may have been away when they did.
     new_definitions: bool,
+    /// Where they changed last, as far as this process knows.
+    definitions_at: Option<Lsn>,
     /// After a dump that failed.
     definitions_after: Instant,
 }
@@ -64,6 +70,7 @@ impl BaseTaker {
                 seen: Seen::default(),
                 progress: Arc::default(),
                 new_definitions: true,
+                definitions_at: None,
                 definitions_after: Instant::now(),
             };
             taker.run().await
@@ -181,8 +188,10 @@ impl BaseTaker {
         for m in d.markers.iter() {
             match m.kind.as_str() {
                 "registry" => asks = true,
-                "ddl" | "drop" => (asks, self.new_definitions) = (true, true),
-                "rewrite" => (asks, self.new_definitions) = (true, true),
+                "ddl" | "drop" | "rewrite" => {
+                    (asks, self.new_definitions) = (true, true);
+                    self.definitions_at = self.definitions_at.max(Some(m.end_lsn));
+                }
                 _ => {}
             }
         }
@@ -217,7 +226,9 @@ impl BaseTaker {
         let mut read = job::read_tables(&self.ctx, missing, &self.progress).await?;
         let mut cut = Lsn::ZERO;
         if !read.is_empty() {
-            cut = self.wait_for_marker(&read).await?;
+            self.progress.phase(Phase::WaitingForStream);
+            cut = self.wait_for_marker(read.session()).await?;
+            crate::failpoints::hit(crate::failpoints::BASE_AFTER_MARKER)?;
             let ships = self.seen.ships(read.xmin(), cut);
             self.read_unresolved().await?;
             read.leave_out(|t| {
@@ -229,7 +240,8 @@ impl BaseTaker {
         let left_out = read.left_out.clone();
         if !read.is_empty() {
             let ships = self.seen.ships(read.xmin(), cut);
-            self.new_definitions = false;
+            // Definitions that are known to have changed get a record at the place where they did.
+            self.new_definitions &= self.definitions_at.is_some();
             let mut done = read.finish(&self.ctx, job, cut, ships, &self.progress).await?;
             let has = |p: &PendingTable| done.base.tables.iter().any(|t| t.relid == p.relid);
             done.base.pending = wanted.into_iter().filter(|p| !has(p)).collect();
@@ -247,10 +259,9 @@ impl BaseTaker {
         Ok(failed.is_empty())
     }
 
-    /// Writes a marker and waits until the stream has delivered it: its commit is the cut.
-    async fn wait_for_marker(&mut self, read: &job::ReadTables) -> Result<Lsn> {
-        self.progress.phase(Phase::WaitingForStream);
-        let mut id = read.mark().await?;
+    /// Writes a marker and waits until the stream has delivered it. Returns where its transaction ends.
+    async fn wait_for_marker(&mut self, session: &SqlClient) -> Result<Lsn> {
+        let mut id = job::mark(session).await?;
         loop {
             let ctx = self.ctx.clone();
             let d = tokio::select! {
@@ -259,47 +270,56 @@ impl BaseTaker {
             };
             let Some(d) = self.take_in(d).await?.1 else {
                 // The marker may have been among what was not heard.
-                id = read.mark().await?;
+                id = job::mark(session).await?;
                 continue;
             };
             if let Some(m) = d.markers.iter().find(|m| m.kind == "base" && m.payload == id) {
-                crate::failpoints::hit(crate::failpoints::BASE_AFTER_MARKER)?;
                 return Ok(m.end_lsn);
             }
         }
     }
 
-    /// A record of the definitions alone: they changed, and no base was due.
+    /// A record of the definitions alone: they changed, and no base was due. Its position is the end of the DDL's
+    /// transaction; that no other came before the dump was complete, a marker written after it tells.
     async fn record_definitions(&mut self) -> Result<()> {
-        let Some(cut) = self.ctx.log.lock().await.upto_lsn() else { return Ok(()) };
         // Before the first connection of this process it is not known which server this is.
         if self.ctx.system().0 == 0 || self.definitions_after > Instant::now() {
             return Ok(());
         }
-        self.new_definitions = false;
         let client = sql::connect(&self.ctx.dsn).await?;
-        match job::dump(&self.ctx, &client, cut).await {
-            Ok(schema) => {
-                let sequences = job::sequences(&client).await?;
-                let job = Uuid::new_v4();
-                let base = Base {
-                    job,
-                    tables: vec![],
-                    cut_lsn: cut,
-                    fulls: vec![],
-                    schema: Some(schema),
-                    sequences,
-                    pending: vec![],
-                };
-                self.record(base, None).await
+        for _ in 0..DUMPS {
+            tokio::time::sleep(DEFINITIONS_REST).await;
+            self.hear_all()?;
+            self.new_definitions = false;
+            // Nobody knows what happened while the agent was away: then the marker is the position.
+            let known = self.definitions_at;
+            let dump = job::dump(&self.ctx, &client, known.unwrap_or_default()).await;
+            let marker = self.wait_for_marker(&client).await?;
+            if self.new_definitions {
+                continue;
             }
-            Err(e) => {
-                tracing::warn!("the schema's definitions are not backed up: {e}");
-                self.new_definitions = true;
-                self.definitions_after = Instant::now() + RETRY.1;
-                Ok(())
-            }
+            let schema = match dump {
+                Ok(s) => s,
+                Err(e) => {
+                    tracing::warn!("the schema's definitions are not backed up: {e}");
+                    self.new_definitions = true;
+                    self.definitions_after = Instant::now() + RETRY.1;
+                    return Ok(());
+                }
+            };
+            let base = Base {
+                job: Uuid::new_v4(),
+                tables: vec![],
+                cut_lsn: known.unwrap_or(marker),
+                fulls: vec![],
+                schema: Some(schema),
+                sequences: job::sequences(&client).await?,
+                pending: vec![],
+                database: Some(job::locale(&client).await?),
+            };
+            return self.record(base, None).await;
         }
+        Ok(())
     }
 
     /// Appends the record, unless the log broke off since the job began.

@@ -165,6 +165,7 @@ mod tests {
             schema: None,
             sequences: vec![],
             pending: vec![],
+            database: None,
         })
     }
 
