@@ -2,7 +2,7 @@
 //! would send for a row of it now.
 //!
 //! Base rows and archived changes meet in one merge, which matches columns by `attnum`; so attnums, flags, missing
-//! values and the key's order are the plugin's. Partitions: the descriptor is the root's, for every leaf.
+//! values and the key's order are the plugin's. Partitions: the columns are the root's, for every leaf.
 
 use crate::error::{Error, Kind, Result};
 use crate::sql::SqlContext;
@@ -95,10 +95,10 @@ WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated
 ORDER BY a.attnum";
 
 /// The descriptor of the table as it is now, in the snapshot of the caller's transaction. `leaf` is the table itself, or
-/// one leaf of the tree: its columns have numbers of its own.
+/// one leaf of the tree: its rows are described by the root's columns, in their order and with their numbers.
 pub async fn describe(client: &Client, rule: &Rule, leaf: u32) -> Result<Relation> {
     let what = || format!("cannot describe {}", rule.qualified());
-    let rows = client.query(COLUMNS, &[&leaf]).await.sql(what())?;
+    let rows = client.query(COLUMNS, &[&rule.relid]).await.sql(what())?;
     let columns: Vec<Column> = rows
         .iter()
         .map(|r| {
