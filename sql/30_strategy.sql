@@ -267,7 +267,7 @@ END $$;
 CREATE FUNCTION coffer._wants_fill(root oid, strategy int2) RETURNS bool
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT strategy = 0 AND to_regprocedure('coffer._fill()') IS NOT NULL
+    SELECT strategy = 0
        AND CASE c.relkind WHEN 'p' THEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = root AND a.attnum > 0 AND NOT a.attisdropped
                                                 AND a.attlen = -1 AND a.attstorage <> 'p')
                 ELSE c.reltoastrelid <> 0 END

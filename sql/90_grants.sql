@@ -21,13 +21,7 @@ REVOKE ALL ON ALL TABLES IN SCHEMA coffer FROM PUBLIC;
 GRANT USAGE ON SCHEMA coffer TO PUBLIC;
 
 -- The server asks for these when it clones a trigger to a new partition, of whoever creates the partition.
-GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fence() TO PUBLIC;
-DO $$
-BEGIN
-    IF to_regprocedure('coffer._fill()') IS NOT NULL THEN
-        GRANT EXECUTE ON FUNCTION coffer._fill() TO PUBLIC;
-    END IF;
-END $$;
+GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fill(), coffer._fence() TO PUBLIC;
 -- Views call these with the rights of whoever reads them.
 GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) TO PUBLIC;
 
