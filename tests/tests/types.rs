@@ -302,8 +302,10 @@ fn edge_values(major: u32) {
                 after.push_str(&format!("UPDATE {plain} SET w = 'touched' WHERE tenant = 2 AND id = {i};\n"));
                 after.push_str(&format!("INSERT INTO {free} VALUES (1, {v}, 'stream');\n"));
                 if *key && v != "NULL" {
-                    before.push_str(&format!("INSERT INTO {keyed} VALUES ({v}, 1, 'base'), ({v}, 2, 'base');\n"));
-                    after.push_str(&format!("INSERT INTO {keyed} VALUES ({v}, 3, 'stream');\n"));
+                    before.push_str(&format!(
+                        "INSERT INTO {keyed} VALUES ({v}, 1, 'base'), ({v}, 2, 'base') ON CONFLICT DO NOTHING;\n"
+                    ));
+                    after.push_str(&format!("INSERT INTO {keyed} VALUES ({v}, 3, 'stream') ON CONFLICT DO NOTHING;\n"));
                 }
             }
             // Without a key every row is told apart by its whole image, which goes through the type as well.
