@@ -184,7 +184,7 @@ fn values(major: u32) -> Vec<(&'static str, bool, Vec<String>)> {
         ("regtype", false, vec!["'integer'", "'timestamp with time zone'", "0"]),
         ("regproc", false, vec!["'pg_catalog.pg_backend_pid'"]),
         ("regprocedure", false, vec!["'pg_catalog.lower(text)'"]),
-        ("regoper", false, vec!["'pg_catalog.#>>'"]),
+        ("regoper", false, vec!["'pg_catalog.||/'"]),
         ("regoperator", false, vec!["'+(integer,integer)'"]),
         ("regnamespace", false, vec!["'pg_catalog'", "'public'"]),
         ("regrole", false, vec!["'postgres'"]),
