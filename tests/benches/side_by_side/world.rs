@@ -101,7 +101,7 @@ fn agent_with_bases(cluster: &Cluster) -> Agent {
     setup.ship_interval = "1s".into();
     let mut agent = Agent::new(&setup);
     agent.start();
-    wait_for("a window for every tenant", 120, || {
+    wait_for("a window for every tenant", 600, || {
         if let Some(code) = agent.ended() {
             panic!("the agent ended with {code:?}: {}", agent.log());
         }
