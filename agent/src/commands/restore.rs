@@ -119,7 +119,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         (None, None) => return Err(Error::usage("--tenant is missing")),
     };
     let entry = opened.tenant((&name, uid), &tenant)?;
-    let (history, target) = wait_for(&opened, uid, &when, args.wait).await?;
+    let (history, target) = wait_for(&opened, uid, &when, args).await?;
     let wanted = |qualified: &str| wanted(&args.tables, qualified);
     let tables = history.require(&target, &wanted)?;
     let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables));
@@ -228,24 +228,25 @@ fn unquoted(qualified: &str) -> String {
     out
 }
 
-/// The history in which the target is durable, and the target.
-async fn wait_for(
-    opened: &Opened,
-    source: uuid::Uuid,
-    when: &When,
-    wait: Option<Duration>,
-) -> Result<(History, Target)> {
-    let deadline = wait.map(|w| Instant::now() + w);
+/// The history in which the target is durable, and the target. For a new database, its definitions count, too: the agent
+/// archives them a moment after they changed.
+async fn wait_for(opened: &Opened, source: uuid::Uuid, when: &When, args: &RestoreArgs) -> Result<(History, Target)> {
+    let deadline = args.wait.map(|w| Instant::now() + w);
+    let over = || deadline.is_none_or(|d| Instant::now() + POLL > d);
     loop {
         let history = opened.history(source).await?;
-        let error = match history.resolve(when).await {
-            Ok(target) => return Ok((history, target)),
-            Err(e) => e,
-        };
-        let may_come =
-            error.is_code("not_durable") || (error.kind() == Kind::NotFound && matches!(when, When::Name(_)));
-        if !may_come || deadline.is_none_or(|d| Instant::now() + POLL > d) {
-            return Err(error);
+        match history.resolve(when).await {
+            Ok(target) if args.mode != Mode::Database || over() || !history.definitions_pending(&target) => {
+                return Ok((history, target));
+            }
+            Ok(_) => {}
+            Err(e) => {
+                let may_come =
+                    e.is_code("not_durable") || (e.kind() == Kind::NotFound && matches!(when, When::Name(_)));
+                if !may_come || over() {
+                    return Err(e);
+                }
+            }
         }
         tokio::time::sleep(POLL).await;
     }
@@ -333,6 +334,14 @@ async fn to_database(
     counts: Counts,
 ) -> Result<Report> {
     let inputs = at.inputs.clone();
+    if let Some(w) = &inputs.schema_warning
+        && inputs.schema.is_some()
+    {
+        // Never a table of another moment's shape.
+        return Err(Error::new(Kind::Refused, format!("{w}: a new database would have the wrong ones"))
+            .code("definitions_unknown")
+            .hint("wait for them with --wait 60s, choose a point after the change was archived, or use --mode files"));
+    }
     let schema = inputs.schema.clone().ok_or_else(|| {
         Error::new(Kind::Refused, "the bases up to the target hold no definitions: a new database cannot be made")
             .code("no_schema")
@@ -356,7 +365,6 @@ async fn to_database(
         warnings: done.warnings,
         ..Report::default()
     };
-    report.warnings.extend(inputs.schema_warning.clone());
     report.incomplete = warnings_of(&done.stats, &mut report.warnings);
     Ok(report)
 }

@@ -59,7 +59,7 @@ pub struct Inputs {
     pub ships: Vec<ShipInput>,
     /// The definitions as they were at the target.
     pub schema: Option<ObjectRef>,
-    /// A reason why they may not be quite those.
+    /// Why they are not.
     pub schema_warning: Option<String>,
     pub sequences: Vec<SequenceState>,
 }
@@ -391,10 +391,16 @@ impl History {
         }
         let some = before.map(|(_, s)| s.clone()).or_else(|| others.flatten().next().cloned());
         let warning = format!(
-            "definitions of covered tables changed at {changed}, and were archived only after further changes: what is \
-             restored has the columns of the rows, other definitions may be older than the target"
+            "definitions of covered tables changed at {changed}, and as they were at {target} they are not archived"
         );
         (some, Some(warning))
+    }
+
+    /// Whether definitions changed at or before the target and were not archived since: they may be on their way.
+    pub fn definitions_pending(&self, target: &Target) -> bool {
+        let changed = self.facts.ddl.iter().filter(|d| **d <= target.lsn).max().copied().unwrap_or_default();
+        let mut archived = self.line.bases.iter().map(|b| b.base()).filter(|b| b.schema.is_some()).peekable();
+        archived.peek().is_some() && !archived.any(|b| b.cut_lsn >= changed)
     }
 
     /// Tables whose rows are known at the target; others are left out.
