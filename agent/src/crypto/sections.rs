@@ -265,7 +265,7 @@ impl<R: RangeRead> SectionRead<'_, R> {
 
 impl<R: RangeRead> Read for SectionRead<'_, R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        while self.given == self.plain.len() {
+        while self.given >= self.plain.len() {
             if !self.next_chunk().map_err(io::Error::other)? {
                 return Ok(0);
             }
