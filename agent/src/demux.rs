@@ -30,6 +30,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 const INTAKE_BYTES: u64 = 16 << 20;
 /// Frozen batches that may wait to be shipped, whatever their size.
 const MAX_FROZEN: usize = 8;
+/// Transactions in one batch beyond which the stream waits for ships: their index is held in memory.
+const MAX_TRANSACTIONS: usize = 2_000_000;
 /// Longest time between two records of an idle source, unless a third of the RPO's limit is shorter.
 pub const IDLE_RECORD: Duration = Duration::from_secs(60);
 
@@ -610,7 +612,8 @@ impl Demux {
         self.tick_idle();
         let frozen = self.flow.frozen.load(Ordering::Relaxed);
         // With nothing on its way out, waiting would wait for ever: a single transaction may be larger than the limit.
-        let full = self.flow.spool.used_bytes() >= self.flow.limits.spool && frozen > 0;
+        let much = self.flow.spool.used_bytes() >= self.flow.limits.spool || self.batch.index.len() >= MAX_TRANSACTIONS;
+        let full = much && frozen > 0;
         if self.flow.paused.swap(full, Ordering::Relaxed) != full {
             if full {
                 tracing::warn!("the spool is full: the source is not read until a ship makes room");
@@ -690,4 +693,335 @@ impl Demux {
 
 fn malformed(what: &str) -> Error {
     Error::new(Kind::Verification, format!("the stream is not what it should be: {what}")).code("malformed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use coffer_wire::{
+        Truncate, put_begin, put_commit, put_insert, put_marker, put_relation, put_run_data, put_run_header,
+        put_truncate,
+    };
+
+    struct Rig {
+        demux: Demux,
+        items: mpsc::UnboundedReceiver<ShipItem>,
+        flow: Arc<Flow>,
+        _dir: tempfile::TempDir,
+    }
+
+    fn rig(memory: u64) -> Rig {
+        let dir = tempfile::tempdir().unwrap();
+        let hour = Duration::from_secs(3600);
+        let limits = Limits { memory, spool: 1 << 30, interval: hour, idle: hour };
+        let flow = Flow::new(limits, Spool::new(dir.path().to_owned()));
+        let (tx, items) = mpsc::unbounded_channel();
+        Rig { demux: Demux::new(flow.clone(), Lsn(100), tx), items, flow, _dir: dir }
+    }
+
+    impl Rig {
+        fn batch(&mut self) -> Box<Batch> {
+            self.demux.freeze();
+            match self.items.try_recv() {
+                Ok(ShipItem::Batch(b)) => b,
+                _ => panic!("a batch was handed on"),
+            }
+        }
+    }
+
+    fn begin(end: u64) -> Begin {
+        Begin { xid: end, commit_lsn: Lsn(end - 8), end_lsn: Lsn(end), commit_time_us: end as i64 }
+    }
+
+    fn relation(out: &mut Vec<u8>, id: u64) {
+        put_relation(out, id, &id.to_le_bytes());
+    }
+
+    fn run(out: &mut Vec<u8>, key: &str, rel: u64, rows: u32) -> Vec<u8> {
+        let mut data = Vec::new();
+        for i in 0..rows {
+            put_insert(&mut data, 0, i.to_string().as_bytes(), b"image");
+        }
+        let header = RunHeader {
+            seq: 1,
+            tenant_kind: TenantKind::Normal,
+            tenant_key: key,
+            relations: &rel.to_le_bytes(),
+            rows,
+            rows_len: data.len() as u64,
+        };
+        let at = out.len();
+        put_run_header(out, &header, Some(&data));
+        out[at..].to_vec()
+    }
+
+    fn commit(out: &mut Vec<u8>, end: u64, rows: u64) {
+        put_commit(out, &Commit { xid: end, end_lsn: Lsn(end), rows });
+    }
+
+    fn content(t: &mut TenantChanges, spool: Option<&crate::spool::SpoolReader>) -> Vec<u8> {
+        let mut all = Vec::new();
+        while let Some(p) = t.buffer.next_piece(spool).unwrap() {
+            all.extend(p);
+        }
+        all
+    }
+
+    fn kinds(bytes: &[u8]) -> String {
+        FrameReader::new(bytes)
+            .map(|f| match f.unwrap() {
+                Frame::Relation(..) => 'R',
+                Frame::Begin(_) => 'B',
+                Frame::Run(_) => 'r',
+                Frame::RunOpen(_) => 'o',
+                Frame::RunData(_) => 'd',
+                Frame::Truncate(_) => 'T',
+                Frame::Marker(_) => 'M',
+                _ => '?',
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_tenant_gets_its_runs_verbatim_behind_what_they_need_once() {
+        let mut rig = rig(64 << 20);
+        let mut s = Vec::new();
+        put_begin(&mut s, &begin(200));
+        relation(&mut s, 7);
+        let a1 = run(&mut s, "a", 7, 3);
+        let b1 = run(&mut s, "b", 7, 1);
+        let a2 = run(&mut s, "a", 7, 2);
+        commit(&mut s, 200, 6);
+        put_begin(&mut s, &begin(300));
+        let a3 = run(&mut s, "a", 7, 1);
+        commit(&mut s, 300, 1);
+        rig.demux.data(&s).unwrap();
+        let mut b = rig.batch();
+        assert_eq!((b.from_lsn, b.upto_lsn, b.index.len(), b.rows), (Lsn(100), Lsn(300), 2, 7));
+        assert_eq!(b.tenants.len(), 2);
+        let a = content(&mut b.tenants[0], None);
+        assert_eq!(kinds(&a), "RBrrBr");
+        let runs: Vec<u8> = [a1, a2, a3].concat();
+        let of_runs: Vec<u8> = {
+            let mut r = FrameReader::new(&a);
+            let mut out = Vec::new();
+            while let Some(f) = r.next_raw() {
+                if let (Frame::Run(_), raw) = f.unwrap() {
+                    out.extend_from_slice(raw);
+                }
+            }
+            out
+        };
+        assert_eq!(of_runs, runs);
+        assert_eq!((b.tenants[0].rows, b.tenants[0].first_lsn, b.tenants[0].last_lsn), (6, Lsn(200), Lsn(300)));
+        let b_content = content(&mut b.tenants[1], None);
+        assert_eq!(kinds(&b_content), "RBr");
+        assert!(b_content.ends_with(&b1));
+        assert_eq!(rig.flow.held_bytes(), 0);
+        // The next changeset stands on its own: the descriptor comes again, without the server sending it.
+        let mut s = Vec::new();
+        put_begin(&mut s, &begin(400));
+        run(&mut s, "a", 7, 1);
+        commit(&mut s, 400, 1);
+        rig.demux.data(&s).unwrap();
+        let mut b = rig.batch();
+        assert_eq!((b.from_lsn, kinds(&content(&mut b.tenants[0], None)).as_str()), (Lsn(300), "RBr"));
+    }
+
+    #[test]
+    fn what_was_handed_on_is_dropped_when_it_comes_again() {
+        let mut rig = rig(64 << 20);
+        let mut s = Vec::new();
+        relation(&mut s, 7);
+        for end in [90, 100, 110] {
+            put_begin(&mut s, &begin(end));
+            run(&mut s, "a", 7, 2);
+            commit(&mut s, end, 2);
+        }
+        rig.demux.data(&s).unwrap();
+        let b = rig.batch();
+        assert_eq!((b.index.len(), b.rows, b.index[0].end_lsn), (1, 2, Lsn(110)));
+    }
+
+    #[test]
+    fn a_wrong_row_count_and_broken_nesting_are_errors() {
+        let good = |s: &mut Vec<u8>| {
+            relation(s, 7);
+            put_begin(s, &begin(200));
+            run(s, "a", 7, 2);
+        };
+        let mut cases: Vec<Vec<u8>> = Vec::new();
+        let mut case = |f: &dyn Fn(&mut Vec<u8>)| {
+            let mut s = Vec::new();
+            good(&mut s);
+            f(&mut s);
+            cases.push(s);
+        };
+        case(&|s| commit(s, 200, 3));
+        case(&|s| commit(s, 201, 2));
+        case(&|s| put_begin(s, &begin(300)));
+        case(&|s| put_run_data(s, b"x"));
+        case(&|s| {
+            run(s, "a", 8, 1);
+        });
+        for s in &cases {
+            assert!(rig(64 << 20).demux.data(s).is_err());
+        }
+        let mut s = Vec::new();
+        run(&mut s, "a", 7, 1);
+        assert!(rig(64 << 20).demux.data(&s).is_err(), "rows outside a transaction");
+    }
+
+    #[test]
+    fn a_transaction_that_breaks_off_leaves_nothing() {
+        let mut rig = rig(64 << 20);
+        let mut s = Vec::new();
+        relation(&mut s, 7);
+        put_begin(&mut s, &begin(200));
+        run(&mut s, "a", 7, 2);
+        commit(&mut s, 200, 2);
+        put_begin(&mut s, &begin(300));
+        run(&mut s, "a", 7, 2);
+        rig.demux.input(Input::Data(s.into()));
+        let (tx, mut rx) = oneshot::channel();
+        rig.demux.input(Input::EndSession(tx));
+        // The whole one shares the buffers with the broken one: both come again, from where the last batch ended.
+        assert_eq!(rx.try_recv().unwrap(), Lsn(100));
+        rig.demux.freeze();
+        assert!(rig.items.try_recv().is_err());
+        assert_eq!(rig.flow.held_bytes(), 0);
+    }
+
+    #[test]
+    fn positions_count_between_transactions_only() {
+        let mut rig = rig(64 << 20);
+        let mut s = Vec::new();
+        relation(&mut s, 7);
+        put_begin(&mut s, &begin(300));
+        run(&mut s, "a", 7, 1);
+        rig.demux.input(Input::Data(s.into()));
+        rig.demux.input(Input::Position { upto: Lsn(900), urgent: true });
+        let mut s = Vec::new();
+        commit(&mut s, 300, 1);
+        rig.demux.input(Input::Data(s.into()));
+        assert_eq!(rig.flow.received(), Lsn(300));
+        rig.demux.input(Input::Position { upto: Lsn(500), urgent: true });
+        rig.demux.tick();
+        let Ok(ShipItem::Batch(b)) = rig.items.try_recv() else { panic!("an urgent position ships") };
+        assert_eq!(b.upto_lsn, Lsn(500));
+        // Durable; then somebody waits for a later position, and nothing happened up to it.
+        rig.flow.item_durable();
+        rig.flow.want(Lsn(600));
+        rig.demux.tick();
+        assert!(rig.items.try_recv().is_err(), "the position has not arrived");
+        rig.demux.input(Input::Position { upto: Lsn(600), urgent: false });
+        rig.demux.tick();
+        assert!(matches!(rig.items.try_recv(), Ok(ShipItem::Idle(Lsn(600)))));
+    }
+
+    #[test]
+    fn a_transaction_larger_than_memory_goes_through_the_spool_whole() {
+        let mut rig = rig(1 << 20);
+        let mut first = Vec::new();
+        relation(&mut first, 7);
+        put_begin(&mut first, &begin(200));
+        rig.demux.data(&first).unwrap();
+        let mut expect = 0;
+        for i in 0..200 {
+            let mut s = Vec::new();
+            run(&mut s, if i % 3 == 0 { "a" } else { "b" }, 7, 1000);
+            expect += 1000;
+            rig.demux.data(&s).unwrap();
+            assert!(rig.flow.held_bytes() <= (1 << 20), "{}", rig.flow.held_bytes());
+        }
+        assert!(rig.flow.spool_bytes() > 2 << 20);
+        // A row in pieces, larger than the memory.
+        let piece = vec![b'x'; 256 << 10];
+        let mut s = Vec::new();
+        let header = RunHeader {
+            seq: 9,
+            tenant_kind: TenantKind::Normal,
+            tenant_key: "a",
+            relations: &7u64.to_le_bytes(),
+            rows: 1,
+            rows_len: 8 * piece.len() as u64,
+        };
+        put_run_header(&mut s, &header, None);
+        rig.demux.data(&s).unwrap();
+        for _ in 0..8 {
+            let mut s = Vec::new();
+            put_run_data(&mut s, &piece);
+            rig.demux.data(&s).unwrap();
+        }
+        let mut s = Vec::new();
+        commit(&mut s, 200, expect + 1);
+        rig.demux.data(&s).unwrap();
+        let mut b = rig.batch();
+        let spool = b.spool.take().unwrap().reader();
+        let mut rows = 0;
+        for t in &mut b.tenants {
+            let bytes = content(t, Some(&spool));
+            for f in FrameReader::new(&bytes) {
+                match f.unwrap() {
+                    Frame::Run(r) => rows += u64::from(r.header.rows),
+                    Frame::RunOpen(h) => rows += u64::from(h.rows),
+                    _ => {}
+                }
+            }
+        }
+        assert_eq!(rows, expect + 1);
+    }
+
+    #[test]
+    fn what_concerns_all_goes_to_the_common_buffer() {
+        let mut rig = rig(64 << 20);
+        let mut s = Vec::new();
+        relation(&mut s, 7);
+        put_begin(&mut s, &begin(200));
+        put_truncate(
+            &mut s,
+            &Truncate { seq: 1, restart_sequences: false, tenant: None, relations: &7u64.to_le_bytes() },
+        );
+        put_marker(&mut s, &Marker { seq: 2, kind: "restore_point", payload: b"p" });
+        commit(&mut s, 200, 0);
+        rig.demux.data(&s).unwrap();
+        let mut b = rig.batch();
+        assert!(b.tenants.is_empty());
+        assert_eq!(
+            b.markers,
+            [SeenMarker {
+                kind: "restore_point".into(),
+                payload: b"p".to_vec(),
+                xid: 200,
+                end_lsn: Lsn(200),
+                commit_us: 200,
+                seq: 2
+            }]
+        );
+        let mut all = Vec::new();
+        while let Some(p) = b.common.next_piece(None).unwrap() {
+            all.extend(p);
+        }
+        assert_eq!(kinds(&all), "RBTM");
+    }
+
+    #[test]
+    fn rows_without_a_known_tenant_are_counted() {
+        let mut rig = rig(64 << 20);
+        let mut s = Vec::new();
+        relation(&mut s, 7);
+        put_begin(&mut s, &begin(200));
+        let header = RunHeader {
+            seq: 1,
+            tenant_kind: TenantKind::Unresolved,
+            tenant_key: "",
+            relations: &7u64.to_le_bytes(),
+            rows: 4,
+            rows_len: 0,
+        };
+        put_run_header(&mut s, &header, Some(b""));
+        commit(&mut s, 200, 4);
+        rig.demux.data(&s).unwrap();
+        assert_eq!((rig.flow.unresolved_rows(), rig.batch().unresolved_rows), (4, 4));
+    }
 }

@@ -118,8 +118,10 @@ pub async fn run(config: Config) -> Result<()> {
         let source_uid = keyring.ensure_source(name).await?;
         let mut log = Log::open(&repo, source_uid, None).await?;
         let status = SourceStatus::new(name, &source.slot_name(name));
+        let mut system = System::default();
         if let Some(last) = log.last() {
             status.set_durable(last.upto_lsn, last.upto_time_us);
+            system = System { system_identifier: last.system_identifier, timeline: last.timeline };
         }
         // The newest record is all that a writer needs; bases read the log on their own.
         log.forget_records();
@@ -139,7 +141,7 @@ pub async fn run(config: Config) -> Result<()> {
             alarms: alarms.clone(),
             status,
             stop: stop.clone(),
-            system: RwLock::default(),
+            system: RwLock::new(system),
         }));
     }
 

@@ -200,7 +200,7 @@ impl Shipper {
         };
         let record = self.ctx.append(from_lsn, upto_lsn, upto_time_us, body).await?;
         metrics::counter!("coffer_records_total", "source" => self.ctx.source.clone()).increment(1);
-        failpoints::hit(failpoints::SHIP_AFTER_RECORD)?;
+        self.ctx.persist(alarms::SHIP_FAILED, || async { failpoints::hit(failpoints::SHIP_AFTER_RECORD) }).await?;
         self.flow.item_durable();
         self.ctx.status.set_durable(upto_lsn, upto_time_us);
         self.durable.send_replace(sink::Durable(upto_lsn));
@@ -221,7 +221,7 @@ impl Shipper {
     async fn prepare(&self, mut batch: Batch) -> Result<Box<Prepared>> {
         // However this ends, the batch's buffers are gone with it.
         let _released = Released(&self.flow);
-        failpoints::hit(failpoints::SHIP_BEFORE_OBJECTS)?;
+        self.ctx.persist(alarms::SHIP_FAILED, || async { failpoints::hit(failpoints::SHIP_BEFORE_OBJECTS) }).await?;
         let tenants = std::mem::take(&mut batch.tenants);
         let entries = self.entries(&tenants).await?;
         let spool = batch.spool.take().map(|f| f.reader());
@@ -242,7 +242,7 @@ impl Shipper {
             .await?;
         objects.extend(rest);
         objects.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        failpoints::hit(failpoints::SHIP_AFTER_OBJECTS)?;
+        self.ctx.persist(alarms::SHIP_FAILED, || async { failpoints::hit(failpoints::SHIP_AFTER_OBJECTS) }).await?;
         let index = &batch.index;
         let ship = Ship {
             txns: index.len() as u64,

@@ -22,7 +22,7 @@ use crate::spool::Spool;
 use coffer_wire::Lsn;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 /// The output plugin.
 const PLUGIN: &str = "pg_coffer";
@@ -79,6 +79,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
             let ctx = ctx.clone();
             async move { ctx.repo.replicate_optional(ctx.source_uid).await }
         }),
+        tokio::spawn(clear_gaps(ctx.clone())),
     ];
     let mut bases = tokio::spawn(take_bases(ctx.clone()));
     let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable };
@@ -111,6 +112,11 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
 
 /// Takes bases for as long as the source lives. Ends only when another agent writes the log.
 async fn take_bases(ctx: Arc<AgentContext>) -> Result<()> {
+    // Not before the server was compared with the log: a base of another cluster, or of a timeline that the log does not
+    // know of yet, would be worthless.
+    while !ctx.status.is_streaming() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     loop {
         let e = match BaseTaker::spawn(ctx.clone()).await {
             Ok(Ok(())) => return std::future::pending().await,
@@ -122,6 +128,18 @@ async fn take_bases(ctx: Arc<AgentContext>) -> Result<()> {
         tokio::select! {
             () = tokio::time::sleep(BASES_AGAIN) => {}
             () = ctx.stopped() => return std::future::pending().await,
+        }
+    }
+}
+
+/// A gap's alarm stands until a base is recorded after it.
+async fn clear_gaps(ctx: Arc<AgentContext>) {
+    let mut records = ctx.durable.subscribe();
+    loop {
+        match records.recv().await {
+            Ok(d) if matches!(d.record.body, Body::Base(_)) => ctx.alarms.clear(alarms::GAP, &ctx.source),
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => return,
         }
     }
 }

@@ -20,6 +20,7 @@ struct Check {
     check_name: String,
     ok: bool,
     found: String,
+    /// What to do; with `ok`, a warning.
     fix: Option<String>,
 }
 
@@ -72,8 +73,13 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool) -> Result<bo
     }
     for c in &checks.0 {
         let scope = if c.source.is_empty() { String::new() } else { format!("{}: ", c.source) };
-        println!("{} {scope}{}: {}", if c.ok { "ok  " } else { "FAIL" }, c.check_name, c.found);
-        if let (false, Some(fix)) = (c.ok, &c.fix) {
+        let word = match (c.ok, &c.fix) {
+            (true, None) => "ok  ",
+            (true, Some(_)) => "warn",
+            (false, _) => "FAIL",
+        };
+        println!("{word} {scope}{}: {}", c.check_name, c.found);
+        if let Some(fix) = &c.fix {
             println!("       {}", fix.replace('\n', "\n       "));
         }
     }

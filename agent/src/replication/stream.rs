@@ -49,7 +49,9 @@ impl Pace {
         let third = if wal_sender_timeout.is_zero() { Duration::from_secs(10) } else { wal_sender_timeout / 3 };
         Self {
             feedback: third.clamp(Duration::from_millis(50), Duration::from_secs(10)),
-            silence: Duration::from_secs(90),
+            // Long: a sender that works through a huge transaction of no interest may not look at its socket for minutes,
+            // and a connection dropped for that would only begin the same work again.
+            silence: Duration::from_secs(300),
         }
     }
 }
@@ -106,10 +108,11 @@ pub async fn run<S: Sink>(
                 last_heard = tokio::time::Instant::now();
                 let mut asked = false;
                 while let Some((tag, body)) = client.next_raw()? {
-                    if tag != b'd' {
-                        return Err(client.streaming_error(tag, &body));
+                    match tag {
+                        b'd' => asked |= packet(body, &mut received, sink)?,
+                        b'c' => return Err(Error::new(Kind::Unreachable, "the server ended the stream")),
+                        _ => return Err(client.streaming_error(tag, &body)),
                     }
-                    asked |= packet(body, &mut received, sink)?;
                 }
                 if asked {
                     let flushed = durable.borrow().0;
