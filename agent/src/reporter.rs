@@ -8,7 +8,7 @@
 use crate::alarms;
 use crate::clock::rfc3339;
 use crate::demux::Flow;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::keyring::TenantEntry;
 use crate::replication::sink::Durable;
 use crate::run::AgentContext;
@@ -109,6 +109,7 @@ impl Reporter {
     }
 
     async fn session(&mut self, client: &SqlClient) -> Result<()> {
+        self.same_system(client).await?;
         let look = client.prepare(LOOK).await.sql("cannot read the source's state")?;
         self.last_report = None;
         self.look(client, &look).await?;
@@ -154,6 +155,19 @@ impl Reporter {
                 }
             }
         }
+    }
+
+    /// Another cluster at the same address must not be told that what it commits is durable.
+    async fn same_system(&self, client: &SqlClient) -> Result<()> {
+        let row = client
+            .query_one("SELECT system_identifier FROM pg_catalog.pg_control_system()", &[])
+            .await
+            .sql("cannot ask which system the source is")?;
+        let (theirs, ours) = (row.get::<_, i64>(0).cast_unsigned(), self.ctx.system().0);
+        if theirs == ours {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")))
     }
 
     async fn look(&mut self, client: &SqlClient, look: &Statement) -> Result<()> {
