@@ -56,6 +56,11 @@ pub fn args<'a>(tenant: &'a str, to: &'a str, mode: &'a str, target: &'a str) ->
     vec!["restore", "--tenant", tenant, "--to", to, "--mode", mode, "--target", target, "--wait", WAIT, "--confirm"]
 }
 
+/// The arguments of a restore into files that does not wait: for targets that will never be there.
+pub fn args_now<'a>(tenant: &'a str, to: &'a str, target: &'a str) -> Vec<&'a str> {
+    vec!["restore", "--tenant", tenant, "--to", to, "--mode", "files", "--target", target, "--confirm"]
+}
+
 /// The arguments of an in-place restore.
 pub fn in_place<'a>(tenant: &'a str, to: &'a str) -> Vec<&'a str> {
     vec!["restore", "--tenant", tenant, "--to", to, "--mode", "in-place", "--wait", WAIT, "--confirm"]

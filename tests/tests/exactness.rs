@@ -81,7 +81,7 @@ fn under_load(major: u32) {
         println!("{committed} transactions committed, {failed} failed (deadlocks, rolled back by themselves)");
         truths.push(truth::take(&mut observer, &tables, "the end").await);
 
-        let (code, doc) = agent.json_err(&restored::args("1", "name:too_early", "files", "/nonexistent/coffer"));
+        let (code, doc) = agent.json_err(&restored::args_now("1", "name:too_early", "/nonexistent/coffer"));
         assert!(code == 4 || code == 3, "before the first base: {code} {doc}");
         drop(too_early);
 

@@ -412,7 +412,7 @@ fn the_slot_is_dropped(major: u32) {
         // The old window and the new one; between them nothing.
         scene.check(&agent, &[&before, &after], &["1", "5"]).await;
         let out = restored::Out::new();
-        let args = restored::args("1", "name:lost", "files", out.arg());
+        let args = restored::args_now("1", "name:lost", out.arg());
         let (code, doc) = agent.json_err(&args);
         assert!(code == 4 || code == 3, "{code} {doc}");
         assert!(out.names().is_empty());
