@@ -1,10 +1,10 @@
 //! Every built-in type with its edge values goes through a base and through the stream and comes back as it was.
 
 use coffer_tests::agent::{Agent, Setup};
-use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database, Scratch};
 use coffer_tests::truth::{self, Watched};
+use coffer_tests::{block_on, wait_for};
 
 on_majors! {
     edge_values: edge_values;
@@ -425,6 +425,16 @@ fn shapes(major: u32) {
 
         // A rewrite.
         cluster.script("shop", "ALTER TABLE retyped ALTER v TYPE text USING 'n' || v; UPDATE retyped SET v = 'u' WHERE id = 7; VACUUM FULL added;");
+        // Closed until the new base of the table whose type changed.
+        let mut n = 0;
+        wait_for("a window after the rewrite", 120, || {
+            n += 1;
+            cluster.psql("shop", &format!("SELECT coffer.restore_point('rewritten {n}')"));
+            let out = restored::Out::new();
+            let done = agent.coffer(&restored::args("1", &format!("name:rewritten {n}"), "files", out.arg()));
+            assert!(matches!(done.status.code(), Some(0 | 4)), "{}", String::from_utf8_lossy(&done.stderr));
+            done.status.success().then_some(())
+        });
         let rewritten = truth::take(&mut db, &watched, "rewritten").await;
         for tenant in ["1", "2"] {
             wrong.extend(Database::check(&agent, &cluster, &rewritten, &watched, tenant).await);
