@@ -124,6 +124,7 @@ impl BaseTaker {
         let unresolved = self.unresolved();
         for r in log.records() {
             self.seen.record(r, unresolved);
+            self.note_full(r);
         }
         Ok(())
     }
@@ -147,6 +148,14 @@ impl BaseTaker {
             self.seen.doubt(at, &relids);
         }
         Ok(())
+    }
+
+    /// The metric of the last full follows the log, so that it survives a restart of the agent.
+    fn note_full(&self, r: &crate::repository::LogRecord) {
+        if matches!(&r.body, Body::Base(b) if !b.tables.is_empty()) {
+            metrics::gauge!("coffer_last_full_timestamp_seconds", "source" => self.ctx.source.clone())
+                .set(r.at_us as f64 / 1e6);
+        }
     }
 
     /// Waits for something that may ask for a base, or for `wait`.
@@ -173,6 +182,7 @@ impl BaseTaker {
             }
             Err(RecvError::Closed) => return Err(Error::other("the stream has ended").code("stopping")),
         };
+        self.note_full(&d.record);
         if !self.seen.record(&d.record, self.unresolved()) {
             self.read_log().await?;
         }
@@ -382,6 +392,7 @@ impl BaseTaker {
         loop {
             match self.durable.try_recv() {
                 Ok(d) => {
+                    self.note_full(&d.record);
                     if !self.seen.record(&d.record, self.unresolved()) {
                         return Err(again("records of the log were not heard of"));
                     }
