@@ -60,7 +60,9 @@ impl Descriptor {
     /// Reads the store's; `None` when it has none. One that belongs to another repository does not open: error.
     pub async fn read(store: &Store, repository: Uuid, keys: &dyn KeySource) -> Result<Option<Self>> {
         let Some(bytes) = store.get_opt(paths::DESCRIPTOR).await? else { return Ok(None) };
-        let during = |e: Error| e.during(format_args!("store {} ({})", store.name(), store.shown()));
+        let during = |e: Error| {
+            e.during(format_args!("store {} ({}): object {}", store.name(), store.shown(), paths::DESCRIPTOR))
+        };
         let expect = Expect { tenant: Some(repository), ..Expect::kind(ObjectKind::Descriptor) };
         let text = Opener::new(&bytes[..], keys, &expect).and_then(Opener::read_all).map_err(|e| {
             let e = during(e);
