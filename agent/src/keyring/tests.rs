@@ -121,7 +121,7 @@ async fn an_existing_keyring_is_never_replaced() {
     assert_eq!(w.open().await.repository_uid(), k.repository_uid());
     k.take_back().await;
     Keyring::refuse_existing(&w.config).await.unwrap();
-    assert_eq!(w.try_open().await.unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(w.try_open().await.unwrap_err().kind(), Kind::Key);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -172,6 +172,17 @@ impl Repository {
     async fn attach(&self, m: &Member) -> Result<()> {
         let store = &m.store;
         let Some(d) = Descriptor::read(store, self.uid, &*self.keyring).await? else {
+            // Records without a descriptor: it was there once.
+            for (_, source) in self.keyring.sources() {
+                if store.size(&paths::log_record(source, 0)).await?.is_some() {
+                    return Err(Error::new(
+                        Kind::Verification,
+                        format!("store {} ({}): object {} is missing", store.name(), store.shown(), paths::DESCRIPTOR),
+                    )
+                    .code("missing")
+                    .hint("put it back from a copy of this store: it never changes"));
+                }
+            }
             return Err(Error::new(
                 Kind::NotFound,
                 format!("store {} ({}) holds no repository", store.name(), store.shown()),
