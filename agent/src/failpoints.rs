@@ -15,6 +15,8 @@ pub const SHIP_AFTER_RECORD: &str = "ship-after-record";
 pub const KEYRING_AFTER_PUT: &str = "keyring-after-put";
 /// The slot exists, the log has no record of it.
 pub const SLOT_AFTER_CREATE: &str = "slot-after-create";
+/// A base has waited for the transactions before it, no table is locked.
+pub const BASE_AFTER_HORIZON: &str = "base-after-horizon";
 /// A base's rows are read, its marker is not written.
 pub const BASE_AFTER_COPY: &str = "base-after-copy";
 /// A base's marker is durable, its fulls are not written.
@@ -36,6 +38,7 @@ pub const ALL: &[&str] = &[
     SHIP_AFTER_RECORD,
     KEYRING_AFTER_PUT,
     SLOT_AFTER_CREATE,
+    BASE_AFTER_HORIZON,
     BASE_AFTER_COPY,
     BASE_AFTER_MARKER,
     BASE_AFTER_FULLS,

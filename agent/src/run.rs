@@ -117,6 +117,7 @@ pub async fn run(config: Config) -> Result<()> {
         let dsn = Dsn::parse(&source.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
         let source_uid = keyring.ensure_source(name).await?;
         let mut log = Log::open(&repo, source_uid, None).await?;
+        keyring.require(log.records().iter().flat_map(|r| r.objects()).map(|o| o.key()))?;
         let status = SourceStatus::new(name, &source.slot_name(name));
         let mut system = System::default();
         if let Some(last) = log.last() {

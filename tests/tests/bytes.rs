@@ -153,10 +153,7 @@ fn damage(major: u32) {
             bytes[whole.len() / 2] ^= 4;
             let kind = if entry.to_string_lossy().contains(&mine) { "keyring, ours" } else { "keyring" };
             bench.with(kind, "bit flipped", &[(entry, Some(bytes))]).await;
-            // An entry that is gone is not among these yet: without its entry a tenant is one that nobody knows.
-            if entry.ends_with("coffer-keyring") {
-                bench.with(kind, "missing", &[(entry, None)]).await;
-            }
+            bench.with(kind, "missing", &[(entry, None)]).await;
             bench.with(kind, "cut", &[(entry, Some(whole[..whole.len() / 2].to_vec()))]).await;
             let neighbour = &keyring[(n + 1) % keyring.len()];
             let foreign = std::fs::read(neighbour).expect("an entry");

@@ -19,7 +19,7 @@ on_majors! {
 }
 
 /// The points of agent/src/failpoints.rs that `coffer run` passes, with the hit at which it dies. A base is taken once.
-const RUN_POINTS: [(&str, u32); 13] = [
+const RUN_POINTS: [(&str, u32); 14] = [
     ("ship-after-objects", 1),
     ("ship-after-objects", 4),
     ("ship-before-objects", 2),
@@ -30,6 +30,7 @@ const RUN_POINTS: [(&str, u32); 13] = [
     ("keyring-after-put", 1),
     ("keyring-after-put", 3),
     ("slot-after-create", 1),
+    ("base-after-horizon", 1),
     ("base-after-copy", 1),
     ("base-after-marker", 1),
     ("base-after-fulls", 1),

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::History;
 use crate::keyring::TenantEntry;
+use crate::repository::ObjectRef;
 use crate::tenant::Tenant;
 use coffer_wire::TenantKind;
 use serde_json::{Value, json};
@@ -24,8 +25,11 @@ pub struct ListArgs {
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ListArgs) -> Result<()> {
     let opened = Opened::new(config, args.from.as_deref()).await?;
     let (mut tenants, mut reserved) = (Vec::new(), Vec::new());
-    for (name, uid) in opened.sources(source)? {
+    for (name, uid) in opened.sources(source).await? {
         let history = opened.history(uid).await?;
+        if let Err(e) = opened.keyring.require(history.records().iter().flat_map(|r| r.objects()).map(ObjectRef::key)) {
+            tracing::warn!("the list is not whole: {e}");
+        }
         for e in opened.keyring.tenants(uid) {
             if e.tenant.kind == TenantKind::Normal {
                 if args.tenant.as_ref().is_none_or(|t| *t == e.tenant.key) {

@@ -5,9 +5,9 @@ use crate::config::Config;
 use crate::dial;
 use crate::error::{Error, Kind, Result};
 use crate::history::History;
-use crate::keyring::{Keyring, TenantEntry};
+use crate::keyring::{Keyring, TenantEntry, lost};
 use crate::merge::Scratch;
-use crate::repository::{Access, Repository};
+use crate::repository::{Access, Log, Repository, paths};
 use crate::tenant::Tenant;
 use coffer_wire::TenantKind;
 use std::sync::Arc;
@@ -53,27 +53,46 @@ impl Opened {
 
     /// The sources that a verb looks at: the named one, or all. The configuration need not have them: a restore needs
     /// the repository and the keyring alone.
-    pub fn sources(&self, named: Option<&str>) -> Result<Vec<(String, Uuid)>> {
-        let all = self.keyring.sources();
-        let Some(name) = named else { return Ok(all) };
-        match all.iter().find(|(n, _)| n == name) {
-            Some(s) => Ok(vec![s.clone()]),
-            None => Err(self.no_source(name)),
+    pub async fn sources(&self, named: Option<&str>) -> Result<Vec<(String, Uuid)>> {
+        if let Some(name) = named {
+            return Ok(vec![(name.to_owned(), self.source_uid(name).await?)]);
+        }
+        match self.nameless_sources().await?.first() {
+            Some(uid) => Err(lost(&format!("the source of folder {}", paths::source_dir(*uid)))),
+            None => Ok(self.keyring.sources()),
         }
     }
 
+    /// Sources that the stores have folders of and the keyring has no entry of.
+    pub async fn nameless_sources(&self) -> Result<Vec<Uuid>> {
+        let known: Vec<Uuid> = self.keyring.sources().into_iter().map(|(_, uid)| uid).collect();
+        let stored = self.repo.source_uids(self.from.as_deref()).await?;
+        Ok(stored.into_iter().filter(|uid| !known.contains(uid)).collect())
+    }
+
     /// The one source that a verb acts on.
-    pub fn source(&self, config: &Config, named: Option<&str>) -> Result<(String, Uuid)> {
+    pub async fn source(&self, config: &Config, named: Option<&str>) -> Result<(String, Uuid)> {
         let name = match named {
             Some(n) => n.to_owned(),
-            None if config.source.is_empty() => match self.keyring.sources().as_slice() {
+            None if config.source.is_empty() => match self.sources(None).await?.as_slice() {
                 [(only, _)] => only.clone(),
                 _ => return Err(Error::usage("the configuration has no [source.NAME] section: add --source NAME")),
             },
             None => config.pick_source(None)?.0.to_owned(),
         };
-        let uid = self.keyring.source(&name).ok_or_else(|| self.no_source(&name))?;
+        let uid = self.source_uid(&name).await?;
         Ok((name, uid))
+    }
+
+    async fn source_uid(&self, name: &str) -> Result<Uuid> {
+        if let Some(uid) = self.keyring.source(name) {
+            return Ok(uid);
+        }
+        let uid = self.keyring.source_uid(name);
+        if self.repo.source_uids(self.from.as_deref()).await?.contains(&uid) {
+            return Err(lost(&format!("source '{name}' ({})", uid.simple())));
+        }
+        Err(self.no_source(name))
     }
 
     fn no_source(&self, name: &str) -> Error {
@@ -88,11 +107,17 @@ impl Opened {
     }
 
     /// The tenant's entry.
-    pub fn tenant(&self, source: (&str, Uuid), tenant: &Tenant) -> Result<TenantEntry> {
-        self.keyring.find(source.1, tenant).ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("source {} has no tenant '{tenant}' in the repository", source.0))
-                .hint("`coffer list` shows them; a tenant is known once its first rows are durable")
-        })
+    pub async fn tenant(&self, source: (&str, Uuid), tenant: &Tenant) -> Result<TenantEntry> {
+        if let Some(entry) = self.keyring.find(source.1, tenant) {
+            return Ok(entry);
+        }
+        let uid = self.keyring.tenant_uid(source.1, tenant);
+        let log = Log::open(&self.repo, source.1, self.from.as_deref()).await?;
+        if log.records().iter().flat_map(|r| r.objects()).any(|o| o.tenant == uid) {
+            return Err(lost(&format!("tenant '{tenant}' ({})", uid.simple())));
+        }
+        Err(Error::new(Kind::NotFound, format!("source {} has no tenant '{tenant}' in the repository", source.0))
+            .hint("`coffer list` shows them; a tenant is known once its first rows are durable"))
     }
 }
 

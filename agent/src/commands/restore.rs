@@ -112,13 +112,13 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
     let when: When = args.to.parse().map_err(|e: String| Error::usage(format!("--to: {e}")))?;
     let place = Destination::of(config, source, args).await?;
     let opened = Opened::new(config, args.from.as_deref()).await?;
-    let (name, uid) = opened.source(config, source)?;
+    let (name, uid) = opened.source(config, source).await?;
     let tenant = match (&args.tenant, args.reserved) {
         (_, Some(r)) => r.tenant(),
         (Some(k), None) => Tenant::normal(k),
         (None, None) => return Err(Error::usage("--tenant is missing")),
     };
-    let entry = opened.tenant((&name, uid), &tenant)?;
+    let entry = opened.tenant((&name, uid), &tenant).await?;
     let (history, target) = wait_for(&opened, uid, &when, args).await?;
     let wanted = |qualified: &str| wanted(&args.tables, qualified);
     let tables = history.require(&target, &wanted)?;

@@ -40,7 +40,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ShowA
 }
 
 async fn backup(opened: &Opened, source: Option<&str>, json: bool, id: Uuid) -> Result<()> {
-    for (name, uid) in opened.sources(source)? {
+    for (name, uid) in opened.sources(source).await? {
         let history = opened.history(uid).await?;
         for r in history.records() {
             let Body::Base(b) = &r.body else { continue };
@@ -84,7 +84,7 @@ fn print(document: &Value, json: bool) -> Result<()> {
 async fn object(opened: Opened, json: bool, key: String, plaintext: bool) -> Result<()> {
     // An object that a record names is read as a stream and checked against the record.
     let mut found = None;
-    for (_, uid) in opened.sources(None)? {
+    for (_, uid) in opened.sources(None).await? {
         let log = crate::repository::Log::open(&opened.repo, uid, opened.from.as_deref()).await?;
         found = log.records().iter().flat_map(|r| r.objects()).find(|o| o.path == key).cloned();
         if found.is_some() {

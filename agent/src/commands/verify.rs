@@ -9,8 +9,9 @@ use super::progress::Progress;
 use crate::config::Config;
 use crate::crypto::ObjectKind;
 use crate::error::{Context, Error, Kind, Result};
+use crate::keyring::lost;
 use crate::merge::{check, from_io};
-use crate::repository::{Body, Log, LogRecord, ObjectRef};
+use crate::repository::{Body, Log, LogRecord, ObjectRef, paths};
 use crate::tenant::Tenant;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -79,9 +80,22 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Verif
         return Err(Error::usage(format!("there is no store '{}'", args.from.as_deref().unwrap_or_default())));
     }
     let (mut objects, mut failures, mut warnings) = (HashSet::new(), Vec::new(), Vec::new());
-    for (name, uid) in opened.sources(source)? {
+    let sources = match source {
+        Some(_) => opened.sources(source).await?,
+        None => {
+            // Listed with the others, so that one lost entry does not hide what else is wrong.
+            let nameless = opened.nameless_sources().await?;
+            failures.extend(nameless.into_iter().map(|uid| {
+                let folder = paths::source_dir(uid);
+                let e = lost(&format!("the source of folder {folder}"));
+                Failure::of(&folder, None, &e)
+            }));
+            opened.keyring.sources()
+        }
+    };
+    for (name, uid) in sources {
         let tenant = match &args.tenant {
-            Some(k) => Some(opened.tenant((&name, uid), &Tenant::normal(k))?.uid),
+            Some(k) => Some(opened.tenant((&name, uid), &Tenant::normal(k)).await?.uid),
             None => None,
         };
         for (store, required) in &stores {
@@ -124,7 +138,7 @@ async fn one_store(
     let log = match Log::open(&opened.repo, source, Some(store)).await {
         Ok(log) => log,
         Err(e) if is_finding(&e) => {
-            let object = crate::repository::paths::log_dir(source);
+            let object = paths::log_dir(source);
             return Ok(vec![Failure::of(&named_in(&e, &object), None, &e)]);
         }
         Err(e) => return Err(e),
@@ -139,7 +153,7 @@ async fn one_store(
         .collect();
     seen.extend(wanted.iter().map(|o| o.path.clone()));
     if tenant.is_none() {
-        seen.extend((0..log.records().len() as u64).map(|n| crate::repository::paths::log_record(source, n)));
+        seen.extend((0..log.records().len() as u64).map(|n| paths::log_record(source, n)));
     }
     let total = wanted.iter().map(|o| o.bytes).sum();
     let progress = Progress::new(&format!("verifying {store}"), "bytes", total, json);
@@ -185,7 +199,7 @@ fn continuity(source: Uuid, records: &[Arc<LogRecord>]) -> Vec<Failure> {
     let mut out = Vec::new();
     for pair in records.windows(2) {
         let (a, b) = (&pair[0], &pair[1]);
-        let path = || crate::repository::paths::log_record(source, b.n);
+        let path = || paths::log_record(source, b.n);
         // A new timeline goes back to where the old one was left; a gap says what it skips.
         let follows = match &b.body {
             Body::Timeline { at, .. } => b.from_lsn <= a.upto_lsn && b.upto_lsn <= *at.max(&b.from_lsn),

@@ -36,6 +36,8 @@ use uuid::Uuid;
 /// Requests at a time when many entries are read or written.
 const PARALLEL: usize = 32;
 const DESCRIPTOR_VERSION: u32 = 1;
+/// How many uids a tenant's key had before the one in use.
+const GENERATION: u32 = 0;
 
 /// A tenant as the keyring knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -328,7 +330,7 @@ impl Keyring {
         if let Some(uid) = self.source(name) {
             return Ok(uid);
         }
-        let uid = self.uid_of(&[b"source", name.as_bytes()]);
+        let uid = self.source_uid(name);
         let facts = Facts {
             repository: self.repository,
             created_us: self.clock.now_us(),
@@ -356,21 +358,14 @@ impl Keyring {
         if let Some(e) = self.find(source, tenant) {
             return Ok(e);
         }
-        let generation: u32 = 0;
-        let uid = self.uid_of(&[
-            b"tenant",
-            source.as_bytes(),
-            &generation.to_le_bytes(),
-            &[tenant.kind as u8],
-            tenant.key.as_bytes(),
-        ]);
+        let uid = self.tenant_uid(source, tenant);
         let facts = Facts {
             repository: self.repository,
             created_us: self.clock.now_us(),
             source: Some(source),
             name: None,
             tenant: Some(tenant.clone()),
-            generation,
+            generation: GENERATION,
         };
         self.make(KeyId { uid, version: 1 }, Purpose::Tenant, facts).await?;
         self.find(source, tenant)
@@ -404,6 +399,34 @@ impl Keyring {
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The uid that a source of this name has, whether its entry is there or not.
+    pub fn source_uid(&self, name: &str) -> Uuid {
+        self.uid_of(&[b"source", name.as_bytes()])
+    }
+
+    /// The uid that a tenant has, whether its entry is there or not.
+    pub fn tenant_uid(&self, source: Uuid, tenant: &Tenant) -> Uuid {
+        self.uid_of(&[
+            b"tenant",
+            source.as_bytes(),
+            &GENERATION.to_le_bytes(),
+            &[tenant.kind as u8],
+            tenant.key.as_bytes(),
+        ])
+    }
+
+    /// An error of kind Key that names the first of these keys that is not here.
+    ///
+    /// An agent must not go on without: it would make a second key under the same name, and what the first one sealed
+    /// would be lost even when the entry comes back.
+    pub fn require(&self, keys: impl Iterator<Item = KeyId>) -> Result<()> {
+        let state = self.read();
+        match keys.into_iter().find(|id| !state.keys.contains_key(id)) {
+            Some(id) => Err(lost(&format!("key {id}"))),
+            None => Ok(()),
+        }
     }
 
     /// A uid (version 8: vendor-specific) that is a keyed hash of the parts.
@@ -568,6 +591,13 @@ impl KeySource for Keyring {
                 .hint("the key was destroyed (a shredded tenant), or this is not the keyring of this repository")
         })
     }
+}
+
+/// The error for an entry that objects of the repository say must exist.
+pub fn lost(what: &str) -> Error {
+    Error::new(Kind::Key, format!("the keyring lost {what}: the repository has objects of it"))
+        .code("key_missing")
+        .hint("bring the entry back from a copy of the keyring into any of its places; `coffer verify` lists all that lack")
 }
 
 fn names_key(repository_key: &DataKey) -> SecretBytes {

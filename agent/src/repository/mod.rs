@@ -37,7 +37,7 @@ use bytes::Bytes;
 use coffer_wire::Lsn;
 use descriptor::Descriptor;
 use futures::future::try_join_all;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -226,6 +226,19 @@ impl Repository {
     /// The stores as configured.
     pub fn stores(&self) -> impl Iterator<Item = &Arc<Store>> {
         self.members.iter().map(|m| &m.store)
+    }
+
+    /// The sources that some store has a folder of, by uid. `from`: one store. An optional store may be away.
+    pub async fn source_uids(&self, from: Option<&str>) -> Result<BTreeSet<Uuid>> {
+        let mut found = BTreeSet::new();
+        for store in self.readable(from)? {
+            let folders = match store.folders(paths::SOURCES).await {
+                Err(e) if e.kind() == Kind::Unreachable && !store.required() => continue,
+                r => r?,
+            };
+            found.extend(folders.iter().filter_map(|f| Uuid::try_parse(f).ok()));
+        }
+        Ok(found)
     }
 
     /// How each store is; `durable_lsn` for this source.

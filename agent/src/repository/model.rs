@@ -3,7 +3,7 @@
 //! A record is JSON inside a sealed container. Fields are only added; a body that a reader does not know is an error,
 //! because skipping it could mean restoring what a later version took back.
 
-use crate::crypto::ObjectKind;
+use crate::crypto::{KeyId, ObjectKind};
 use coffer_wire::Lsn;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -44,6 +44,13 @@ pub struct ObjectRef {
     pub lsn_end: Lsn,
     /// Rows inside, where that means something.
     pub rows: u64,
+}
+
+impl ObjectRef {
+    /// The key that it is sealed under.
+    pub fn key(&self) -> KeyId {
+        KeyId { uid: self.tenant, version: self.key_version }
+    }
 }
 
 /// One record of a source's commit log.

@@ -11,8 +11,11 @@ pub const PROBES: &str = "probe";
 /// Digits of a record's number: names sort as the numbers do.
 const NUMBER_DIGITS: usize = 20;
 
+/// The folder of the sources' folders.
+pub const SOURCES: &str = "s";
+
 fn source(source: Uuid) -> String {
-    format!("s/{}", source.simple())
+    format!("{SOURCES}/{}", source.simple())
 }
 
 /// The folder of a source's commit log.

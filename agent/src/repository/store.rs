@@ -238,6 +238,17 @@ impl Store {
         Ok(all)
     }
 
+    /// Names of the folders directly in a folder.
+    pub async fn folders(&self, folder: &str) -> Result<Vec<String>> {
+        self.check_there()?;
+        let prefix = Path::from(folder);
+        match self.steadily(|| self.inner.list_with_delimiter(Some(&prefix))).await {
+            Ok(l) => Ok(l.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned)).collect()),
+            Err(object_store::Error::NotFound { .. }) if self.root.is_some() => Ok(Vec::new()),
+            Err(e) => Err(self.error("list", folder, e)),
+        }
+    }
+
     /// Removes an object; one that does not exist is not an error.
     pub async fn delete(&self, path: &str) -> Result<()> {
         self.check_there()?;

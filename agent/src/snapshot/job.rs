@@ -70,6 +70,7 @@ pub async fn read_tables(ctx: &AgentContext, rules: Vec<Rule>, progress: &Arc<Ba
     refuse_standby(&session).await?;
     progress.phase(Phase::WaitingForTransactions);
     let horizon = wait_for_horizon(ctx, &session).await?;
+    failpoints::hit(failpoints::BASE_AFTER_HORIZON)?;
 
     progress.phase(Phase::Reading);
     let scratch = Scratch::new(&ctx.config.spool.dir)?;
