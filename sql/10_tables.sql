@@ -19,7 +19,10 @@ CREATE TABLE coffer.rules (
     key_index       oid NOT NULL DEFAULT 0,          -- the root's index behind it; 0: full row
     key_columns     text[],                          -- in the order of their attribute numbers; NULL: full row
     reason          text NOT NULL,
-    types           jsonb NOT NULL DEFAULT '{}'      -- what the enums and composites of its columns looked like
+    types           jsonb NOT NULL DEFAULT '{}',     -- what the enums and composites of its columns looked like
+    path_attnums    int2[],                          -- of a rule with a parent: the columns that lead to it,
+    parent_attnums  int2[],                          -- the parent's columns that they lead to,
+    path_constraint oid                              -- and the foreign key that says so; 0: it is gone
 ) WITH (user_catalog_table = true);
 
 CREATE TABLE coffer.schema_rules (
@@ -48,6 +51,14 @@ CREATE TABLE coffer.rule_relations (
     registered_xid  xid8                             -- of a table under a schema rule, when later than the rule's
 );
 CREATE INDEX rule_relations_root ON coffer.rule_relations (root);
+
+-- Whose the rows of tables under the strategy `session` are.
+CREATE TABLE coffer.session_rows (
+    relid   oid NOT NULL,                            -- the table, or the root of a partition tree
+    key     text NOT NULL,                           -- see coffer._session_key
+    tenant  text NOT NULL,
+    PRIMARY KEY (relid, key)
+);
 
 CREATE TABLE coffer.exclusions (
     relid        oid PRIMARY KEY,

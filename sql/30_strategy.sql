@@ -286,7 +286,18 @@ DECLARE
     moved   text := format('%s IS DISTINCT FROM %s', coffer._key_expression('OLD', root, tenant), coffer._key_expression('NEW', root, tenant));
     t       record;
 BEGIN
-    IF strategy = 1 THEN
+    IF strategy = 2 THEN
+        PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_path%s BEFORE INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._path()',
+                                   suffix, root::regclass));
+    ELSIF strategy = 3 THEN
+        PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_session%s BEFORE INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._session()',
+                                   suffix, root::regclass));
+        PERFORM coffer._ddl(format('CREATE TRIGGER aaa_coffer_session%s AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._session()',
+                                   suffix, root::regclass));
+        PERFORM coffer._ddl(format('CREATE TRIGGER aaa_coffer_session_truncate AFTER TRUNCATE ON %s FOR EACH STATEMENT EXECUTE FUNCTION coffer._session_truncated()',
+                                   root::regclass));
+        PERFORM coffer._ddl(format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER aaa_coffer_session_truncate', root::regclass));
+    ELSIF strategy = 1 THEN
         PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_delete%s BEFORE DELETE ON %s FOR EACH ROW EXECUTE FUNCTION coffer._tag(%L)',
                                    suffix, root::regclass, tenant));
         PERFORM coffer._ddl(format('CREATE TRIGGER zzz_coffer_tag_move%s BEFORE UPDATE ON %s FOR EACH ROW WHEN (%s) EXECUTE FUNCTION coffer._tag(%L)',
@@ -308,7 +319,8 @@ AS $$
     FROM coffer._tree(root) m
     -- OFFSET 0: look them up by table; the other way round reads every tag trigger of the database.
     CROSS JOIN LATERAL (SELECT * FROM pg_trigger t WHERE t.tgrelid = m.relid OFFSET 0) g
-    WHERE g.tgfoid IN (to_regprocedure('coffer._tag()'), to_regprocedure('coffer._fill()'))
+    WHERE g.tgfoid IN (to_regprocedure('coffer._tag()'), to_regprocedure('coffer._fill()'), to_regprocedure('coffer._path()'),
+                       to_regprocedure('coffer._session()'))
 $$;
 
 -- Clones go with the trigger they were made from.
@@ -321,6 +333,9 @@ BEGIN
     FOR t IN SELECT * FROM coffer._triggers(root) WHERE NOT is_clone LOOP
         PERFORM coffer._ddl(format('DROP TRIGGER %I ON %s', t.name, t.relid::regclass));
     END LOOP;
+    IF EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = root AND g.tgname = 'aaa_coffer_session_truncate') THEN
+        PERFORM coffer._ddl(format('DROP TRIGGER aaa_coffer_session_truncate ON %s', root::regclass));
+    END IF;
 END $$;
 
 -- Whether every relation of the tree has what the strategy asks for, for this column, firing always, and nothing left over.
@@ -328,11 +343,13 @@ CREATE FUNCTION coffer._triggers_intact(root oid, tenant name, strategy int2) RE
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT bool_and((SELECT count(*) = w.number AND coalesce(bool_and(t.enabled = 'A' AND t.name ~ w.names
-                                                             AND t.args = convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea), true)
+                                                             AND t.args = CASE WHEN strategy IN (2, 3) THEN ''
+                                                                 ELSE convert_to(tenant, getdatabaseencoding()) || '\x00'::bytea END), true)
                      FROM coffer._triggers(root) t WHERE t.relid = m.relid))
     FROM coffer._tree(root) m
-    CROSS JOIN (SELECT CASE WHEN strategy = 1 THEN 2 WHEN coffer._wants_fill(root, strategy) THEN 1 ELSE 0 END AS number,
-                       CASE WHEN strategy = 1 THEN '^zzz_coffer_tag_(delete|move)(_tree)?$' ELSE '^aaa_coffer_fill(_tree)?$' END AS names) w
+    CROSS JOIN (SELECT CASE WHEN strategy IN (1, 3) THEN 2 WHEN strategy = 2 OR coffer._wants_fill(root, strategy) THEN 1 ELSE 0 END AS number,
+                       CASE strategy WHEN 1 THEN '^zzz_coffer_tag_(delete|move)(_tree)?$' WHEN 2 THEN '^zzz_coffer_path(_tree)?$'
+                                     WHEN 3 THEN '^(zzz|aaa)_coffer_session(_tree)?$' ELSE '^aaa_coffer_fill(_tree)?$' END AS names) w
     WHERE m.relkind IN ('r', 'p')
 $$;
 

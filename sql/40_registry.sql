@@ -45,36 +45,73 @@ BEGIN
 END $$;
 
 -- Writes a rule and makes the table fit it. Locks nothing: the caller holds what it needs. `rebase` says that rows as
--- they were archived so far no longer continue into what follows, so the table needs a new base.
-CREATE FUNCTION coffer._cover(root oid, plan_strategy int2, tenant name, class int2, rebase bool) RETURNS text
+-- they were archived so far no longer continue into what follows, so the table needs a new base. `way`: the rule's parent
+-- and how it is found.
+CREATE FUNCTION coffer._cover(root oid, plan_strategy int2, tenant name, class int2, rebase bool, way coffer._way DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
     p       record;
     before  coffer.rules;
+    now_r   coffer.rules;
 BEGIN
     SELECT * INTO p FROM coffer._plan(root, tenant);
+    IF plan_strategy = 3 AND p.key_index = 0 THEN
+        RAISE EXCEPTION '% has no usable key: nothing tells later whose a row of it is', root::regclass
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'A primary key will do, or a tenant column.';
+    END IF;
+    IF coalesce(p.strategy, plan_strategy) NOT IN (0, 1, 2, 4) THEN
+        PERFORM coffer._refuse_with_children(root, 'covered so');
+    END IF;
     -- The rule goes first and comes back last: what the event triggers see in between is a table without a rule.
     DELETE FROM coffer.rules WHERE relid = root RETURNING * INTO before;
     PERFORM coffer._apply_identity(root, p.identity, p.key_index);
-    IF NOT coffer._triggers_intact(root, tenant, p.strategy) THEN
+    now_r := before;
+    now_r.relid := root;
+    now_r.strategy := coalesce(p.strategy, plan_strategy);
+    now_r.class := class;
+    now_r.tenant_attnum := coalesce((SELECT attnum FROM pg_attribute WHERE attrelid = root AND attname = tenant), 0);
+    now_r.tenant_column := tenant;
+    now_r.identity := p.identity;
+    now_r.key_index := p.key_index;
+    now_r.key_columns := p.key_columns;
+    now_r.reason := p.reason;
+    now_r.types := coffer._types(root);
+    IF now_r.strategy = 2 THEN
+        now_r.parent := way.parent; now_r.path_attnums := way.attnums; now_r.parent_attnums := way.parent_attnums;
+        now_r.path_constraint := way.constraint_oid; now_r.reason := concat_ws('; ', way.reason, p.reason);
+    ELSE
+        now_r.parent := 0; now_r.path_attnums := NULL; now_r.parent_attnums := NULL; now_r.path_constraint := NULL;
+        IF now_r.strategy = 3 THEN
+            now_r.reason := concat_ws('; ', 'a row''s tenant is what the session''s setting coffer.tenant said when it was inserted; every change writes a tag', p.reason);
+        END IF;
+    END IF;
+    rebase := coalesce(rebase, false) OR before.relid IS NULL
+        OR (before.strategy, before.tenant_attnum, before.key_columns, before.parent, before.path_attnums, before.parent_attnums)
+           IS DISTINCT FROM (now_r.strategy, now_r.tenant_attnum, now_r.key_columns, now_r.parent, now_r.path_attnums, now_r.parent_attnums);
+    IF rebase THEN
+        now_r.registered_xid := pg_current_xact_id(); now_r.registered_at := now();
+    END IF;
+    IF now_r.strategy <> 3 OR before.strategy IS DISTINCT FROM 3 THEN
+        DELETE FROM coffer.session_rows s WHERE s.relid = root;
+    END IF;
+    IF NOT coffer._triggers_intact(root, tenant, now_r.strategy) THEN
         PERFORM coffer._drop_triggers(root);
-        PERFORM coffer._create_triggers(root, tenant, p.strategy);
+        PERFORM coffer._create_triggers(root, tenant, now_r.strategy);
     END IF;
     DELETE FROM coffer.exclusions WHERE relid = root;
-    rebase := coalesce(rebase, false) OR before.relid IS NULL
-        OR before.strategy <> coalesce(p.strategy, plan_strategy)
-        OR before.tenant_attnum <> coalesce((SELECT attnum FROM pg_attribute WHERE attrelid = root AND attname = tenant), 0)
-        OR before.key_columns IS DISTINCT FROM p.key_columns;
-    INSERT INTO coffer.rules (relid, strategy, class, tenant_attnum, registered_xid, registered_at,
-                              tenant_column, identity, key_index, key_columns, reason, types)
-    VALUES (root, coalesce(p.strategy, plan_strategy), class,
-            coalesce((SELECT attnum FROM pg_attribute WHERE attrelid = root AND attname = tenant), 0),
-            CASE WHEN rebase THEN pg_current_xact_id() ELSE before.registered_xid END,
-            CASE WHEN rebase THEN now() ELSE before.registered_at END,
-            tenant, p.identity, p.key_index, p.key_columns, p.reason, coffer._types(root));
+    INSERT INTO coffer.rules SELECT (now_r).*;
     PERFORM coffer._changed(root, 'add', rebase);
-    RETURN p.reason;
+    IF before.parent <> now_r.parent THEN
+        PERFORM coffer._sync_parent(before.parent);
+    END IF;
+    PERFORM coffer._sync_parent(now_r.parent);
+    PERFORM coffer._sync_parent(root);
+    IF before.relid IS NOT NULL AND (before.strategy, before.tenant_attnum, before.parent, before.path_attnums)
+           IS DISTINCT FROM (now_r.strategy, now_r.tenant_attnum, now_r.parent, now_r.path_attnums) AND rebase THEN
+        PERFORM coffer._rebase_descendants(root);
+    END IF;
+    RETURN now_r.reason;
 END $$;
 
 -- The lock that covering a table needs, taken at once: a weaker one first would invite deadlocks with its readers.
@@ -93,6 +130,47 @@ BEGIN
     PERFORM coffer._lock(root, CASE WHEN alters THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END);
 END $$;
 
+-- Covers a table whose tenant is behind a foreign key or, without a parent, is named by the session.
+CREATE FUNCTION coffer._add_without_column(rel regclass, by_parent regclass, class_no int2, of_class text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    way  coffer._way;
+    up   oid;
+BEGIN
+    PERFORM coffer._require_table(rel);
+    IF by_parent IS NOT NULL THEN
+        PERFORM coffer._require_table(by_parent);
+        way := coffer._plan_path(rel, by_parent);
+        IF way.parent IS NULL THEN
+            RAISE EXCEPTION '% has no foreign key to % by which its tenant can be found', rel, by_parent
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                      HINT = coalesce(coffer._path_obstacles(rel, by_parent), 'Add one, or cover the table by a tenant column.');
+        END IF;
+        -- Writers of every table above stay out until the triggers are there: from the top down, as they go.
+        FOR up IN SELECT a.relid FROM coffer._ancestors(by_parent) a ORDER BY a.depth DESC LOOP
+            PERFORM coffer._lock(up, 'SHARE ROW EXCLUSIVE');
+        END LOOP;
+        PERFORM coffer._lock(by_parent, 'SHARE ROW EXCLUSIVE');
+    END IF;
+    PERFORM coffer._lock_to_cover(rel, NULL);
+    PERFORM coffer._require_table(rel);
+    IF by_parent IS NULL THEN
+        IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel AND r.strategy <> 3) THEN
+            RAISE EXCEPTION '% has a rule that says more than the session: %', rel,
+                (SELECT coffer._strategy_name(r.strategy) FROM coffer.rules r WHERE r.relid = rel)
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                      HINT = 'Say which column holds the tenant, or which parent; or call coffer.remove_table() first.';
+        END IF;
+        PERFORM coffer._cover(rel, 3::int2, NULL, class_no, true);
+        PERFORM coffer._audit('add_table', rel::text, jsonb_build_object('strategy', 'session', 'class', of_class));
+        RETURN;
+    END IF;
+    way := coffer._plan_path(rel, by_parent);
+    PERFORM coffer._cover(rel, 2::int2, NULL, class_no, EXISTS (SELECT FROM coffer._findings(rel)), way);
+    PERFORM coffer._audit('add_table', rel::text, jsonb_build_object('parent', by_parent::text, 'class', of_class));
+END $$;
+
 -- Arguments and result columns of the public functions share names, which SQL allows and plpgsql does not: hence a body
 -- under a name of its own.
 CREATE FUNCTION coffer._add_table(rel regclass, by_column name, by_parent regclass, of_class text)
@@ -103,15 +181,16 @@ DECLARE
     class_no  int2 := coffer._class_number(of_class);
     att       record;
 BEGIN
-    IF by_parent IS NOT NULL THEN
-        RAISE EXCEPTION 'a tenant behind a foreign key (parent => %) is not available in this version', by_parent
-            USING ERRCODE = 'feature_not_supported',
-                  HINT = 'Add the tenant column to the table, or register it with coffer.add_shared() or coffer.exclude().';
+    IF by_column IS NOT NULL AND by_parent IS NOT NULL THEN
+        RAISE EXCEPTION 'a table has a tenant column or a parent, not both' USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF by_column IS NULL THEN
-        RAISE EXCEPTION 'no tenant column given; the session''s tenant as a source is not available in this version'
-            USING ERRCODE = 'feature_not_supported',
-                  HINT = 'Say which column holds the tenant: coffer.add_table(rel, tenant_column => ...).';
+        PERFORM coffer._add_without_column(rel, by_parent, class_no, of_class);
+        RETURN QUERY
+            SELECT r.relid::regclass, coffer._strategy_name(r.strategy), r.tenant_column, nullif(r.parent, 0)::regclass,
+                   coffer._class_name(r.class), r.reason
+            FROM coffer.rules r WHERE r.relid = rel;
+        RETURN;
     END IF;
     PERFORM coffer._require_table(rel);
     PERFORM coffer._lock_to_cover(rel, by_column);
@@ -139,7 +218,7 @@ RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regc
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$ SELECT * FROM coffer._add_table($1, $2, $3, $4) $$;
 COMMENT ON FUNCTION coffer.add_table IS
-'Covers a table whose rows belong to tenants: tenant_column holds the tenant, whose key is the column''s text. The cheapest strategy that is right is chosen and said: identity (the tenant is in the key: no cost), tag (a message in the log for a DELETE or a change of tenant), full_row (the whole old row in the log). No index is created; the reason names one that would be cheaper. Give the root of a partitioned table; its partitions follow. Calling it again re-plans. class (data, config, accounts, customization, audit) lets a restore be restricted. parent is reserved: tenants behind a foreign key are not available in this version.';
+'Covers a table whose rows belong to tenants: tenant_column holds the tenant, whose key is the column''s text. The cheapest strategy that is right is chosen and said: identity (the tenant is in the key: no cost), tag (a message in the log for a DELETE or a change of tenant), full_row (the whole old row in the log). Without a column: parent names a covered table that a foreign key leads to, whose row says the tenant (path); with neither, a row belongs to the tenant that the session''s setting coffer.tenant named when it was inserted (session: the last resort). No index is created; the reason names one that would be cheaper. Give the root of a partitioned table; its partitions follow. Calling it again re-plans. class (data, config, accounts, customization, audit) lets a restore be restricted.';
 
 CREATE FUNCTION coffer.add_shared(rel regclass)
 RETURNS TABLE (relation regclass, strategy text, tenant_column name, parent regclass, class text, reason text)
@@ -199,14 +278,19 @@ CREATE FUNCTION coffer._forget(rel oid) RETURNS bool
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    m  oid;
+    m   oid;
+    up  oid;
 BEGIN
     IF NOT EXISTS (SELECT FROM coffer.rules WHERE relid = rel) THEN
         RETURN false;
     END IF;
+    PERFORM coffer._refuse_with_children(rel, 'left out');
     PERFORM coffer._lock(rel, 'ACCESS EXCLUSIVE');
-    DELETE FROM coffer.rules WHERE relid = rel;
+    DELETE FROM coffer.rules WHERE relid = rel RETURNING parent INTO up;
+    DELETE FROM coffer.session_rows s WHERE s.relid = rel;
     PERFORM coffer._drop_triggers(rel);
+    PERFORM coffer._sync_parent(up);
+    PERFORM coffer._sync_parent(rel);
     FOR m IN SELECT relid FROM coffer.rule_relations WHERE root = rel LOOP
         PERFORM coffer._restore_identity(m);
     END LOOP;

@@ -11,8 +11,11 @@ SELECT c.oid::regclass AS relation,
        nullif(r.parent, 0)::regclass AS parent,
        CASE WHEN r.relid IS NULL AND s.nspid IS NULL THEN NULL
             WHEN coalesce(r.identity, m.own_identity) = 'f' THEN 'the whole old row is logged by UPDATE and DELETE'
+            WHEN r.strategy IN (2, 3) THEN 'one message is logged by every INSERT, UPDATE and DELETE'
             WHEN r.strategy = 1 THEN 'one message is logged by a DELETE or a change of tenant'
-            ELSE 'none' END AS cost,
+            ELSE 'none' END
+            -- Each of the two has its own price.
+            || CASE WHEN r.strategy IN (1, 2, 3) AND r.identity = 'f' THEN ', and one message' ELSE '' END AS cost,
        CASE WHEN e.relid IS NOT NULL THEN e.reason
             WHEN c.relpersistence = 'u' THEN 'unlogged: its changes are not in the log'
             WHEN c.relkind = 'f' THEN 'a foreign table: its rows are kept elsewhere'
@@ -48,8 +51,8 @@ CREATE VIEW coffer.audit_log AS
 SELECT entry, at, actor, client_addr, application_name, action, object, detail FROM coffer.audit_entries;
 COMMENT ON VIEW coffer.audit_log IS 'Who changed what in the registry, from where. Append-only.';
 
--- How a table without the tenant column reaches it, for the reason why it stays uncovered.
-CREATE FUNCTION coffer._behind(rel oid, tenant name) RETURNS text
+-- The shortest ways along foreign keys from a table without the tenant column to one that has it.
+CREATE FUNCTION coffer._ways(rel oid, tenant name) RETURNS SETOF oid[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     WITH RECURSIVE up (rel, path) AS (
@@ -59,11 +62,26 @@ AS $$
         JOIN pg_constraint k ON k.conrelid = up.rel AND k.contype = 'f' AND k.confrelid <> ALL (up.path)
         WHERE cardinality(up.path) < 16
     )
-    SELECT format('its tenant is behind a foreign key (%s), which is not available in this version',
-                  (SELECT string_agg(p::regclass::text, ' -> ' ORDER BY ord) FROM unnest(up.path) WITH ORDINALITY u (p, ord)))
+    SELECT up.path
     FROM up JOIN pg_attribute a ON a.attrelid = up.rel AND a.attname = tenant AND a.attnum > 0 AND NOT a.attisdropped
     WHERE cardinality(up.path) > 1
-    ORDER BY cardinality(up.path), up.path LIMIT 1
+    ORDER BY cardinality(up.path), up.path
+$$;
+
+CREATE FUNCTION coffer._distance(rel oid, tenant name) RETURNS int
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT min(cardinality(w)) FROM coffer._ways(rel, tenant) w $$;
+
+CREATE FUNCTION coffer._next_behind(rel oid, tenant name) RETURNS oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT w[2] FROM coffer._ways(rel, tenant) w LIMIT 1 $$;
+
+CREATE FUNCTION coffer._behind(rel oid, tenant name) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT format('a row''s tenant is behind a foreign key (%s)',
+                  (SELECT string_agg(p::regclass::text, ' -> ' ORDER BY ord) FROM unnest(w) WITH ORDINALITY u (p, ord)))
+    FROM coffer._ways(rel, tenant) w LIMIT 1
 $$;
 
 CREATE FUNCTION coffer.discover(tenant_column name, apply bool DEFAULT false)
@@ -72,8 +90,9 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer,
 AS $$
 #variable_conflict use_column
 DECLARE
-    t  record;
-    p  record;
+    t       record;
+    p       record;
+    behind  text;
 BEGIN
     IF $1 IS NULL THEN
         RAISE EXCEPTION 'no tenant column given' USING ERRCODE = 'null_value_not_allowed';
@@ -88,7 +107,8 @@ BEGIN
                a.attgenerated = 'v' AS is_virtual, coffer._obstacle(c.relation) AS obstacle
         FROM coffer.coverage c
         LEFT JOIN pg_attribute a ON a.attrelid = c.relation AND a.attname = $1 AND a.attnum > 0 AND NOT a.attisdropped
-        ORDER BY c.relation::text COLLATE "C"
+        -- Parents before the tables below them: the shorter the way to the column, the earlier.
+        ORDER BY a.attnum IS NULL, coffer._distance(c.relation, $1), c.relation::text COLLATE "C"
     LOOP
         relation := t.relation; strategy := t.strategy; reason := t.reason; statement := NULL; applied := false;
         IF t.covered OR t.strategy = 'excluded' THEN
@@ -109,12 +129,24 @@ BEGIN
                 strategy := coffer._strategy_name(p.strategy); reason := p.reason;
             END IF;
         ELSE
-            action := 'uncovered';
-            reason := coalesce(coffer._behind(t.oid, $1), format('it has no column %I', $1));
-            statement := format('SELECT * FROM coffer.add_shared(%L)', t.relation::text);
+            behind := coffer._behind(t.oid, $1);
+            SELECT * INTO p FROM coffer._plan_path(t.oid, NULL);
+            IF p.parent IS NOT NULL OR behind IS NOT NULL AND NOT $2 THEN
+                action := 'add'; strategy := 'path'; reason := coalesce(p.reason, behind);
+                statement := format('SELECT * FROM coffer.add_table(%L, parent => %L)', t.relation::text,
+                                    coalesce(p.parent::regclass::text, coffer._next_behind(t.oid, $1)::regclass::text));
+                IF $2 THEN
+                    SELECT a.strategy, a.reason INTO strategy, reason FROM coffer.add_table(t.relation, parent => p.parent::regclass) a;
+                    applied := true;
+                END IF;
+            ELSE
+                action := 'uncovered'; strategy := NULL;
+                reason := coalesce(behind || ', which does not serve: ' || coffer._path_obstacles(t.oid, NULL), format('it has no column %I', $1));
+                statement := format('SELECT * FROM coffer.add_shared(%L)', t.relation::text);
+            END IF;
         END IF;
         RETURN NEXT;
     END LOOP;
 END $$;
 COMMENT ON FUNCTION coffer.discover IS
-'Proposes, table by table, how to cover the whole database by one tenant column; with apply => true does it, and covers new tables that have the column by the same rule from then on. Tables without the column stay uncovered: share, exclude or extend them. With apply, every table is locked until the transaction ends.';
+'Proposes, table by table, how to cover the whole database by one tenant column; with apply => true does it, and covers new tables by the same rule from then on. Tables without the column are covered through a foreign key that leads to one that has it; the others stay uncovered: share, exclude or extend them. With apply, every table is locked until the transaction ends.';

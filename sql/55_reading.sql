@@ -64,8 +64,8 @@ DECLARE
     r  record;
 BEGIN
     FOR r IN
-        SELECT u.relid, format(' WHERE "the row".%I::text = $1', u.tenant_column) AS condition, c.relkind
-        FROM coffer.rules u JOIN pg_class c ON c.oid = u.relid WHERE u.tenant_attnum > 0
+        SELECT u.relid, format(' WHERE %s = $1', coffer._tenant_expression(u.relid, '"the row"')) AS condition, c.relkind
+        FROM coffer.rules u JOIN pg_class c ON c.oid = u.relid WHERE u.strategy IN (0, 1, 2, 3, 4)
         UNION ALL
         SELECT t.oid, '', c.relkind FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t (oid)
         JOIN pg_class c ON c.oid = t.oid WHERE s.tenant = of_tenant

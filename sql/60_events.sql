@@ -50,9 +50,31 @@ AS $$
     FROM coffer.rules r JOIN pg_attribute a ON a.attrelid = r.relid AND a.attnum = r.tenant_attnum
     WHERE r.relid = $1 AND NOT coffer._triggers_intact($1, a.attname, r.strategy)
     UNION ALL
+    SELECT 'a trigger of its strategy is missing, disabled or for another column', false
+    FROM coffer.rules r WHERE r.relid = $1 AND r.strategy IN (2, 3) AND NOT coffer._triggers_intact($1, NULL, r.strategy)
+    UNION ALL
+    SELECT 'a trigger that the tables below it rely on is missing or disabled', false WHERE NOT coffer._parent_intact($1)
+    UNION ALL
+    SELECT 'its foreign key is gone', false
+    FROM coffer.rules r WHERE r.relid = $1 AND r.path_constraint <> 0 AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.oid = r.path_constraint)
+    UNION ALL
     SELECT 'a type of its columns changed its meaning', true
     FROM coffer.rules r WHERE r.relid = $1 AND NOT coffer._types_compatible(r.types, coffer._types($1))
 $$;
+
+-- The way of a rule as it is; when its foreign key is gone, the best of those that are left.
+CREATE FUNCTION coffer._way_of(root oid) RETURNS coffer._way
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r  coffer.rules;
+BEGIN
+    SELECT * INTO r FROM coffer.rules u WHERE u.relid = root;
+    IF r.path_constraint = 0 OR EXISTS (SELECT FROM pg_constraint k WHERE k.oid = r.path_constraint) THEN
+        RETURN (r.parent, r.path_constraint, r.path_attnums, r.parent_attnums, split_part(r.reason, '; ', 1))::coffer._way;
+    END IF;
+    RETURN coffer._plan_path(root, NULL);
+END $$;
 
 -- Looks at a covered table after a DDL and repairs what the rule relies on.
 CREATE FUNCTION coffer._recheck(root oid, command text) RETURNS void
@@ -66,6 +88,7 @@ DECLARE
     gone      oid;
     rebase    bool;
     altered   bool;
+    way       coffer._way;
 BEGIN
     SELECT * INTO r FROM coffer.rules u WHERE u.relid = root;
     IF NOT FOUND THEN
@@ -101,7 +124,21 @@ BEGIN
     END LOOP;
     -- A renamed column is still the same key.
     UPDATE coffer.rules u SET key_columns = k.sorted FROM coffer._keys(root) k WHERE u.relid = root AND k.index_oid = u.key_index;
-    PERFORM coffer._cover(root, r.strategy, col, r.class, rebase);
+    IF r.strategy = 2 THEN
+        way := coffer._way_of(root);
+        IF 'its foreign key is gone' = ANY (findings) THEN
+            IF way.parent IS NULL THEN
+                -- The columns still say whose a row is, as long as they hold what they held.
+                way := (r.parent, 0, r.path_attnums, r.parent_attnums,
+                        format('a row''s tenant is that of its row in %s, by columns that no foreign key guards any more', r.parent::regclass))::coffer._way;
+                RAISE WARNING 'coffer: % belongs to tenants by a foreign key that is gone; its columns go on saying whose a row is', root::regclass
+                    USING HINT = 'Add the foreign key again, or a tenant column, and call coffer.add_table().';
+            ELSE
+                RAISE NOTICE 'coffer: the rows of % belong to tenants by another foreign key now: %', root::regclass, way.reason;
+            END IF;
+        END IF;
+    END IF;
+    PERFORM coffer._cover(root, r.strategy, col, r.class, rebase, way);
 
     SELECT * INTO now_r FROM coffer.rules u WHERE u.relid = root;
     IF now_r.identity = 'f' AND r.identity <> 'f' THEN
@@ -159,6 +196,9 @@ BEGIN
         PERFORM coffer._audit('auto_cover', rel::regclass::text, jsonb_build_object('tenant_column', auto));
         RAISE NOTICE 'coffer: % is covered by % (%)', rel::regclass,
             (SELECT coffer._strategy_name(r.strategy) FROM coffer.rules r WHERE r.relid = rel), told;
+    ELSIF auto IS NOT NULL AND (coffer._plan_path(rel, NULL)).parent IS NOT NULL THEN
+        PERFORM coffer.add_table(rel, parent => (coffer._plan_path(rel, NULL)).parent::regclass);
+        RAISE NOTICE 'coffer: % is covered by path (%)', rel::regclass, (SELECT r.reason FROM coffer.rules r WHERE r.relid = rel);
     ELSIF had.relid IS NOT NULL
           OR command <> 'ALTER TABLE' AND (auto IS NOT NULL OR EXISTS (SELECT FROM coffer.rules) OR EXISTS (SELECT FROM coffer.schema_rules)) THEN
         RAISE WARNING 'coffer: % is not covered by the backup', rel::regclass
@@ -261,12 +301,13 @@ BEGIN
     IF coffer._at_work() THEN
         RETURN;
     END IF;
-    SELECT r.relid::regclass AS rel, r.tenant_column INTO lost
+    SELECT r.relid::regclass AS rel, quote_ident(d.address_names[cardinality(d.address_names)]) AS name INTO lost
     FROM pg_event_trigger_dropped_objects() d
-    JOIN coffer.rules r ON r.relid = d.objid AND r.tenant_attnum = d.objsubid
-    WHERE d.object_type = 'table column' AND r.tenant_attnum > 0;
+    JOIN coffer.rules r ON r.relid = d.objid AND (r.tenant_attnum = d.objsubid OR d.objsubid = ANY (r.path_attnums))
+         OR r.parent = d.objid AND d.objsubid = ANY (r.parent_attnums)
+    WHERE d.object_type = 'table column' AND d.objsubid > 0;
     IF FOUND THEN
-        RAISE EXCEPTION 'coffer: column % is how the rows of % belong to tenants', quote_ident(lost.tenant_column), lost.rel
+        RAISE EXCEPTION 'coffer: column % is how the rows of % belong to tenants', lost.name, lost.rel
             USING ERRCODE = 'CF001', HINT = 'End the table''s coverage first: coffer.remove_table() or coffer.exclude().';
     END IF;
 
@@ -276,8 +317,21 @@ BEGIN
     JOIN coffer.rule_relations m ON m.relid = d.objid
     WHERE d.classid = 'pg_class'::regclass AND d.objsubid = 0 AND d.object_type = 'table';
     IF dropped IS NOT NULL THEN
+        DELETE FROM coffer.rules r WHERE r.relid = ANY (dropped) AND r.parent <> 0;
+        -- What lies below a table that is dropped has no tenant any more, or another way to one.
+        FOR rel IN SELECT r.relid FROM coffer.rules r WHERE r.parent = ANY (dropped) LOOP
+            UPDATE coffer.rules r SET parent = 0 WHERE r.relid = rel;
+            PERFORM coffer._forget(rel);
+            PERFORM coffer._changed(rel, 'remove');
+            RAISE WARNING 'coffer: % is no longer covered by the backup: the table that its tenants were found in is dropped', rel::regclass;
+            PERFORM coffer._consider(rel, 'ALTER TABLE');
+        END LOOP;
         DELETE FROM coffer.rules r WHERE r.relid = ANY (dropped);
         DELETE FROM coffer.rule_relations m WHERE m.root = ANY (dropped);
+        DELETE FROM coffer.session_rows s WHERE s.relid = ANY (dropped);
+        PERFORM coffer._sync_parent(c.oid) FROM pg_class c
+        WHERE EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgparentid = 0)
+          AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.parent = c.oid);
         PERFORM coffer._mark('drop', json_build_object('relids', dropped::int8[]));
     END IF;
     DELETE FROM coffer.exclusions e USING pg_event_trigger_dropped_objects() d
@@ -295,11 +349,14 @@ BEGIN
           AND (c.relreplident = 'i' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)
                OR c.relreplident = 'd' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
         UNION
+        SELECT r.relid FROM coffer.rules r
+        WHERE r.path_constraint <> 0 AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.oid = r.path_constraint)
+        UNION
         SELECT coffer._root(c.oid)
         FROM pg_event_trigger_dropped_objects() d
         JOIN pg_namespace n ON n.nspname = d.address_names[1]
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = d.address_names[2]
-        WHERE d.object_type = 'trigger' AND d.address_names[3] ~ '^(zzz_coffer_tag_|aaa_coffer_fill)'
+        WHERE d.object_type = 'trigger' AND d.address_names[3] ~* '^(zzz|aaa)_coffer_(tag|fill|path|session|parent)'
     LOOP
         BEGIN
             IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
@@ -346,6 +403,8 @@ BEGIN
     ELSE
         PERFORM coffer._changed(rel, 'add', true);
     END IF;
+    -- What a rewrite computes may be the tenant of what lies below.
+    PERFORM coffer._rebase_descendants(rel);
     IF unlogs THEN
         RAISE WARNING 'coffer: % becomes unlogged, and is not backed up while it is', pg_event_trigger_table_rewrite_oid()::regclass;
     ELSE

@@ -2,18 +2,20 @@
 
 CREATE FUNCTION coffer._agent_rules()
 RETURNS TABLE (relid oid, schema text, name text, strategy int2, class int2, tenant_column text, registered_xid xid8,
-               key_columns text[], tenant text, kind "char", is_partitioned bool)
+               key_columns text[], tenant text, kind "char", is_partitioned bool, tenant_expression text, parents text[])
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT c.oid, n.nspname::text, c.relname::text, r.strategy, r.class, r.tenant_column::text, r.registered_xid,
-           r.key_columns, NULL::text, c.relkind, c.relkind = 'p'
+           r.key_columns, NULL::text, c.relkind, c.relkind = 'p',
+           CASE WHEN r.strategy IN (2, 3) THEN coffer._tenant_expression(r.relid, 't') END,
+           ARRAY(SELECT coffer._from(a.relid) FROM coffer._ancestors(r.relid) a ORDER BY a.depth DESC)
     FROM coffer.rules r JOIN pg_class c ON c.oid = r.relid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relpersistence = 'p'
     UNION ALL
     SELECT c.oid, n.nspname::text, c.relname::text, 5::int2, s.class, NULL, greatest(s.registered_xid, m.registered_xid),
            (SELECT k.sorted::text[] FROM coffer._keys(c.oid) k
             WHERE k.index_oid = CASE WHEN m.own_identity = 'f' THEN 0 ELSE m.key_index END),
-           s.tenant, c.relkind, c.relkind = 'p'
+           s.tenant, c.relkind, c.relkind = 'p', NULL, '{}'
     FROM coffer.schema_rules s
     JOIN pg_namespace n ON n.oid = s.nspid
     CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t (oid)
@@ -22,7 +24,7 @@ AS $$
     ORDER BY 1
 $$;
 COMMENT ON FUNCTION coffer._agent_rules() IS
-'Every covered table (roots of partition trees). key_columns are in the order of their attribute numbers, as in the stream; NULL: the row as a whole.';
+'Every covered table (roots of partition trees). key_columns are in the order of their attribute numbers, as in the stream; NULL: the row as a whole. tenant_expression: whose a row t is, where no column of it says so; it reads parents, which are to be locked with the table, the topmost first.';
 
 CREATE FUNCTION coffer._agent_base_marker(id bytea) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
@@ -72,26 +74,59 @@ BEGIN
     RETURN NEW;
 END $$;
 
+-- The same for a table whose rows do not say whose they are: asked for each row.
+CREATE FUNCTION coffer._fence_path() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    root   oid := coffer._root(TG_RELID);
+    asks   text := format('SELECT %s IS NOT DISTINCT FROM $2 FROM (SELECT ($1::%s).*) t', coffer._tenant_expression(root, 't'), TG_RELID::regclass);
+    ours   bool := false;
+    other  bool;
+BEGIN
+    IF TG_OP <> 'INSERT' THEN
+        EXECUTE asks INTO ours USING OLD, nullif(TG_ARGV[0], '');
+    END IF;
+    IF TG_OP <> 'DELETE' AND NOT ours THEN
+        IF (SELECT r.strategy = 3 FROM coffer.rules r WHERE r.relid = root) THEN
+            ours := nullif(current_setting('coffer.tenant', true), '') IS NOT DISTINCT FROM nullif(TG_ARGV[0], '');
+        ELSE
+            EXECUTE asks INTO ours USING NEW, nullif(TG_ARGV[0], '');
+        END IF;
+    END IF;
+    IF ours THEN
+        PERFORM pg_advisory_xact_lock_shared(6516582, hashtext(TG_ARGV[0]));
+    END IF;
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    END IF;
+    RETURN NEW;
+END $$;
+
 CREATE FUNCTION coffer._agent_fence(rel regclass, tenant_column name, tenant text) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    is_old  text := format('(OLD.%I)::text IS NOT DISTINCT FROM %L', coalesce(tenant_column, ''), tenant);
-    is_new  text := format('(NEW.%I)::text IS NOT DISTINCT FROM %L', coalesce(tenant_column, ''), tenant);
+    is_old  text := format('WHEN ((OLD.%I)::text IS NOT DISTINCT FROM %L)', coalesce(tenant_column, ''), tenant);
+    is_new  text := format('WHEN ((NEW.%I)::text IS NOT DISTINCT FROM %L)', coalesce(tenant_column, ''), tenant);
+    either  text := format('WHEN ((OLD.%I)::text IS NOT DISTINCT FROM %L OR (NEW.%1$I)::text IS NOT DISTINCT FROM %2$L)', coalesce(tenant_column, ''), tenant);
+    calls   text := '_fence';
     f       record;
 BEGIN
     IF tenant_column IS NULL AND EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid
                                          WHERE c.oid = rel AND s.tenant = $3) THEN
         -- Every row of a tenant's schema is the tenant's.
-        is_old := 'true'; is_new := 'true';
+        is_old := ''; is_new := ''; either := '';
+    ELSIF tenant_column IS NULL AND EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel AND r.strategy IN (2, 3)) THEN
+        is_old := ''; is_new := ''; either := ''; calls := '_fence_path';
     ELSIF NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel AND r.tenant_column = $2) THEN
         RAISE EXCEPTION '% is not covered by column %', rel, quote_ident(tenant_column) USING ERRCODE = 'undefined_object';
     END IF;
     FOR f IN
-        SELECT * FROM (VALUES ('ins', 'INSERT', is_new), ('upd', 'UPDATE', is_old || ' OR ' || is_new), ('del', 'DELETE', is_old)) v (suffix, event, condition)
+        SELECT * FROM (VALUES ('ins', 'INSERT', is_new), ('upd', 'UPDATE', either), ('del', 'DELETE', is_old)) v (suffix, event, condition)
     LOOP
-        PERFORM coffer._ddl(format('CREATE TRIGGER aaa_coffer_fence_%s BEFORE %s ON %s FOR EACH ROW WHEN (%s) EXECUTE FUNCTION coffer._fence(%L)',
-                       f.suffix, f.event, rel, f.condition, coalesce(tenant, '')));
+        PERFORM coffer._ddl(format('CREATE TRIGGER aaa_coffer_fence_%s BEFORE %s ON %s FOR EACH ROW %s EXECUTE FUNCTION coffer.%s(%L)',
+                       f.suffix, f.event, rel, f.condition, calls, coalesce(tenant, '')));
     END LOOP;
 END $$;
 
@@ -108,10 +143,12 @@ END $$;
 
 -- A restore in place writes without firing the application's triggers, and gives way to clients at once; both last
 -- until the caller's transaction ends.
-CREATE FUNCTION coffer._agent_restore_settings() RETURNS boolean
+CREATE FUNCTION coffer._agent_restore_settings(tenant text DEFAULT NULL) RETURNS boolean
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
+    -- What comes back to a table under the strategy `session` is this tenant's.
+    PERFORM set_config('coffer.tenant', coalesce($1, ''), true);
     PERFORM set_config('session_replication_role', 'replica', true), set_config('deadlock_timeout', '5ms', true);
     RETURN true;
 END $$;

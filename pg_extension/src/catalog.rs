@@ -125,6 +125,21 @@ pub fn schema_rule(namespace: pg_sys::Oid) -> Option<SchemaRule> {
     Some(rule)
 }
 
+/// Who owns the extension's tables.
+pub fn owner() -> Option<pg_sys::Oid> {
+    let relid = relation_named(namespace()?, c"rules")?;
+    // SAFETY: opened by reference count and closed at once.
+    unsafe {
+        let relation = pg_sys::RelationIdGetRelation(relid);
+        if relation.is_null() {
+            return None;
+        }
+        let owner = (*(*relation).rd_rel).relowner;
+        pg_sys::RelationClose(relation);
+        Some(owner)
+    }
+}
+
 /// The key of our messages, and the table it is in.
 pub fn secret() -> Option<(pg_sys::Oid, MacKey)> {
     let (relid, key) = first_row(c"secret", None, |row| row.bytes(2))?;

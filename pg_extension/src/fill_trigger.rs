@@ -9,6 +9,7 @@
 //! version counts, and only values that are still the same.
 
 use crate::layout::Identity;
+use crate::path::changed_by_us;
 use crate::render::Found;
 use crate::row_trigger::{self, Call};
 use crate::settings;
@@ -84,23 +85,6 @@ unsafe fn newest_version(relation: pg_sys::Relation, tuple: pg_sys::HeapTuple) -
     Some(tuple)
 }
 
-/// Whether this transaction, and no subtransaction that was rolled back, has updated or deleted this version.
-unsafe fn changed_by_us(header: pg_sys::HeapTupleHeader) -> bool {
-    // SAFETY: by the caller, a valid header.
-    unsafe {
-        let infomask = u32::from((*header).t_infomask);
-        if infomask & (pg_sys::HEAP_XMAX_INVALID | pg_sys::HEAP_XMAX_LOCK_ONLY) != 0 {
-            return false;
-        }
-        let by = if infomask & pg_sys::HEAP_XMAX_IS_MULTI != 0 {
-            pg_sys::HeapTupleGetUpdateXid(header)
-        } else {
-            (*header).t_choice.t_heap.t_xmax
-        };
-        pg_sys::TransactionIdIsCurrentTransactionId(by)
-    }
-}
-
 unsafe fn write(call: &Call<'_>, old: &[Field], new: &[Field]) {
     let layout = &call.table.layout;
     let source = row_trigger::stored();
@@ -109,7 +93,7 @@ unsafe fn write(call: &Call<'_>, old: &[Field], new: &[Field]) {
     // SAFETY: the fields are of the trigger's rows; those of an attribute of length -1 are varlenas.
     unsafe {
         layout.put_key(&mut key, new, source);
-        let kind = row_trigger::kind_of(layout.put_plain(&mut tenant, call.tenant, new, source));
+        let kind = row_trigger::kind_of(layout.put_plain(&mut tenant, call.tenant_column(), new, source));
         for column in layout.image.iter().map(|c| &layout.columns[usize::from(*c)]) {
             let (was, is) = (old[column.field], new[column.field]);
             let unchanged = layout.atts[column.field].len == -1

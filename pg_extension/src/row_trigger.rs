@@ -3,9 +3,13 @@
 use crate::compat;
 use crate::encoding::Encoding;
 use crate::invalidation::Inbox;
-use crate::layout::Layout;
+use crate::layout::{Identity, Layout};
 use crate::render::{Found, Outputs, Source};
+use crate::settings;
+use crate::tuple::{self, Field, Varlena};
+use crate::wal_message;
 use coffer_wire::TenantKind;
+use coffer_wire::tag::{self, Tag, TagOp, TagTenant};
 use pgrx::pg_sys;
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -15,6 +19,8 @@ use std::rc::Rc;
 /// A table with a trigger of ours.
 pub struct Table {
     pub layout: Layout,
+    /// The table, or the root of its partition tree.
+    pub root: u32,
     /// The table and those above it.
     related: Vec<u32>,
     /// Whether the key needs the pinned settings.
@@ -31,12 +37,33 @@ thread_local! {
     static CACHE: RefCell<Option<Cache>> = const { RefCell::new(None) };
 }
 
-/// The call of a trigger function for a row, with the tenant column's name as its argument.
+/// Whose a row is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub kind: TenantKind,
+    /// UTF-8.
+    pub key: Vec<u8>,
+}
+
+impl Owner {
+    pub fn nobody() -> Self {
+        Self { kind: TenantKind::Unassigned, key: Vec::new() }
+    }
+
+    /// By the tenant column's text.
+    pub fn of(text: Option<Vec<u8>>) -> Self {
+        text.map_or_else(Self::nobody, |key| Self { kind: TenantKind::Normal, key })
+    }
+
+    fn in_tag(&self) -> TagTenant<'_> {
+        TagTenant { kind: self.kind, key: &self.key }
+    }
+}
+
+/// The call of a trigger function for a row.
 pub struct Call<'a> {
     pub data: &'a pg_sys::TriggerData,
     pub table: Rc<Table>,
-    /// The tenant column, as an index into the layout's columns.
-    pub tenant: usize,
 }
 
 impl Call<'_> {
@@ -50,16 +77,93 @@ impl Call<'_> {
                 pgrx::error!("coffer.{name} is a trigger function");
             }
             let data = &*data;
-            if data.tg_event & pg_sys::TRIGGER_EVENT_ROW == 0 || (*data.tg_trigger).tgnargs != 1 {
-                pgrx::error!("coffer.{name} is for rows and takes the tenant column's name");
+            if data.tg_event & pg_sys::TRIGGER_EVENT_ROW == 0 {
+                pgrx::error!("coffer.{name} is for rows");
             }
-            let column = CStr::from_ptr(*(*data.tg_trigger).tgargs).to_bytes();
-            let table = table(data.tg_relation);
-            let Some(tenant) = table.layout.column_named(column) else {
-                pgrx::error!("the tenant column \"{}\" does not exist any more", String::from_utf8_lossy(column));
-            };
-            Self { data, table, tenant }
+            Self { data, table: table(data.tg_relation) }
         }
+    }
+
+    /// The tenant column, whose name is the trigger's argument, as an index into the layout's columns.
+    pub fn tenant_column(&self) -> usize {
+        // SAFETY: the trigger is the server's, its arguments end with NUL.
+        let column = unsafe {
+            let trigger = &*self.data.tg_trigger;
+            if trigger.tgnargs != 1 {
+                pgrx::error!("the trigger takes the tenant column's name");
+            }
+            CStr::from_ptr(*trigger.tgargs).to_bytes()
+        };
+        let Some(tenant) = self.table.layout.column_named(column) else {
+            pgrx::error!("the tenant column \"{}\" does not exist any more", String::from_utf8_lossy(column));
+        };
+        tenant
+    }
+
+    /// The operation that it is called before.
+    pub fn before(&self) -> Option<TagOp> {
+        [
+            (TagOp::Insert, pg_sys::TRIGGER_EVENT_INSERT),
+            (TagOp::Update, pg_sys::TRIGGER_EVENT_UPDATE),
+            (TagOp::Delete, pg_sys::TRIGGER_EVENT_DELETE),
+        ]
+        .into_iter()
+        .find(|(_, event)| self.is_for(true, *event))
+        .map(|(op, _)| op)
+    }
+
+    /// The texts of columns, by their names; `None` when one of them is NULL.
+    ///
+    /// # Safety
+    /// The tuple is of the trigger's relation.
+    pub unsafe fn texts(&self, tuple: pg_sys::HeapTuple, names: &[Vec<u8>]) -> Option<Vec<Vec<u8>>> {
+        let layout = &self.table.layout;
+        let columns: Vec<usize> = names
+            .iter()
+            .map(|n| match layout.column_named(n) {
+                Some(c) => c,
+                None => pgrx::error!("the column \"{}\" does not exist any more", String::from_utf8_lossy(n)),
+            })
+            .collect();
+        let pinned = if columns.iter().all(|c| layout.columns[*c].output.is_fixed()) { None } else { settings::pin() };
+        let mut fields = Vec::new();
+        // SAFETY: by the caller.
+        let texts = unsafe {
+            tuple::fields_of((*tuple).t_data, &layout.atts, &mut fields);
+            columns
+                .iter()
+                .map(|c| {
+                    let mut text = Vec::new();
+                    (layout.put_plain(&mut text, *c, &fields, stored()) == Found::Value).then_some(text)
+                })
+                .collect()
+        };
+        settings::unpin(pinned);
+        texts
+    }
+
+    /// Writes the tag of the change of this row, `key_row`, whose key is the one that the log will carry.
+    ///
+    /// # Safety
+    /// The tuple is of the trigger's relation.
+    pub unsafe fn write_tag(&self, op: TagOp, key_row: pg_sys::HeapTuple, old: Option<&Owner>, new: Option<&Owner>) {
+        let layout = &self.table.layout;
+        let mut key = Vec::new();
+        // An insert is tagged before its row has a key that could be bound.
+        if op != TagOp::Insert && layout.identity == Identity::Key {
+            let pinned = if self.table.key_needs_settings { settings::pin() } else { None };
+            let mut fields = Vec::new();
+            // SAFETY: by the caller.
+            unsafe {
+                tuple::fields_of((*key_row).t_data, &layout.atts, &mut fields);
+                layout.put_key(&mut key, &fields, stored());
+            }
+            settings::unpin(pinned);
+        }
+        // SAFETY: the relation is open.
+        let relid = unsafe { (*self.data.tg_relation).rd_id }.to_u32();
+        let tag = Tag { relid, op, key: &key, old: old.map(Owner::in_tag), new: new.map(Owner::in_tag) };
+        wal_message::write(&tag::encode_tag(&wal_message::mac_key(), &tag));
     }
 
     /// Whether it is called before or after which operation.
@@ -72,6 +176,33 @@ impl Call<'_> {
 /// Rows as they are stored.
 pub fn stored() -> Source {
     Source { encoding: Encoding::of_database(), stored: true }
+}
+
+/// Above this a moved row keeps its TOASTed values as they are, unchanged for the log: a row is formed in one piece of
+/// memory, and the application's UPDATE must not fail for our sake.
+const LARGEST_FLATTENED: usize = 256 << 20;
+
+/// Whether the new row has TOASTed values that should go into the log once more: the tenant that the row moves to has no
+/// older version that an unchanged value could be taken from.
+///
+/// # Safety
+/// The fields are the new row's.
+pub unsafe fn should_flatten(new: pg_sys::HeapTuple, layout: &Layout, fields: &[Field]) -> bool {
+    // SAFETY: by the caller; fields of an attribute of length -1 are varlenas.
+    unsafe {
+        if !tuple::has_external((*new).t_data) {
+            return false;
+        }
+        let varlenas = fields.iter().zip(&layout.atts).filter(|(_, att)| att.len == -1);
+        let size: usize = varlenas
+            .filter(|(f, _)| !f.is_null() && !f.is_missing())
+            .map(|(f, _)| match tuple::varlena(f.ptr()) {
+                Varlena::OnDisk(p) => tuple::size_on_disk(p),
+                _ => 0,
+            })
+            .sum();
+        (1..=LARGEST_FLATTENED).contains(&size)
+    }
 }
 
 /// The kind of a tenant column's value.
@@ -108,7 +239,7 @@ unsafe fn table(relation: pg_sys::Relation) -> Rc<Table> {
             pg_sys::RelationClose(root);
             let key_needs_settings = layout.key.iter().any(|k| !layout.columns[usize::from(*k)].output.is_fixed());
             let related = std::iter::once(relid).chain(ancestors).map(|r| r.to_u32()).collect();
-            let table = Rc::new(Table { layout, related, key_needs_settings });
+            let table = Rc::new(Table { layout, root: root_oid.to_u32(), related, key_needs_settings });
             cache.tables.insert(relid.to_u32(), table.clone());
             table
         }

@@ -334,7 +334,8 @@ proptest! {
 fn the_vectors_of_version_1_still_open_and_are_still_made() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/crypto/testdata");
     let text = rows(2000);
-    let cases: [(&str, Codec, Vec<(&str, &[u8])>); 4] = [
+    type Sections<'a> = Vec<(&'a str, &'a [u8])>;
+    let cases: [(&str, Codec, Sections<'_>); 4] = [
         ("v1-empty", Codec::None, vec![]),
         ("v1-none", Codec::None, vec![("16401", b"1\tfirst\n2\tsecond\n"), ("16402", b"")]),
         ("v1-lz4", Codec::Lz4, vec![("", &text)]),

@@ -25,6 +25,10 @@ pub struct Rule {
     /// Schema strategy: whose schema it is.
     pub tenant: Option<String>,
     pub partitioned: bool,
+    /// Whose a row `t` is, as text, where no column of it says so.
+    pub tenant_expression: Option<String>,
+    /// What that expression reads, each as it stands after FROM, the topmost first.
+    pub parents: Vec<String>,
 }
 
 impl Rule {
@@ -38,10 +42,15 @@ impl Rule {
     pub fn from_clause(&self) -> String {
         if self.partitioned { self.qualified() } else { format!("ONLY {}", self.qualified()) }
     }
+
+    /// What a reader of its rows locks, all at once: a snapshot comes after.
+    pub fn lock_list(&self) -> String {
+        self.parents.iter().cloned().chain([self.from_clause()]).collect::<Vec<_>>().join(", ")
+    }
 }
 
 const RULES: &str = "SELECT r.relid, r.schema::text, r.name::text, r.strategy, r.class, r.tenant_column::text, \
-    r.registered_xid::text, r.key_columns::text[], r.tenant::text, r.is_partitioned \
+    r.registered_xid::text, r.key_columns::text[], r.tenant::text, r.is_partitioned, r.tenant_expression, r.parents \
     FROM coffer._agent_rules() r ORDER BY r.relid";
 
 /// Every covered table of the source.
@@ -73,6 +82,8 @@ pub async fn rules(client: &Client) -> Result<Vec<Rule>> {
                 key_columns: r.get(7),
                 tenant: r.get(8),
                 partitioned: r.get(9),
+                tenant_expression: r.get(10),
+                parents: r.get(11),
             })
         })
         .collect()

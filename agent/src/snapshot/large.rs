@@ -177,10 +177,10 @@ pub(super) async fn rows(
 async fn row(client: &SqlClient, leaf: &Leaf, sliced: &[&Column], ctid: &str, out: &mpsc::Sender<Rows>) -> Result<()> {
     let select: Vec<String> = leaf
         .shape
-        .columns
+        .select
         .iter()
         .enumerate()
-        .map(|(i, c)| if sliced.iter().any(|s| s.place == i) { "NULL".to_owned() } else { quote_ident(c) })
+        .map(|(i, c)| if sliced.iter().any(|s| s.place == i) { "NULL".to_owned() } else { c.clone() })
         .collect();
     let from = format!("FROM {} WHERE ctid = '{ctid}'", leaf.from);
     let stream = client.copy_out(&format!("COPY (SELECT {} {from}) TO STDOUT", select.join(", "))).await.sql("COPY")?;

@@ -146,6 +146,8 @@ mod tests {
             key_columns: None,
             tenant: None,
             partitioned: false,
+            tenant_expression: None,
+            parents: vec![],
         }
     }
 

@@ -118,7 +118,7 @@ pub async fn read_table(
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {}; \
          LOCK TABLE {} IN ACCESS SHARE MODE",
         LOCK_TIMEOUT.as_millis(),
-        rule.from_clause(),
+        rule.lock_list(),
     );
     if let Err(e) = client.batch_execute(&begin).await {
         if e.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
@@ -188,7 +188,12 @@ pub(super) struct Range {
 impl Range {
     fn statement(&self) -> String {
         let small = self.leaf.large.as_ref().map(|l| l.row_is_small.as_str());
-        format!("COPY (SELECT {} FROM {}{}) TO STDOUT", self.leaf.shape.select, self.leaf.from, self.filter(small))
+        format!(
+            "COPY (SELECT {} FROM {}{}) TO STDOUT",
+            self.leaf.shape.select.join(", "),
+            self.leaf.from,
+            self.filter(small)
+        )
     }
 
     /// A WHERE of the range and of this, or nothing.
@@ -226,7 +231,7 @@ async fn ranges(client: &SqlClient, rule: &Rule) -> Result<Vec<Range>> {
             oid: l.get(0),
             large,
             shape,
-            from: format!("ONLY {}.{}", quote_ident(l.get(1)), quote_ident(l.get(2))),
+            from: format!("ONLY {}.{} t", quote_ident(l.get(1)), quote_ident(l.get(2))),
             relation: Arc::new(relation.encode()),
         });
         out.extend(cut_blocks(l.get(3)).into_iter().map(|condition| Range { leaf: leaf.clone(), condition }));
@@ -277,7 +282,7 @@ impl CopyJob<'_> {
             ))
             .await
             .sql("cannot share the snapshot")?;
-            match c.batch_execute(&format!("LOCK TABLE {} IN ACCESS SHARE MODE NOWAIT", rule.from_clause())).await {
+            match c.batch_execute(&format!("LOCK TABLE {} IN ACCESS SHARE MODE NOWAIT", rule.lock_list())).await {
                 Ok(()) => clients.push(c),
                 Err(e) if e.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(None),
                 Err(e) => return Err(sql::sql_error(e, format!("cannot lock {} for reading", rule.qualified()))),

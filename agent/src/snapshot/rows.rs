@@ -21,9 +21,9 @@ enum Owner {
 /// The way to read one table, or one leaf of a partitioned one.
 #[derive(Clone, Debug)]
 pub struct RowShape {
-    /// What stands between SELECT and FROM.
-    pub select: String,
-    /// The columns of `select`, in its order.
+    /// What is selected of a table with the alias `t`: the columns and, where no column is the tenant, an expression for it.
+    pub select: Vec<String>,
+    /// The columns among them, which come first.
     pub columns: Vec<String>,
     /// How many fields of a line are the image; those behind are extras.
     image_fields: usize,
@@ -58,10 +58,15 @@ impl RowShape {
             KeyMode::FullRow => Vec::new(),
             KeyMode::Key => relation.key.iter().map(|k| field(&relation.columns[usize::from(*k)].name)).collect(),
         };
+        let mut expression = None;
         let owner = match (rule.strategy, &rule.tenant_column, &rule.tenant) {
             (Strategy::Shared, _, _) => Owner::Fixed(Tenant::reserved(TenantKind::Shared)),
             (Strategy::Schema, _, Some(t)) => Owner::Fixed(Tenant::normal(t.as_str())),
             (_, Some(c), _) => Owner::Field(field(c)),
+            (_, None, _) if rule.tenant_expression.is_some() => {
+                expression.clone_from(&rule.tenant_expression);
+                Owner::Field(names.len())
+            }
             (s, None, _) => {
                 return Err(Error::new(
                     Kind::Other,
@@ -73,14 +78,8 @@ impl RowShape {
                 ));
             }
         };
-        Ok(Self {
-            select: names.iter().map(|n| quote_ident(n)).collect::<Vec<_>>().join(", "),
-            extras: names.len() > image_fields,
-            columns: names,
-            image_fields,
-            key,
-            owner,
-        })
+        let select: Vec<String> = names.iter().map(|n| format!("t.{}", quote_ident(n))).chain(expression).collect();
+        Ok(Self { extras: select.len() > image_fields, select, columns: names, image_fields, key, owner })
     }
 
     /// Cuts a line (without its newline). `key` is cleared and filled.
@@ -169,6 +168,8 @@ pub(crate) mod tests {
             key_columns: None,
             tenant: (strategy == Strategy::Schema).then(|| "acme".to_owned()),
             partitioned: false,
+            tenant_expression: (strategy == Strategy::Session).then(|| "(SELECT x)".to_owned()),
+            parents: vec![],
         };
         let relation = Relation {
             relid: 7,
@@ -193,7 +194,7 @@ pub(crate) mod tests {
             Strategy::Identity,
         );
         let shape = RowShape::new(&rule, &rel).unwrap();
-        assert_eq!(shape.select, "id, \"user\", body");
+        assert_eq!(shape.select, ["t.id", "t.\"user\"", "t.body"]);
         let mut k = Vec::new();
         let line = b"5\ta\\tb\t\\N";
         let cut = shape.cut(line, &mut k).unwrap();
@@ -214,7 +215,7 @@ pub(crate) mod tests {
             Strategy::Tag,
         );
         let shape = RowShape::new(&rule, &rel).unwrap();
-        assert_eq!(shape.select, "id, g, t");
+        assert_eq!(shape.select, ["t.id", "t.g", "t.t"]);
         let mut k = Vec::new();
         let cut = shape.cut(b"5\tG\tT", &mut k).unwrap();
         assert_eq!((&*cut.tenant, cut.image, &k[..]), (&b"T"[..], &b"5"[..], &b"G"[..]));
@@ -227,6 +228,17 @@ pub(crate) mod tests {
         let mut k = Vec::new();
         let cut = shape.cut(b"1\t2", &mut k).unwrap();
         assert_eq!((&*cut.tenant, cut.image, k.len()), (&b"acme"[..], &b"1\t2"[..], 0));
+    }
+
+    #[test]
+    fn an_expression_for_the_tenant_comes_last() {
+        let (rule, rel) = table(vec![column(1, "a", 0), column(2, "b", 0)], &[0], None, Strategy::Session);
+        let shape = RowShape::new(&rule, &rel).unwrap();
+        assert_eq!(shape.select, ["t.a", "t.b", "(SELECT x)"]);
+        let mut k = Vec::new();
+        let cut = shape.cut(b"1\t2\tacme", &mut k).unwrap();
+        assert_eq!((&*cut.tenant, cut.image, &k[..]), (&b"acme"[..], &b"1\t2"[..], &b"1"[..]));
+        assert_eq!(shape.cut(b"1\t2\t\\N", &mut k).unwrap().kind, TenantKind::Unassigned);
     }
 
     #[test]

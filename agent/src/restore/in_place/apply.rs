@@ -9,12 +9,12 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::restore::in_place::compare::{Comparison, Pass};
 use crate::restore::in_place::constraints::{self, ForeignKey, Unique};
-use crate::restore::in_place::live::LiveTable;
+use crate::restore::in_place::live::{LiveTable, literal};
 use crate::restore::in_place::statements::{self, TableSql};
 use crate::restore::in_place::{fence, stage};
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
-use coffer_wire::Lsn;
+use coffer_wire::{Lsn, TenantKind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tokio_postgres::error::SqlState;
@@ -74,6 +74,16 @@ fn differs(live: &LiveTable, verb: &str, found: u64, expected: u64) -> Stop {
     let what =
         format!("{}: {verb} would change {found} rows where {expected} differ; nothing was changed", live.name());
     Stop::Failed(Error::new(Kind::Refused, what).hint("a trigger, a rule or a partition of the table interferes"))
+}
+
+/// Switches off triggers until the transaction ends; rows that come back to a table whose tenant the session names are
+/// the tenant's.
+pub fn restore_settings(tenant: &Tenant) -> String {
+    let key = match tenant.kind {
+        TenantKind::Normal => literal(&tenant.key),
+        _ => "NULL".to_owned(),
+    };
+    format!("SELECT coffer._agent_restore_settings({key})")
 }
 
 fn refused(e: Error) -> Error {
@@ -141,7 +151,7 @@ impl Apply<'_> {
             .map_err(|e| stop(e, "cannot begin"))?;
         if self.settings {
             client
-                .batch_execute("SELECT coffer._agent_restore_settings()")
+                .batch_execute(&restore_settings(self.tenant))
                 .await
                 .map_err(|e| stop(e, "cannot switch off triggers"))?;
         }
@@ -232,7 +242,8 @@ impl Apply<'_> {
         fks: &[ForeignKey],
         uniques: &BTreeMap<u32, Vec<Unique>>,
     ) -> std::result::Result<(), Stop> {
-        let touched: Vec<_> = self.tables(comparison, uniques).filter(|(_, c, _)| !c.is_empty()).collect();
+        let mut touched: Vec<_> = self.tables(comparison, uniques).filter(|(_, c, _)| !c.is_empty()).collect();
+        touched.sort_by_key(|(live, _, _)| live.rule.parents.len());
         for (live, counts, sql) in &touched {
             if counts.inserted + counts.updated > 0 {
                 self.refuse_rows_of_others(live, sql, &uniques[&live.rule.relid]).await?;
@@ -240,6 +251,15 @@ impl Apply<'_> {
         }
         let kept = self.keep_referenced(&touched, fks).await?;
         for (live, counts, sql) in &touched {
+            if counts.updated + counts.deleted > 0
+                && let Some(s) = sql.note_rows()
+            {
+                let what = format!("cannot note the rows of {} that change", live.name());
+                self.client.batch_execute(&s).await.map_err(|e| stop(e, what))?;
+            }
+        }
+        // Children go before the parents that say whose they are, and come after them.
+        for (live, counts, sql) in touched.iter().rev() {
             if counts.deleted > 0 {
                 self.change(live, "delete", &sql.delete(), Some(counts.deleted)).await?;
             }

@@ -60,6 +60,16 @@ async fn condition(client: &SqlClient, rule: &Rule, relation: &Relation, tenant:
     if let Some(owner) = &rule.tenant {
         return Ok((tenant.kind == TenantKind::Normal && *owner == tenant.key).then(|| "true".to_owned()));
     }
+    if let Some(whose) = &rule.tenant_expression {
+        return match tenant.kind {
+            TenantKind::Unassigned => Ok(Some(format!("{whose} IS NULL"))),
+            TenantKind::Normal => Ok(Some(format!("{whose} COLLATE \"C\" = {}", literal(&tenant.key)))),
+            k => Err(Error::new(
+                Kind::Refused,
+                format!("rows of the tenant ({}) have no place in a live table", k.name()),
+            )),
+        };
+    }
     let Some(name) = &rule.tenant_column else {
         return Err(Error::new(
             Kind::Refused,

@@ -108,7 +108,7 @@ impl InPlace<'_> {
         }
         fence::only_one(&client).await?;
         fence::remove_leftovers(&client).await?;
-        let settings = restore_settings(&client, &mut warnings).await?;
+        let settings = restore_settings(&client, self.tenant, &mut warnings).await?;
         let mut staged = BTreeSet::new();
         let (tx, rx) = tokio::sync::mpsc::channel(8);
         let first = pass();
@@ -185,9 +185,9 @@ async fn standby_is_refused(client: &SqlClient) -> Result<()> {
 
 /// Whether the extension lets this role switch off triggers and give way to clients at once. Without, what the role
 /// itself may set is set for the session, each with a warning of what follows where it may not.
-async fn restore_settings(client: &SqlClient, warnings: &mut Vec<String>) -> Result<bool> {
+async fn restore_settings(client: &SqlClient, tenant: &Tenant, warnings: &mut Vec<String>) -> Result<bool> {
     // In a transaction of its own: the settings end with it.
-    match client.batch_execute("SELECT coffer._agent_restore_settings()").await {
+    match client.batch_execute(&apply::restore_settings(tenant)).await {
         Ok(()) => return Ok(true),
         Err(e)
             if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)

@@ -47,13 +47,48 @@ impl<'a> TableSql<'a> {
         columns.iter().map(|c| self.staged(c)).collect()
     }
 
-    /// Joins a live row to its staged one.
+    /// Joins a live row of the tenant to its staged one.
     fn same_row(&self) -> String {
+        self.same_key(&self.table.is_tenants)
+    }
+
+    /// The same while rows change.
+    fn same_changing_row(&self) -> String {
+        self.same_key(&self.is_mine())
+    }
+
+    fn same_key(&self, is_tenants: &str) -> String {
         let keys =
             self.mapping.key.iter().zip(&self.key).map(|(k, op)| {
                 op.apply(&format!("t.{}", quote_ident(&self.mapping.columns[*k].name)), &format!("s.c{k}"))
             });
-        keys.chain([self.table.is_tenants.clone()]).collect::<Vec<_>>().join(" AND ")
+        keys.chain([is_tenants.to_owned()]).collect::<Vec<_>>().join(" AND ")
+    }
+
+    /// Where the tenant of a row stands in other tables, those change with the restore: which rows are the tenant's is
+    /// noted before the first change, when they are locked, by their places. `None` where the row itself says it.
+    pub fn note_rows(&self) -> Option<String> {
+        self.table.rule.tenant_expression.as_ref()?;
+        let rows = if self.whole_row() {
+            format!("{} WHERE {}", self.from(), self.table.is_tenants)
+        } else {
+            format!("{} JOIN {} ON {} WHERE s.op IN ('U', 'D')", self.from(), self.stage(), self.same_row())
+        };
+        Some(format!(
+            "CREATE TEMP TABLE coffer_mine_{} ON COMMIT DROP AS SELECT t.tableoid AS part, t.ctid AS place FROM {rows}",
+            self.table.rule.relid
+        ))
+    }
+
+    /// Whether a row is the tenant's, while rows change.
+    fn is_mine(&self) -> String {
+        match &self.table.rule.tenant_expression {
+            None => self.table.is_tenants.clone(),
+            Some(_) => format!(
+                "EXISTS (SELECT FROM pg_temp.coffer_mine_{} m WHERE m.part = t.tableoid AND m.place = t.ctid)",
+                self.table.rule.relid
+            ),
+        }
     }
 
     /// Locks the live rows that change, in the order of their key. Rows without a key are not locked before: they are
@@ -115,7 +150,7 @@ impl<'a> TableSql<'a> {
                 "DELETE FROM {} USING {} WHERE s.op = 'D' AND {}",
                 self.from(),
                 self.stage(),
-                self.same_row()
+                self.same_changing_row()
             );
         }
         let (live, staged) = (self.live_row(), self.staged_row());
@@ -128,7 +163,7 @@ impl<'a> TableSql<'a> {
              WHERE t.tableoid = x.part AND t.ctid = x.place AND {mine}",
             from = self.from(),
             stage = self.stage(),
-            mine = self.table.is_tenants
+            mine = self.is_mine()
         )
     }
 
@@ -156,7 +191,7 @@ impl<'a> TableSql<'a> {
                 self.from(),
                 set.join(", "),
                 self.stage(),
-                self.same_row()
+                self.same_changing_row()
             )
         })
     }
@@ -189,9 +224,14 @@ impl<'a> TableSql<'a> {
                 "CREATE TEMP TABLE {keep} ON COMMIT DROP AS SELECT 1 AS one{keys}{newer} FROM {} JOIN {} ON {} WHERE s.op = 'U'",
                 self.from(),
                 self.stage(),
-                self.same_row()
+                self.same_changing_row()
             ),
-            format!("DELETE FROM {} USING {} WHERE s.op = 'U' AND {}", self.from(), self.stage(), self.same_row()),
+            format!(
+                "DELETE FROM {} USING {} WHERE s.op = 'U' AND {}",
+                self.from(),
+                self.stage(),
+                self.same_changing_row()
+            ),
             format!(
                 "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} JOIN pg_temp.{keep} k ON {} WHERE s.op = 'U'",
                 self.table.rule.qualified(),
@@ -388,6 +428,8 @@ mod tests {
             key_columns: None,
             tenant: None,
             partitioned: false,
+            tenant_expression: None,
+            parents: vec![],
         };
         let mapping = Mapping::new(&relation, &relation, false).unwrap();
         (LiveTable { rule, relation, is_tenants: "t.tenant = '3'".into() }, mapping)

@@ -51,7 +51,7 @@ SELECT * FROM coffer.add_table('orders', 'nothing');
 SELECT * FROM coffer.add_table('orders', 'ctid');
 SELECT * FROM coffer.add_table('orders', 'tenant_id', class => 'other');
 SELECT * FROM coffer.add_table('orders');
-SELECT * FROM coffer.add_table('lines', parent => 'items');
+SELECT * FROM coffer.add_table('lines', parent => 'orders');
 SELECT * FROM coffer.add_shared('v');
 SELECT * FROM coffer.exclude('lines', '  ');
 SELECT * FROM coffer.exclude('v', 'why not');

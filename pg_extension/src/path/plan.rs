@@ -1,0 +1,195 @@
+//! The ways from a table to its parent and down from a parent, as the registry has them.
+
+use crate::catalog;
+use crate::invalidation::News;
+use crate::spi::{Plan, Value};
+use pgrx::pg_sys;
+use std::cell::OnceCell;
+use std::str::FromStr;
+
+/// Between the parts of a list in an answer.
+const SEPARATOR: u8 = 1;
+
+/// From a table's row to its parent's.
+pub struct Edge {
+    pub parent: u32,
+    /// The child's columns, by name.
+    pub columns: Vec<Vec<u8>>,
+    /// The parent's columns that they lead to.
+    pub parent_columns: Vec<Vec<u8>>,
+    /// What every id of such a parent begins with.
+    prefix: Vec<u8>,
+    /// The parent's tenant column or, when it leads on, the columns that lead to its own parent.
+    pub results: Vec<Vec<u8>>,
+    pub leads_on: bool,
+    /// The results' texts depend on settings.
+    pub needs_settings: bool,
+    pub lookup: Plan,
+    /// Where the parent's rows are, each with an index on the key.
+    pub leaves: Vec<(pg_sys::Oid, pg_sys::Oid)>,
+}
+
+/// A table that rows of others find their tenants in.
+pub struct Parent {
+    pub keys: Vec<Key>,
+    /// `None`: its rows' tenants are found through its own parent.
+    pub tenant_column: Option<Vec<u8>>,
+}
+
+/// One of the keys by which a parent is found.
+pub struct Key {
+    pub columns: Vec<Vec<u8>>,
+    prefix: Vec<u8>,
+    attnums: Vec<u8>,
+    below: OnceCell<Below>,
+}
+
+/// What has to follow when a parent moves.
+pub struct Below {
+    pub hold_parent: Plan,
+    pub moves: Vec<Move>,
+}
+
+/// A table below.
+pub struct Move {
+    pub table: u32,
+    pub rewrite: Plan,
+    /// Keeps others from adding rows below.
+    pub hold: Option<Plan>,
+}
+
+fn id(prefix: &[u8], values: &[Vec<u8>]) -> Box<[u8]> {
+    let mut id = prefix.to_vec();
+    for v in values {
+        id.extend_from_slice(&(v.len() as u32).to_le_bytes());
+        id.extend_from_slice(v);
+    }
+    id.into()
+}
+
+fn prefix(parent: u32, attnums: &[u8]) -> Vec<u8> {
+    let mut p = parent.to_le_bytes().to_vec();
+    p.extend_from_slice(attnums);
+    p.push(0);
+    p
+}
+
+impl Edge {
+    pub fn id(&self, key: &[Vec<u8>]) -> Box<[u8]> {
+        id(&self.prefix, key)
+    }
+
+    pub fn concerns(&self, news: &News) -> bool {
+        news.concerns(self.parent)
+    }
+
+    /// The way from a table; `None` when its rule has none.
+    pub fn load(child: u32) -> Option<Self> {
+        let row = ask(
+            "SELECT parent::text, owner::text, array_to_string(columns, E'\\x01'), array_to_string(parent_columns, E'\\x01'), \
+             array_to_string(attnums, ','), array_to_string(results, E'\\x01'), leads_on::text, needs_settings::text, lookup, \
+             array_to_string(leaves, E'\\x01'), array_to_string(indexes, E'\\x01') FROM coffer._edge($1::oid)",
+            &[child.to_string().into_bytes()],
+        )
+        .pop()?;
+        let [parent, owner, columns, parent_columns, attnums, results, leads_on, settings, lookup, leaves, indexes] =
+            <[Value; 11]>::try_from(row).ok()?;
+        let (parent, owner): (u32, u32) = (number(&parent)?, number(&owner)?);
+        let columns = list(columns);
+        let oids = |v: Value| list(v).into_iter().filter_map(|o| number::<u32>(&Some(o))).map(pg_sys::Oid::from);
+        Some(Self {
+            parent,
+            lookup: Plan::new(&lookup?, columns.len(), owner.into()),
+            columns,
+            parent_columns: list(parent_columns),
+            prefix: prefix(parent, &attnums?),
+            results: list(results),
+            leads_on: is_true(&leads_on),
+            needs_settings: is_true(&settings),
+            leaves: oids(leaves).zip(oids(indexes)).collect(),
+        })
+    }
+}
+
+impl Parent {
+    pub fn concerns(&self, news: &News) -> bool {
+        self.keys.iter().filter_map(|k| k.below.get()).flat_map(|b| &b.moves).any(|m| news.concerns(m.table))
+    }
+
+    pub fn load(root: u32) -> Self {
+        let rows = ask(
+            "SELECT array_to_string(attnums, ','), array_to_string(columns, E'\\x01'), tenant_column \
+             FROM coffer._parent_keys($1::oid)",
+            &[root.to_string().into_bytes()],
+        );
+        let mut tenant_column = None;
+        let keys = rows
+            .into_iter()
+            .filter_map(|row| {
+                let [attnums, columns, tenant] = <[Value; 3]>::try_from(row).ok()?;
+                tenant_column = tenant;
+                let attnums = attnums?;
+                let prefix = prefix(root, &attnums);
+                Some(Key { columns: list(columns), prefix, attnums, below: OnceCell::new() })
+            })
+            .collect();
+        Self { keys, tenant_column }
+    }
+}
+
+impl Key {
+    pub fn id(&self, values: &[Vec<u8>]) -> Box<[u8]> {
+        id(&self.prefix, values)
+    }
+
+    /// What lies below, by this key.
+    pub fn below(&self, root: u32) -> &Below {
+        self.below.get_or_init(|| {
+            let attnums = [b"{", &self.attnums[..], b"}"].concat();
+            let parameters = [root.to_string().into_bytes(), attnums];
+            let n = self.columns.len();
+            let hold = ask("SELECT hold, owner::text FROM coffer._hold_parent($1::oid, $2::int2[])", &parameters)
+                .pop()
+                .and_then(|row| <[Value; 2]>::try_from(row).ok());
+            let Some([Some(hold), owner]) = hold else { pgrx::error!("coffer._hold_parent has no answer for {root}") };
+            let moves =
+                ask("SELECT relid::text, owner::text, move, hold FROM coffer._moves($1::oid, $2::int2[])", &parameters)
+                    .into_iter()
+                    .filter_map(|row| {
+                        let [table, owner, rewrite, hold] = <[Value; 4]>::try_from(row).ok()?;
+                        let owner: u32 = number(&owner)?;
+                        Some(Move {
+                            table: number(&table)?,
+                            rewrite: Plan::new(&rewrite?, n, owner.into()),
+                            hold: hold.map(|h| Plan::new(&h, n, owner.into())),
+                        })
+                    })
+                    .collect();
+            let owner: u32 = number(&owner).unwrap_or_default();
+            Below { hold_parent: Plan::new(&hold, n, owner.into()), moves }
+        })
+    }
+}
+
+/// Asks the registry, as the extension's owner.
+fn ask(statement: &str, parameters: &[Vec<u8>]) -> Vec<Vec<Value>> {
+    let Some(owner) = catalog::owner() else {
+        pgrx::error!("the extension pg_coffer is not fully installed here");
+    };
+    Plan::new(statement.as_bytes(), parameters.len(), owner).all(parameters)
+}
+
+fn list(v: Value) -> Vec<Vec<u8>> {
+    match v {
+        Some(v) if !v.is_empty() => v.split(|b| *b == SEPARATOR).map(<[u8]>::to_vec).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn number<T: FromStr>(v: &Value) -> Option<T> {
+    std::str::from_utf8(v.as_deref()?).ok()?.parse().ok()
+}
+
+fn is_true(v: &Value) -> bool {
+    v.as_deref() == Some(b"true")
+}

@@ -1,0 +1,293 @@
+//! Who a row belongs to, and what follows when a parent changes.
+
+use super::Owner;
+use super::dead;
+use super::plan::{Edge, Key, Parent};
+use super::state::{self, Moving};
+use crate::encoding::Encoding;
+use crate::row_trigger::Call;
+use crate::settings;
+use crate::spi::Value;
+use coffer_wire::TenantKind;
+use pgrx::pg_sys;
+use std::rc::Rc;
+
+/// Which version of a row is asked about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    /// As it is archived.
+    Old,
+    /// As it will be.
+    New,
+}
+
+/// The values of a key, UTF-8; `None` when one of them is NULL.
+type Values = Option<Vec<Vec<u8>>>;
+
+fn edge_of(root: u32) -> Option<Rc<Edge>> {
+    if let Some(known) = state::with(|s| s.edge(root)) {
+        return known;
+    }
+    let edge = Edge::load(root).map(Rc::new);
+    state::with(|s| s.put_edge(root, edge.clone()));
+    edge
+}
+
+fn parent_of(root: u32) -> Rc<Parent> {
+    if let Some(known) = state::with(|s| s.parent(root)) {
+        return known;
+    }
+    let parent = Rc::new(Parent::load(root));
+    state::with(|s| s.put_parent(root, parent.clone()));
+    parent
+}
+
+/// Whose a row was and will be.
+///
+/// # Safety
+/// The tuples are of the trigger's relation.
+pub unsafe fn tenants(
+    call: &Call<'_>,
+    old: Option<pg_sys::HeapTuple>,
+    new: Option<pg_sys::HeapTuple>,
+) -> (Option<Owner>, Option<Owner>) {
+    let root = call.table.root;
+    if let Some((from, to)) = state::with(|s| s.moving(root)) {
+        return (old.map(|_| from), new.map(|_| to));
+    }
+    let Some(edge) = edge_of(root) else {
+        // A trigger without a rule: nobody reads its tags.
+        let unknown = Owner { kind: TenantKind::Unresolved, key: Vec::new() };
+        return (old.map(|_| unknown.clone()), new.map(|_| unknown.clone()));
+    };
+    // SAFETY: by the caller.
+    let values = |tuple| unsafe { call.texts(tuple, &edge.columns) };
+    let (was, is) = (old.map(values), new.map(values));
+    let old_owner = was.as_ref().map(|v| find(&edge, v, Side::Old).0);
+    let new_owner = match (&was, &is) {
+        (Some(a), Some(b)) if a == b => old_owner.clone(),
+        _ => is.as_ref().map(|v| find(&edge, v, Side::New).0),
+    };
+    (old_owner, new_owner)
+}
+
+/// Whose the row is that refers to this parent, and whether that holds until the transaction ends.
+fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, bool) {
+    let Some(key) = values else { return (Owner::nobody(), true) };
+    let id = edge.id(key);
+    if let Some(before) = state::with(|s| s.before(&id)) {
+        return (before, false);
+    }
+    if let Some(known) = state::with(|s| s.cached(&id)) {
+        return (known, true);
+    }
+    if let Some(row) = with_settings(edge, || edge.lookup.first(key)) {
+        let (owner, holds) = follow(edge, row, side);
+        if holds {
+            state::with(|s| s.remember(id, owner.clone()));
+        }
+        return (owner, holds);
+    }
+    if side == Side::Old
+        && let Some(row) = with_settings(edge, || dead::results(edge, key))
+    {
+        return (follow(edge, row, side).0, false);
+    }
+    let owner = state::with(|s| s.orphans(&id)).unwrap_or_else(|| {
+        let nobody = Owner::nobody();
+        if side == Side::New {
+            state::with(|s| s.set_orphans(id, Some(nobody.clone())));
+        }
+        nobody
+    });
+    (owner, false)
+}
+
+/// From what a parent's row says to whose it is.
+fn follow(edge: &Edge, row: Vec<Value>, side: Side) -> (Owner, bool) {
+    let encoding = Encoding::of_database();
+    let utf8: Values = row.into_iter().map(|v| v.map(|v| encoding.convert(&v).into_owned())).collect();
+    if !edge.leads_on {
+        return (Owner::of(utf8.and_then(|mut v| v.pop())), true);
+    }
+    match edge_of(edge.parent) {
+        Some(next) => find(&next, &utf8, side),
+        None => (Owner::nobody(), false),
+    }
+}
+
+fn with_settings<R>(edge: &Edge, f: impl FnOnce() -> R) -> R {
+    let pinned = if edge.needs_settings { settings::pin() } else { None };
+    let r = f();
+    settings::unpin(pinned);
+    r
+}
+
+/// Whose a parent's own row is.
+unsafe fn owner_of(call: &Call<'_>, parent: &Parent, tuple: pg_sys::HeapTuple, side: Side) -> Owner {
+    // SAFETY: by the caller.
+    unsafe {
+        if let Some(column) = &parent.tenant_column {
+            return Owner::of(call.texts(tuple, std::slice::from_ref(column)).and_then(|mut t| t.pop()));
+        }
+        match edge_of(call.table.root) {
+            Some(edge) => find(&edge, &call.texts(tuple, &edge.columns), side).0,
+            None => Owner::nobody(),
+        }
+    }
+}
+
+/// Before an update that may concern rows below: until it has ended, those are whose they were.
+///
+/// # Safety
+/// The tuple is of the trigger's relation; so for the other functions here.
+pub unsafe fn parent_begins(call: &Call<'_>, old: pg_sys::HeapTuple) {
+    let parent = parent_of(call.table.root);
+    // SAFETY: by the caller.
+    unsafe {
+        let owner = owner_of(call, &parent, old, Side::Old);
+        for key in &parent.keys {
+            if let Some(values) = call.texts(old, &key.columns) {
+                state::with(|s| s.begin(key.id(&values), owner.clone()));
+            }
+        }
+    }
+}
+
+/// After it.
+///
+/// # Safety
+/// As for [`parent_begins`].
+pub unsafe fn parent_changed(call: &Call<'_>, old: pg_sys::HeapTuple, new: pg_sys::HeapTuple) {
+    let root = call.table.root;
+    let parent = parent_of(root);
+    state::with(|s| s.forget_cached());
+    // SAFETY: by the caller.
+    unsafe {
+        let is = owner_of(call, &parent, new, Side::New);
+        for key in &parent.keys {
+            let (before, after) = (call.texts(old, &key.columns), call.texts(new, &key.columns));
+            if before == after {
+                let Some(values) = after else { continue };
+                let id = key.id(&values);
+                let was = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, Side::Old));
+                if was != is {
+                    move_rows(root, key, &values, (&was, &is), true);
+                }
+                state::with(|s| s.end(&id));
+            } else if let Some(values) = after {
+                // The rows that refer to the key that was are the business of the foreign key's own action.
+                adopt(root, key, &values, &is);
+            }
+        }
+    }
+    state::with(|s| s.forget_cached());
+}
+
+/// After everything that follows from the update.
+///
+/// # Safety
+/// As for [`parent_begins`].
+pub unsafe fn parent_ends(call: &Call<'_>, old: pg_sys::HeapTuple) {
+    for key in &parent_of(call.table.root).keys {
+        // SAFETY: by the caller.
+        if let Some(values) = unsafe { call.texts(old, &key.columns) } {
+            state::with(|s| s.end(&key.id(&values)));
+        }
+    }
+}
+
+/// After a parent was inserted: new, or come from another partition.
+///
+/// # Safety
+/// As for [`parent_begins`].
+pub unsafe fn parent_comes(call: &Call<'_>, new: pg_sys::HeapTuple) {
+    if state::with(|s| s.is_quiet()) {
+        return;
+    }
+    let root = call.table.root;
+    let parent = parent_of(root);
+    for key in &parent.keys {
+        // SAFETY: by the caller.
+        unsafe {
+            let Some(values) = call.texts(new, &key.columns) else { continue };
+            let id = key.id(&values);
+            if let Some(was) = state::with(|s| s.before(&id)) {
+                let is = owner_of(call, &parent, new, Side::New);
+                if was != is {
+                    move_rows(root, key, &values, (&was, &is), true);
+                }
+                state::with(|s| {
+                    s.end(&id);
+                    s.set_orphans(id, None);
+                });
+            } else if state::with(|s| s.orphans(&id)).is_some() {
+                let is = owner_of(call, &parent, new, Side::New);
+                adopt(root, key, &values, &is);
+            }
+        }
+    }
+}
+
+/// After a parent was deleted whose rows below may stay a while.
+///
+/// # Safety
+/// As for [`parent_begins`].
+pub unsafe fn parent_goes(call: &Call<'_>, old: pg_sys::HeapTuple) {
+    let parent = parent_of(call.table.root);
+    state::with(|s| s.forget_cached());
+    for key in &parent.keys {
+        // SAFETY: by the caller.
+        unsafe {
+            let Some(values) = call.texts(old, &key.columns) else { continue };
+            let id = key.id(&values);
+            let owner = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, Side::Old));
+            state::with(|s| s.set_orphans(id, Some(owner)));
+        }
+    }
+}
+
+/// Rows that waited for this parent find it.
+fn adopt(root: u32, key: &Key, values: &[Vec<u8>], is: &Owner) {
+    let id = key.id(values);
+    let Some(was) = state::with(|s| s.orphans(&id)) else { return };
+    if was != *is {
+        move_rows(root, key, values, (&was, is), false);
+    }
+    state::with(|s| s.set_orphans(id, None));
+}
+
+/// Writes the rows below a parent into the log anew, as moved.
+fn move_rows(root: u32, key: &Key, values: &[Vec<u8>], (from, to): (&Owner, &Owner), hold: bool) {
+    state::with(|s| s.forget_cached());
+    let below = key.below(root);
+    if hold {
+        below.hold_parent.first(values);
+    }
+    // SAFETY: the name and the value end with NUL; the nest level ends below, or with the transaction.
+    let level = unsafe {
+        let level = pg_sys::NewGUCNestLevel();
+        // The application's triggers have nothing to do with it.
+        pg_sys::set_config_option(
+            c"session_replication_role".as_ptr(),
+            c"replica".as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+        level
+    };
+    for m in &below.moves {
+        let outer = state::with(|s| s.set_moving(Some(Moving::new(m.table, from, to))));
+        m.rewrite.change(values);
+        state::with(|s| s.set_moving(outer));
+        if let Some(hold) = &m.hold {
+            hold.first(values);
+        }
+    }
+    // SAFETY: the level was opened above.
+    unsafe { pg_sys::AtEOXact_GUC(false, level) };
+}

@@ -1,0 +1,241 @@
+//! What a transaction knows about parents, and how it forgets.
+
+use super::Owner;
+use super::plan::{Edge, Parent};
+use crate::invalidation::Inbox;
+use pgrx::pg_guard;
+use pgrx::pg_sys;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// Parents remembered in a transaction; beyond it all are asked for again.
+const MAX_CACHED: usize = 65_536;
+
+/// A parent's row: table, columns and values of a key, in one string of bytes.
+pub type ParentId = Box<[u8]>;
+
+/// See the module.
+pub struct State {
+    inbox: Inbox,
+    /// By the child's root.
+    edges: HashMap<u32, Option<Rc<Edge>>>,
+    /// By the parent's root.
+    parents: HashMap<u32, Rc<Parent>>,
+    /// Parents that this transaction has locked.
+    cache: HashMap<ParentId, Owner>,
+    /// Parents that are changing: what each was before, and at which depth of savepoints that was noted.
+    changing: Vec<(i32, ParentId, Owner)>,
+    /// Parents that are not there, and whose the rows are that refer to them.
+    missing: HashMap<ParentId, Owner>,
+    /// What to put back into `missing` when a savepoint is rolled back.
+    undo: Vec<(i32, ParentId, Option<Owner>)>,
+    moving: Option<Moving>,
+}
+
+/// Rows of a table that are being written anew.
+#[derive(Clone)]
+pub struct Moving {
+    level: i32,
+    table: u32,
+    from: Owner,
+    to: Owner,
+}
+
+impl Moving {
+    pub fn new(table: u32, from: &Owner, to: &Owner) -> Self {
+        Self { level: level(), table, from: from.clone(), to: to.clone() }
+    }
+}
+
+thread_local! {
+    static STATE: RefCell<Option<State>> = const { RefCell::new(None) };
+    static REGISTERED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Uses the state. Never while the server runs anything: triggers nest.
+pub fn with<R>(f: impl FnOnce(&mut State) -> R) -> R {
+    if !REGISTERED.replace(true) {
+        // SAFETY: guarded functions of a library that is never unloaded.
+        unsafe {
+            pg_sys::RegisterXactCallback(Some(transaction_ends), std::ptr::null_mut());
+            pg_sys::RegisterSubXactCallback(Some(savepoint_ends), std::ptr::null_mut());
+        }
+    }
+    STATE.with_borrow_mut(|s| f(s.get_or_insert_with(State::new)))
+}
+
+fn level() -> i32 {
+    // SAFETY: reads a variable of the process.
+    unsafe { pg_sys::GetCurrentTransactionNestLevel() }
+}
+
+impl State {
+    fn new() -> Self {
+        Self {
+            inbox: Inbox::subscribe(),
+            edges: HashMap::new(),
+            parents: HashMap::new(),
+            cache: HashMap::new(),
+            changing: Vec::new(),
+            missing: HashMap::new(),
+            undo: Vec::new(),
+            moving: None,
+        }
+    }
+
+    /// Forgets plans that a DDL or a change of a rule has outdated. Which tables an edge depends on is a whole chain, and
+    /// plans are cheap: all go.
+    fn hear(&mut self) {
+        if self.inbox.take().is_some_and(|news| {
+            self.edges.iter().any(|(child, e)| news.concerns(*child) || e.as_ref().is_some_and(|e| e.concerns(&news)))
+                || self.parents.iter().any(|(root, p)| news.concerns(*root) || p.concerns(&news))
+        }) {
+            self.edges.clear();
+            self.parents.clear();
+        }
+    }
+
+    /// The way from a table to its parent, when it is known.
+    pub fn edge(&mut self, child: u32) -> Option<Option<Rc<Edge>>> {
+        self.hear();
+        self.edges.get(&child).cloned()
+    }
+
+    pub fn put_edge(&mut self, child: u32, edge: Option<Rc<Edge>>) {
+        self.edges.insert(child, edge);
+    }
+
+    pub fn parent(&mut self, root: u32) -> Option<Rc<Parent>> {
+        self.hear();
+        self.parents.get(&root).cloned()
+    }
+
+    pub fn put_parent(&mut self, root: u32, parent: Rc<Parent>) {
+        self.parents.insert(root, parent);
+    }
+
+    pub fn cached(&self, id: &[u8]) -> Option<Owner> {
+        self.cache.get(id).cloned()
+    }
+
+    pub fn remember(&mut self, id: ParentId, owner: Owner) {
+        if self.cache.len() >= MAX_CACHED {
+            self.cache.clear();
+        }
+        self.cache.insert(id, owner);
+    }
+
+    pub fn forget_cached(&mut self) {
+        self.cache.clear();
+    }
+
+    /// What a parent that is changing was before.
+    pub fn before(&self, id: &[u8]) -> Option<Owner> {
+        self.changing.iter().rev().find(|(_, i, _)| **i == *id).map(|(_, _, o)| o.clone())
+    }
+
+    pub fn begin(&mut self, id: ParentId, owner: Owner) {
+        self.changing.push((level(), id, owner));
+    }
+
+    pub fn end(&mut self, id: &[u8]) {
+        if let Some(at) = self.changing.iter().rposition(|(_, i, _)| **i == *id) {
+            self.changing.remove(at);
+        }
+    }
+
+    pub fn orphans(&self, id: &[u8]) -> Option<Owner> {
+        self.missing.get(id).cloned()
+    }
+
+    /// Notes whose the rows are that refer to a parent that is not there; `None`: it is there now.
+    pub fn set_orphans(&mut self, id: ParentId, owner: Option<Owner>) {
+        let was = match owner {
+            Some(o) => self.missing.insert(id.clone(), o),
+            None => self.missing.remove(&id),
+        };
+        let level = level();
+        if level > 1 {
+            self.undo.push((level, id, was));
+        }
+    }
+
+    pub fn moving(&self, table: u32) -> Option<(Owner, Owner)> {
+        self.moving.as_ref().filter(|m| m.table == table).map(|m| (m.from.clone(), m.to.clone()))
+    }
+
+    pub fn set_moving(&mut self, moving: Option<Moving>) -> Option<Moving> {
+        std::mem::replace(&mut self.moving, moving)
+    }
+
+    fn end_transaction(&mut self) {
+        self.cache.clear();
+        self.cache.shrink_to(1024);
+        self.changing.clear();
+        self.missing.clear();
+        self.missing.shrink_to(1024);
+        self.undo.clear();
+        self.moving = None;
+    }
+
+    fn roll_back_to(&mut self, level: i32) {
+        // Locks that were taken since are gone.
+        self.cache.clear();
+        self.changing.retain(|c| c.0 < level);
+        while let Some((_, id, was)) = self.undo.pop_if(|u| u.0 >= level) {
+            match was {
+                Some(o) => self.missing.insert(id, o),
+                None => self.missing.remove(&id),
+            };
+        }
+        self.moving.take_if(|m| m.level >= level);
+    }
+
+    /// Whether no parent is changing or missing, so that one that comes concerns nobody.
+    pub fn is_quiet(&self) -> bool {
+        self.changing.is_empty() && self.missing.is_empty()
+    }
+
+    fn keep_to(&mut self, level: i32) {
+        for u in self.undo.iter_mut().filter(|u| u.0 >= level) {
+            u.0 = level - 1;
+        }
+        for c in self.changing.iter_mut().filter(|c| c.0 >= level) {
+            c.0 = level - 1;
+        }
+    }
+}
+
+fn if_any(f: impl FnOnce(&mut State)) {
+    STATE.with(|s| {
+        if let Ok(mut s) = s.try_borrow_mut()
+            && let Some(s) = s.as_mut()
+        {
+            f(s);
+        }
+    });
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _arg: *mut std::ffi::c_void) {
+    use pg_sys::XactEvent as E;
+    if matches!(event, E::XACT_EVENT_COMMIT | E::XACT_EVENT_ABORT | E::XACT_EVENT_PREPARE) {
+        if_any(State::end_transaction);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn savepoint_ends(
+    event: pg_sys::SubXactEvent::Type,
+    _mine: pg_sys::SubTransactionId,
+    _parent: pg_sys::SubTransactionId,
+    _arg: *mut std::ffi::c_void,
+) {
+    use pg_sys::SubXactEvent as E;
+    match event {
+        E::SUBXACT_EVENT_ABORT_SUB => if_any(|s| s.roll_back_to(level())),
+        E::SUBXACT_EVENT_COMMIT_SUB => if_any(|s| s.keep_to(level())),
+        _ => {}
+    }
+}

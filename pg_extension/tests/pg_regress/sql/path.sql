@@ -1,0 +1,299 @@
+-- Tenants behind foreign keys, and tenants that only the session knows. An archive is kept from the plugin's output alone,
+-- tenant by tenant, and compared with the live rows after every step: each change has to land with its tenant, once.
+\set SHOW_CONTEXT never
+SET client_min_messages = warning;
+CREATE SCHEMA pa;
+SET search_path = pa;
+
+CREATE UNLOGGED TABLE archive (n bigserial, relation text, tenant text, key jsonb, r jsonb);
+CREATE UNLOGGED TABLE complaints (what text);
+CREATE FUNCTION take_in(slot name) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    d    jsonb;
+    hit  bigint;
+    n    int := 0;
+BEGIN
+    FOR d IN SELECT data::jsonb FROM pg_logical_slot_get_changes(slot, NULL, NULL, 'format', 'json') LOOP
+        CONTINUE WHEN d ->> 'op' = 'marker';
+        n := n + 1;
+        IF d ->> 'op' = 'truncate' THEN
+            DELETE FROM archive a WHERE d -> 'relations' ? a.relation;
+            CONTINUE;
+        END IF;
+        IF d ->> 'op' NOT IN ('insert', 'update', 'delete') OR d ->> 'tenant_kind' NOT IN ('normal', 'unassigned') THEN
+            INSERT INTO complaints VALUES (format('unresolved: %s', d));
+            CONTINUE;
+        END IF;
+        hit := NULL;
+        IF d ->> 'op' <> 'insert' THEN
+            SELECT a.n INTO hit FROM archive a
+            WHERE a.relation = d ->> 'relation' AND a.tenant IS NOT DISTINCT FROM d ->> 'tenant'
+              AND CASE WHEN d ? 'key' THEN a.key = coalesce(d -> 'old', d -> 'key') ELSE a.r = d -> 'old' END LIMIT 1;
+            IF hit IS NULL THEN
+                INSERT INTO complaints VALUES (format('no such row: %s', d - 'lsn' - 'xid' - 'commit_time'));
+                CONTINUE;
+            END IF;
+        ELSIF d ? 'key' AND EXISTS (SELECT FROM archive a WHERE a.relation = d ->> 'relation' AND a.key = d -> 'key') THEN
+            INSERT INTO complaints VALUES (format('twice: %s', d - 'lsn' - 'xid' - 'commit_time'));
+        END IF;
+        CASE d ->> 'op'
+            WHEN 'insert' THEN INSERT INTO archive (relation, tenant, key, r) VALUES (d ->> 'relation', d ->> 'tenant', d -> 'key', d -> 'new');
+            WHEN 'update' THEN UPDATE archive a SET key = d -> 'key', r = a.r || (d -> 'new') WHERE a.n = hit;
+            WHEN 'delete' THEN DELETE FROM archive a WHERE a.n = hit;
+        END CASE;
+    END LOOP;
+    RETURN n;
+END $$;
+-- Rows of the archive that are not live, and live rows that are not in the archive.
+CREATE FUNCTION differences() RETURNS TABLE (side text, relation text, tenant text, r jsonb) LANGUAGE plpgsql AS $$
+DECLARE
+    t  record;
+    n  int := take_in('regress_path');
+BEGIN
+    RETURN QUERY SELECT 'complaint', NULL::text, NULL::text, to_jsonb(c.what) FROM complaints c;
+    DELETE FROM complaints;
+    FOR t IN SELECT c.oid::regclass AS rel, format('%I.%I', 'pa', c.relname) AS name FROM coffer.rules u JOIN pg_class c ON c.oid = u.relid
+             WHERE c.relnamespace = 'pa'::regnamespace LOOP
+        RETURN QUERY EXECUTE format(
+            'WITH live AS (SELECT %s AS tenant, to_jsonb(t.*) AS r FROM %s t), kept AS (SELECT a.tenant, a.r FROM archive a WHERE a.relation = %L)
+             SELECT ''live only'', %3$L, l.* FROM (SELECT * FROM live EXCEPT ALL SELECT * FROM kept) l
+             UNION ALL SELECT ''archive only'', %3$L, k.* FROM (SELECT * FROM kept EXCEPT ALL SELECT * FROM live) k',
+            coffer._tenant_expression(t.rel, 't'), coffer._from(t.rel), t.name);
+    END LOOP;
+END $$;
+
+CREATE TABLE orgs (tenant text, id int PRIMARY KEY, code text UNIQUE NOT NULL);
+CREATE TABLE projects (id bigint PRIMARY KEY, org int NOT NULL REFERENCES orgs ON DELETE CASCADE ON UPDATE CASCADE, body text, at date DEFAULT '2026-01-01');
+CREATE TABLE tasks (project bigint REFERENCES projects ON DELETE CASCADE ON UPDATE CASCADE, n int, body text, PRIMARY KEY (project, n));
+CREATE TABLE notes (id int PRIMARY KEY, project bigint, n int, body text, FOREIGN KEY (project, n) REFERENCES tasks ON DELETE SET NULL ON UPDATE CASCADE);
+CREATE TABLE tags (code text REFERENCES orgs (code) ON UPDATE CASCADE ON DELETE CASCADE, word text);
+CREATE TABLE late (id int PRIMARY KEY, org int REFERENCES orgs DEFERRABLE INITIALLY DEFERRED, body text);
+CREATE TABLE below_late (id int PRIMARY KEY, late int REFERENCES late DEFERRABLE INITIALLY DEFERRED);
+CREATE TABLE regions (tenant text, id int, PRIMARY KEY (tenant, id)) PARTITION BY LIST (tenant);
+CREATE TABLE regions_a PARTITION OF regions FOR VALUES IN ('a');
+CREATE TABLE regions_rest PARTITION OF regions DEFAULT;
+CREATE TABLE shops (tenant text, id int NOT NULL, UNIQUE (tenant, id)) PARTITION BY LIST (tenant);
+CREATE TABLE trees (id int PRIMARY KEY, up int REFERENCES trees, org int NOT NULL REFERENCES orgs ON DELETE CASCADE ON UPDATE CASCADE);
+CREATE TABLE parted (id int, org int NOT NULL REFERENCES orgs ON DELETE CASCADE ON UPDATE CASCADE, body text, PRIMARY KEY (id)) PARTITION BY RANGE (id);
+CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (0) TO (100);
+CREATE TABLE parted_2 (body text, org int NOT NULL, id int NOT NULL);
+ALTER TABLE parted ATTACH PARTITION parted_2 FOR VALUES FROM (100) TO (200);
+CREATE TABLE two_ways (id int PRIMARY KEY, project bigint REFERENCES projects, org int NOT NULL REFERENCES orgs);
+CREATE TABLE wallets (owner numeric PRIMARY KEY, tenant text);
+CREATE TABLE coins (id int PRIMARY KEY, owner numeric REFERENCES wallets);
+CREATE TABLE seen (id int PRIMARY KEY, body text);
+
+-- What is proposed, what is done, what cannot be.
+SELECT relation, action, strategy, reason FROM coffer.discover('tenant') WHERE relation::text !~ '\.' AND relation::text NOT IN ('archive', 'complaints');
+SELECT relation, action, strategy, reason, applied FROM coffer.discover('tenant', apply => true) WHERE relation::text !~ '\.' AND strategy = 'path';
+DELETE FROM coffer.settings WHERE name = 'auto_tenant_column';
+SELECT * FROM coffer.add_table('coins', parent => 'wallets');
+SELECT * FROM coffer.add_table('coins', parent => 'orgs');
+SELECT * FROM coffer.add_table('coins', 'owner', parent => 'wallets');
+SELECT * FROM coffer.add_table('trees', parent => 'trees');
+SELECT * FROM coffer.remove_table('orgs');
+SELECT relation, strategy, reason FROM coffer.add_table('seen');
+SELECT regexp_replace(coffer._tenant_expression('notes'::regclass, 't'), '_[0-9]+', '_N', 'g');
+SELECT tgrelid::regclass, tgname, tgenabled FROM pg_trigger WHERE tgname ~* 'coffer' AND tgrelid::regclass::text !~ '\.' ORDER BY tgrelid::regclass::text COLLATE "C", 2;
+SELECT count(*) FROM pg_create_logical_replication_slot('regress_path', 'pg_coffer');
+
+-- Rows at every depth.
+INSERT INTO orgs SELECT v.t, v.i, 'code' || v.i FROM (VALUES ('a', 1), ('b', 2), ('c', 3), (NULL, 4)) v (t, i);
+INSERT INTO projects SELECT 10 * o.id + i, o.id, repeat(md5(random()::text), 200) FROM orgs o, generate_series(1, 2) i;
+INSERT INTO tasks SELECT p.id, i, 'task' FROM projects p, generate_series(1, 2) i;
+INSERT INTO notes SELECT row_number() OVER (), t.project, t.n, 'note' FROM tasks t;
+INSERT INTO notes VALUES (1000, NULL, 1), (1001, 11, NULL);
+INSERT INTO tags SELECT o.code, w FROM orgs o, unnest(ARRAY['x', 'x', 'y']) w;
+INSERT INTO trees VALUES (1, NULL, 1), (2, 1, 1), (3, 1, 2);
+INSERT INTO parted SELECT i * 30, 1 + i % 3, 'p' FROM generate_series(0, 6) i;
+SELECT * FROM differences();
+SELECT relation, coalesce(tenant, '-') AS tenant, count(*) FROM archive GROUP BY 1, 2 ORDER BY 1, 2;
+UPDATE projects SET body = 'short' WHERE id = 11;
+UPDATE tasks SET body = body || '!' WHERE n = 1;
+UPDATE notes SET body = NULL WHERE id % 2 = 0;
+UPDATE tags SET word = 'z' WHERE word = 'x';
+UPDATE parted SET body = 'q';
+UPDATE parted SET id = 155 WHERE id = 30;
+DELETE FROM notes WHERE id = 1;
+SELECT * FROM differences();
+-- A subtree moves, with what is stored outside of its rows; from a tenant to nobody and back.
+UPDATE orgs SET tenant = 'b' WHERE id = 1;
+SELECT * FROM differences();
+UPDATE orgs SET tenant = NULL WHERE id = 1;
+UPDATE orgs SET tenant = 'z' WHERE id = 1;
+SELECT * FROM differences();
+UPDATE projects SET org = 3 WHERE org = 1 AND id = 11;
+UPDATE tasks SET project = 21 WHERE project = 11 AND n = 1 AND false;
+UPDATE notes SET project = 31, n = 1 WHERE id = 3;
+UPDATE parted SET org = 2 WHERE org = 1;
+SELECT * FROM differences();
+-- Keys change, alone and with the tenant; two parents trade places.
+UPDATE orgs SET id = 5 WHERE id = 1;
+UPDATE orgs SET id = 6, tenant = 'y', code = 'other' WHERE id = 5;
+SELECT * FROM differences();
+BEGIN;
+UPDATE orgs SET id = 16 WHERE id = 6;
+UPDATE orgs SET id = 6 WHERE id = 2;
+UPDATE orgs SET id = 2 WHERE id = 16;
+UPDATE orgs SET tenant = 'm' WHERE id IN (2, 6);
+COMMIT;
+SELECT * FROM differences();
+-- A shift in one statement, in an order in which the server never sees two at one place.
+CREATE TABLE seats (tenant text, id int PRIMARY KEY);
+CREATE TABLE guests (id int PRIMARY KEY, seat int NOT NULL REFERENCES seats ON UPDATE CASCADE);
+SELECT strategy FROM coffer.add_table('seats', 'tenant');
+SELECT strategy FROM coffer.add_table('guests', parent => 'seats');
+INSERT INTO seats VALUES ('c', 11), ('a', 1);
+INSERT INTO guests VALUES (1, 1), (2, 11);
+UPDATE seats SET id = id + 10;
+SELECT * FROM differences();
+-- Deleted parents: in cascade at every depth, by hand first, set to NULL.
+DELETE FROM orgs WHERE id = 3;
+DELETE FROM tasks WHERE project = 41;
+WITH p AS (DELETE FROM projects WHERE id = 42 RETURNING id) DELETE FROM tasks USING p WHERE project = p.id;
+SELECT * FROM differences();
+-- Parent and child in one statement, either first.
+WITH o AS (INSERT INTO orgs VALUES ('cte', 50, 'fifty') RETURNING id), p AS (INSERT INTO projects SELECT 500, id FROM o RETURNING id)
+INSERT INTO tasks SELECT id, 1 FROM p;
+WITH o AS (INSERT INTO orgs VALUES ('cte', 51, 'fiftyone')) INSERT INTO projects VALUES (510, 51);
+WITH u AS (UPDATE orgs SET tenant = 'moved' WHERE id = 50) INSERT INTO projects VALUES (501, 50);
+WITH u AS (UPDATE orgs SET tenant = 'again' WHERE id = 50) UPDATE projects SET body = 'b' WHERE org = 50;
+WITH d AS (DELETE FROM orgs WHERE id = 51) DELETE FROM projects WHERE org = 51;
+SELECT * FROM differences();
+-- Constraints that are checked late: the child first, at two depths; a parent deleted and another tenant's in its place.
+BEGIN;
+INSERT INTO below_late VALUES (1, 1), (2, 2);
+INSERT INTO late VALUES (1, 60), (2, 61);
+INSERT INTO orgs VALUES ('l', 60, 'sixty'), ('m', 61, 'sixtyone');
+COMMIT;
+SELECT * FROM differences();
+BEGIN;
+DELETE FROM orgs WHERE id = 60;
+UPDATE late SET body = 'x' WHERE id = 1;
+INSERT INTO orgs VALUES ('n', 60, 'sixty');
+UPDATE late SET body = 'y' WHERE id = 1;
+COMMIT;
+SELECT * FROM differences();
+BEGIN;
+DELETE FROM late WHERE id = 2;
+DELETE FROM below_late WHERE id = 2;
+INSERT INTO below_late VALUES (3, 3);
+SAVEPOINT s;
+INSERT INTO late VALUES (3, 60);
+UPDATE orgs SET tenant = 'gone' WHERE id = 60;
+ROLLBACK TO s;
+UPDATE below_late SET late = 1 WHERE id = 3;
+SAVEPOINT s;
+UPDATE orgs SET tenant = 'kept' WHERE id = 60;
+RELEASE s;
+INSERT INTO below_late VALUES (4, 1);
+COMMIT;
+SELECT * FROM differences();
+-- Isolation, two phases, replication's role, conflicts, COPY, MERGE.
+BEGIN ISOLATION LEVEL SERIALIZABLE;
+UPDATE orgs SET tenant = 's' WHERE id = 50;
+INSERT INTO projects VALUES (502, 50);
+COMMIT;
+BEGIN;
+UPDATE orgs SET tenant = 'prepared' WHERE id = 50;
+INSERT INTO tasks VALUES (502, 1);
+PREPARE TRANSACTION 'pa';
+COMMIT PREPARED 'pa';
+SET session_replication_role = replica;
+INSERT INTO tasks VALUES (502, 2), (99999, 1);
+DELETE FROM tasks WHERE project = 99999;
+RESET session_replication_role;
+INSERT INTO tasks VALUES (502, 2, 'dup') ON CONFLICT DO NOTHING;
+INSERT INTO tasks VALUES (502, 2, 'dup'), (502, 3, 'new') ON CONFLICT (project, n) DO UPDATE SET body = 'conflict';
+MERGE INTO tasks t USING (VALUES (502, 3), (502, 4)) v (p, n) ON t.project = v.p AND t.n = v.n
+    WHEN MATCHED THEN UPDATE SET body = 'merged' WHEN NOT MATCHED THEN INSERT VALUES (v.p, v.n, 'new');
+COPY tasks FROM stdin;
+502	5	copied
+502	6	copied
+\.
+SELECT * FROM differences();
+-- Under another role, with row security in the way.
+CREATE ROLE regress_path_user;
+GRANT USAGE ON SCHEMA pa TO regress_path_user;
+GRANT ALL ON ALL TABLES IN SCHEMA pa TO regress_path_user;
+ALTER TABLE orgs ENABLE ROW LEVEL SECURITY;
+ALTER TABLE projects ENABLE ROW LEVEL SECURITY;
+ALTER TABLE projects FORCE ROW LEVEL SECURITY;
+CREATE POLICY only_ten ON projects USING (id = 10);
+SET ROLE regress_path_user;
+INSERT INTO tasks VALUES (502, 7);
+DELETE FROM tasks WHERE n = 6;
+RESET ROLE;
+SELECT * FROM differences();
+ALTER TABLE orgs DISABLE ROW LEVEL SECURITY;
+ALTER TABLE projects NO FORCE ROW LEVEL SECURITY;
+ALTER TABLE projects DISABLE ROW LEVEL SECURITY;
+-- A parent that moves between partitions.
+CREATE TABLE places (tenant text, id int PRIMARY KEY) ;
+CREATE TABLE zones (tenant text NOT NULL, id int NOT NULL, PRIMARY KEY (id)) PARTITION BY RANGE (id);
+CREATE TABLE zones_1 PARTITION OF zones FOR VALUES FROM (0) TO (10);
+CREATE TABLE zones_2 PARTITION OF zones FOR VALUES FROM (10) TO (20);
+CREATE TABLE beds (id int PRIMARY KEY, zone int NOT NULL REFERENCES zones ON UPDATE CASCADE ON DELETE CASCADE);
+SELECT strategy FROM coffer.add_table('zones', 'tenant');
+SELECT strategy FROM coffer.add_table('beds', parent => 'zones');
+INSERT INTO zones VALUES ('a', 1), ('b', 2), ('c', 12);
+INSERT INTO beds SELECT 10 * z.id + i, z.id FROM zones z, generate_series(1, 2) i;
+UPDATE zones SET tenant = 'q' WHERE id = 1;
+UPDATE zones SET id = 13 WHERE id = 2;
+UPDATE zones SET id = 3, tenant = 'r' WHERE id = 12;
+UPDATE beds SET zone = 13 WHERE id = 11;
+SELECT * FROM differences();
+DELETE FROM zones WHERE id = 13;
+SELECT * FROM differences();
+-- TRUNCATE reaches below.
+TRUNCATE projects CASCADE;
+SELECT * FROM differences();
+-- Only the session knows.
+INSERT INTO seen VALUES (1, 'nobody''s');
+SET coffer.tenant = 'a';
+INSERT INTO seen VALUES (2, 'a'), (3, 'a');
+SET coffer.tenant = 'b';
+INSERT INTO seen VALUES (4, 'b'), (2, 'taken') ON CONFLICT DO NOTHING;
+UPDATE seen SET body = 'by b' WHERE id IN (2, 4);
+UPDATE seen SET id = 20 WHERE id = 3;
+DELETE FROM seen WHERE id = 1;
+RESET coffer.tenant;
+UPDATE seen SET body = 'by nobody' WHERE id = 20;
+SELECT * FROM differences();
+SELECT tenant, r FROM archive WHERE relation = 'pa.seen' ORDER BY r ->> 'id';
+TRUNCATE seen;
+SELECT * FROM differences();
+SELECT count(*) FROM coffer.session_rows;
+
+-- DDL. Renamed columns; a foreign key that is replaced, one that goes; columns and tables that carry a tenant.
+SET client_min_messages = notice;
+ALTER TABLE guests RENAME seat TO chair;
+ALTER TABLE seats RENAME id TO number;
+SELECT count(take_in('regress_path'));
+UPDATE archive SET key = replace(key::text, '"id"', '"number"')::jsonb, r = replace(r::text, '"id"', '"number"')::jsonb WHERE relation = 'pa.seats';
+UPDATE archive SET r = replace(r::text, '"seat"', '"chair"')::jsonb WHERE relation = 'pa.guests';
+INSERT INTO guests VALUES (3, 11);
+UPDATE seats SET tenant = 'renamed' WHERE number = 11;
+SELECT * FROM differences();
+ALTER TABLE guests DROP COLUMN chair;
+ALTER TABLE seats DROP COLUMN number CASCADE;
+DROP TRIGGER zzz_coffer_path ON guests;
+ALTER TABLE seats DISABLE TRIGGER "AAA_coffer_parent";
+UPDATE seats SET tenant = 'enabled' WHERE number = 11;
+SELECT * FROM differences();
+ALTER TABLE guests DROP CONSTRAINT guests_seat_fkey;
+INSERT INTO guests VALUES (4, 999);
+UPDATE seats SET tenant = 'unguarded' WHERE number = 11;
+SELECT * FROM differences();
+SELECT reason FROM coffer.coverage WHERE relation = 'guests'::regclass;
+ALTER TABLE seats ALTER tenant TYPE varchar(20) USING tenant || '!';
+DROP TABLE seats CASCADE;
+SELECT relation, covered, strategy FROM coffer.coverage WHERE relation = 'guests'::regclass;
+SELECT relation, strategy FROM coffer.remove_table('beds');
+SELECT tgname FROM pg_trigger WHERE tgrelid = 'zones'::regclass AND tgname ~* 'coffer' ORDER BY 1;
+SELECT count(*) FROM pg_drop_replication_slot('regress_path');
+SET client_min_messages = warning;
+DROP SCHEMA pa CASCADE;
+DROP OWNED BY regress_path_user;
+DROP ROLE regress_path_user;
+SELECT count(*) FROM coffer.rules WHERE strategy IN (2, 3);

@@ -1,0 +1,371 @@
+-- Tables without a tenant column: their rows belong to the tenant of the row that a foreign key leads to (`path`), or to
+-- the one that the session named when they were inserted (`session`).
+
+CREATE FUNCTION coffer._base_type(type oid) RETURNS oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    WITH RECURSIVE b (oid) AS (
+        SELECT type UNION ALL SELECT t.typbasetype FROM b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype = 'd')
+    SELECT b.oid FROM b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype <> 'd'
+$$;
+
+-- What a type's values are compared as: two keys are equal exactly when their texts are. NULL: for other types that does
+-- not hold (1.0 and 1.00), so a parent cannot be looked up by them.
+CREATE FUNCTION coffer._key_family(type oid, coll oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT CASE
+        WHEN t.oid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) THEN 'integer'
+        WHEN t.oid IN ('text'::regtype, 'varchar'::regtype)
+             AND NOT EXISTS (SELECT FROM pg_collation c WHERE c.oid = coll AND NOT c.collisdeterministic) THEN 'text'
+        WHEN t.typtype = 'e' OR t.oid IN ('oid'::regtype, 'uuid'::regtype, 'bool'::regtype, 'date'::regtype, 'timestamp'::regtype,
+                                          'timestamptz'::regtype, 'bytea'::regtype, '"char"'::regtype, 'name'::regtype)
+        THEN t.oid::text
+    END
+    FROM pg_type t WHERE t.oid = coffer._base_type(type)
+$$;
+
+-- A table's names for its columns, in the order of the numbers; a partition's numbers differ, its names do not.
+CREATE FUNCTION coffer._column_names(rel oid, attnums int2[]) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT array_agg(a.attname::text ORDER BY u.place)
+    FROM unnest(attnums) WITH ORDINALITY u (attnum, place)
+    JOIN pg_attribute a ON a.attrelid = rel AND a.attnum = u.attnum AND NOT a.attisdropped
+$$;
+
+-- Inheritance children are tables of their own, partitions are not.
+CREATE FUNCTION coffer._from(rel oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT format('%s%I.%I', CASE c.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, n.nspname, c.relname)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = rel
+$$;
+
+-- A table's parents, nearest first, itself not among them.
+CREATE FUNCTION coffer._ancestors(rel oid) RETURNS TABLE (relid oid, depth int)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    WITH RECURSIVE up (relid, depth) AS (
+        SELECT r.parent, 1 FROM coffer.rules r WHERE r.relid = rel AND r.parent <> 0
+        UNION ALL
+        SELECT r.parent, up.depth + 1 FROM up JOIN coffer.rules r ON r.relid = up.relid WHERE r.parent <> 0 AND up.depth < 64
+    )
+    SELECT * FROM up
+$$;
+
+CREATE FUNCTION coffer._path_descendants(root oid) RETURNS TABLE (relid oid, depth int)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    WITH RECURSIVE down (relid, depth) AS (
+        SELECT r.relid, 1 FROM coffer.rules r WHERE r.parent = root
+        UNION ALL
+        SELECT r.relid, d.depth + 1 FROM down d JOIN coffer.rules r ON r.parent = d.relid WHERE d.depth < 64
+    )
+    SELECT d.relid, d.depth FROM down d
+$$;
+
+-- The foreign keys of a table and, for each, why the tenant cannot be found by it.
+CREATE FUNCTION coffer._paths(rel oid)
+RETURNS TABLE (parent oid, constraint_oid oid, constraint_name name, attnums int2[], parent_attnums int2[], depth int,
+               is_nullable bool, is_validated bool, obstacle text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT k.confrelid, k.oid, k.conname, k.conkey, k.confkey,
+           1 + (SELECT count(*)::int FROM coffer._ancestors(k.confrelid)),
+           e.is_nullable, k.convalidated,
+           CASE WHEN k.confrelid = rel THEN 'refers to the table itself'
+                WHEN p.relispartition THEN 'refers to a single partition'
+                WHEN r.relid IS NULL THEN format('refers to %s, which is not covered', p.oid::regclass)
+                WHEN r.strategy NOT IN (0, 1, 2, 4) THEN format('refers to %s, whose rows are not each of a tenant', p.oid::regclass)
+                WHEN EXISTS (SELECT FROM coffer._ancestors(k.confrelid) a WHERE a.relid = rel) THEN 'leads back to the table itself'
+                WHEN e.is_computed THEN 'has a generated column'
+                WHEN e.is_inexact THEN 'compares a type whose equal values can be written differently'
+           END
+    FROM pg_constraint k
+    JOIN pg_class p ON p.oid = k.confrelid
+    LEFT JOIN coffer.rules r ON r.relid = k.confrelid
+    CROSS JOIN LATERAL (
+        SELECT bool_or(NOT a.attnotnull) AS is_nullable,
+               bool_or(a.attgenerated <> '' OR a.attidentity = 'a') AS is_computed,
+               bool_or(coffer._key_family(a.atttypid, a.attcollation) IS NULL
+                       OR coffer._key_family(a.atttypid, a.attcollation) IS DISTINCT FROM coffer._key_family(b.atttypid, b.attcollation)) AS is_inexact
+        FROM unnest(k.conkey, k.confkey) u (child, parent)
+        JOIN pg_attribute a ON a.attrelid = rel AND a.attnum = u.child
+        JOIN pg_attribute b ON b.attrelid = k.confrelid AND b.attnum = u.parent
+    ) e
+    WHERE k.conrelid = rel AND k.contype = 'f'
+      -- On a partitioned parent the server keeps a copy of the constraint for each partition.
+      AND NOT EXISTS (SELECT FROM pg_constraint q WHERE q.oid = k.conparentid AND q.conrelid = rel)
+$$;
+
+-- A way to the tenant: by which columns to which of the parent's. constraint_oid 0: by no foreign key any more.
+CREATE TYPE coffer._way AS (parent oid, constraint_oid oid, attnums int2[], parent_attnums int2[], reason text);
+
+-- The best of them: NOT NULL before nullable, short before long. NULL when there is none.
+CREATE FUNCTION coffer._plan_path(rel oid, only_parent oid) RETURNS coffer._way
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    p       record;
+    others  text;
+BEGIN
+    SELECT * INTO p FROM coffer._paths(rel) f
+    WHERE f.obstacle IS NULL AND (only_parent IS NULL OR f.parent = only_parent)
+    ORDER BY f.is_nullable, f.depth, f.is_validated DESC, f.constraint_oid LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    SELECT string_agg(format('%I to %s', f.constraint_name, f.parent::regclass), ', ' ORDER BY f.constraint_oid) INTO others
+    FROM coffer._paths(rel) f WHERE f.obstacle IS NULL AND f.constraint_oid <> p.constraint_oid;
+    RETURN (p.parent, p.constraint_oid, p.attnums, p.parent_attnums,
+        format('a row''s tenant is that of its row in %s, by foreign key %I (%s)%s, so every INSERT, UPDATE and DELETE writes a tag',
+            (SELECT string_agg(x.relid::regclass::text, ' -> ' ORDER BY x.depth)
+             FROM (SELECT p.parent AS relid, 0 AS depth UNION ALL SELECT a.relid, a.depth FROM coffer._ancestors(p.parent) a) x),
+            p.constraint_name, (SELECT string_agg(quote_ident(c), ', ') FROM unnest(coffer._column_names(rel, p.attnums)) c),
+            ', not ' || others))::coffer._way;
+END $$;
+
+-- Why there is none, for an error's hint.
+CREATE FUNCTION coffer._path_obstacles(rel oid, only_parent oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT string_agg(format('%I %s', f.constraint_name, f.obstacle), '; ' ORDER BY f.constraint_oid)
+    FROM coffer._paths(rel) f WHERE f.obstacle IS NOT NULL AND (only_parent IS NULL OR f.parent = only_parent)
+$$;
+
+-- The text by which a row of a table under `session` is remembered: each key column's length and text.
+CREATE FUNCTION coffer._session_key(rel oid, columns text[], row_name text) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT string_agg(format('pg_catalog.concat(pg_catalog.char_length(%1$s), '':'', %1$s)', format('%s.%I::text', row_name, c)), ' || ' ORDER BY ord)
+    FROM unnest(columns) WITH ORDINALITY u (c, ord)
+$$;
+
+-- An expression for the tenant, as text, of a row of a covered table that the statement calls `row_name`; NULL for a row of
+-- nobody. What it reads beside the row is in coffer._ancestors().
+CREATE FUNCTION coffer._tenant_expression(rel oid, row_name text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r      coffer.rules;
+    up     text;
+BEGIN
+    SELECT * INTO r FROM coffer.rules u WHERE u.relid = rel;
+    IF r.tenant_attnum > 0 THEN
+        RETURN (SELECT format('%s.%I::text', row_name, a.attname) FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum = r.tenant_attnum);
+    END IF;
+    IF r.strategy = 3 THEN
+        RETURN format('(SELECT coffer_s.tenant FROM coffer.session_rows coffer_s WHERE coffer_s.relid = %s AND coffer_s.key = %s)',
+                      rel, coffer._session_key(rel, r.key_columns, row_name));
+    END IF;
+    IF r.strategy IS DISTINCT FROM 2 THEN
+        RETURN NULL;
+    END IF;
+    up := format('coffer_%s', r.parent);
+    RETURN format('(SELECT %s FROM %s %s WHERE %s)', coffer._tenant_expression(r.parent, up), coffer._from(r.parent), up,
+        (SELECT string_agg(format('%s.%I OPERATOR(pg_catalog.=) %s.%I', up, p, row_name, c), ' AND ' ORDER BY ord)
+         FROM unnest(coffer._column_names(r.parent, r.parent_attnums), coffer._column_names(rel, r.path_attnums)) WITH ORDINALITY u (p, c, ord)));
+END $$;
+
+-- How a trigger finds a parent: the columns that lead to it, the query (key as text in, tenant or next key as text out),
+-- and the indexes in which a version that is deleted already can be found.
+CREATE FUNCTION coffer._edge(rel oid)
+RETURNS TABLE (parent oid, owner oid, columns text[], parent_columns text[], attnums int2[], results text[], leads_on bool,
+               needs_settings bool, lookup text, leaves oid[], indexes oid[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT r.parent, c.relowner, coffer._column_names(rel, r.path_attnums), k.names, r.parent_attnums, o.names, p.strategy = 2,
+           EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = r.parent AND a.attname = ANY (o.names)
+                   AND coffer._base_type(a.atttypid) <> ALL (ARRAY['int2', 'int4', 'int8', 'text', 'varchar', 'uuid', 'bool']::regtype[])),
+           format('SELECT %s FROM %s p WHERE %s FOR KEY SHARE OF p',
+                  (SELECT string_agg(format('p.%I::text', x), ', ' ORDER BY ord) FROM unnest(o.names) WITH ORDINALITY u (x, ord)),
+                  coffer._from(r.parent),
+                  (SELECT string_agg(format('p.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY ord)
+                   FROM unnest(r.parent_attnums) WITH ORDINALITY u (n, ord) JOIN pg_attribute a ON a.attrelid = r.parent AND a.attnum = u.n)),
+           i.leaves, i.indexes
+    FROM coffer.rules r
+    JOIN coffer.rules p ON p.relid = r.parent
+    JOIN pg_class c ON c.oid = r.parent
+    CROSS JOIN LATERAL (SELECT coffer._column_names(r.parent, r.parent_attnums) AS names) k
+    CROSS JOIN LATERAL (SELECT CASE WHEN p.strategy = 2 THEN coffer._column_names(r.parent, p.path_attnums)
+                                    ELSE coffer._column_names(r.parent, ARRAY[p.tenant_attnum]) END AS names) o
+    CROSS JOIN LATERAL (
+        SELECT array_agg(t.relid) AS leaves, array_agg(x.index_oid) AS indexes
+        FROM coffer._tree(r.parent) t
+        CROSS JOIN LATERAL (
+            SELECT y.indexrelid AS index_oid FROM pg_index y
+            WHERE y.indrelid = t.relid AND y.indisunique AND y.indisvalid AND y.indisready AND y.indpred IS NULL AND y.indexprs IS NULL
+              AND (SELECT array_agg(a.attname::text ORDER BY a.attname) FROM unnest(y.indkey::int2[]) WITH ORDINALITY u (n, ord)
+                   JOIN pg_attribute a ON a.attrelid = t.relid AND a.attnum = u.n WHERE u.ord <= y.indnkeyatts)
+                  = (SELECT array_agg(n ORDER BY n COLLATE "C") FROM unnest(k.names) n)
+            ORDER BY y.indexrelid LIMIT 1) x
+        WHERE t.relkind = 'r'
+    ) i
+    WHERE r.relid = rel AND r.strategy = 2
+$$;
+
+-- The keys by which other tables' rows find their tenant in this one.
+CREATE FUNCTION coffer._parent_keys(root oid) RETURNS TABLE (attnums int2[], columns text[], tenant_column text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT DISTINCT c.parent_attnums, coffer._column_names(root, c.parent_attnums),
+           (SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = root AND a.attnum = r.tenant_attnum AND r.tenant_attnum > 0)
+    FROM coffer.rules c JOIN coffer.rules r ON r.relid = root WHERE c.parent = root
+$$;
+
+-- For a parent's row that moves to another tenant, by one of its keys: every table with rows below it, nearest first, with
+-- the statement that writes those rows into the log anew, and the one that keeps others from adding to them.
+CREATE FUNCTION coffer._moves(root oid, key_attnums int2[]) RETURNS TABLE (relid oid, owner oid, move text, hold text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    WITH RECURSIVE down (relid, depth, condition) AS (
+        -- The control character stands for the row's name.
+        SELECT r.relid, 1,
+               (SELECT string_agg(format(E'\x01.%I OPERATOR(pg_catalog.=) $%s::%s', c, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY u.ord)
+                FROM unnest(r.parent_attnums, coffer._column_names(r.relid, r.path_attnums)) WITH ORDINALITY u (n, c, ord)
+                JOIN pg_attribute a ON a.attrelid = root AND a.attnum = u.n)
+        FROM coffer.rules r WHERE r.parent = root AND r.parent_attnums = key_attnums
+        UNION ALL
+        SELECT r.relid, d.depth + 1,
+               format('EXISTS (SELECT FROM %s coffer_%s WHERE %s AND %s)', coffer._from(d.relid), d.depth,
+                      (SELECT string_agg(format(E'coffer_%s.%I OPERATOR(pg_catalog.=) \x01.%I', d.depth, p, c), ' AND ' ORDER BY u.ord)
+                       FROM unnest(coffer._column_names(d.relid, r.parent_attnums), coffer._column_names(r.relid, r.path_attnums))
+                            WITH ORDINALITY u (p, c, ord)),
+                      replace(d.condition, E'\x01', format('coffer_%s', d.depth)))
+        FROM down d JOIN coffer.rules r ON r.parent = d.relid
+    )
+    SELECT d.relid, c.relowner,
+           format('UPDATE %s t SET %I = t.%2$I WHERE %s', coffer._from(d.relid), (coffer._column_names(d.relid, r.path_attnums))[1],
+                  replace(d.condition, E'\x01', 't')),
+           CASE WHEN EXISTS (SELECT FROM coffer.rules b WHERE b.parent = d.relid)
+                THEN format('SELECT pg_catalog.count(*)::text FROM (SELECT FROM %s t WHERE %s FOR UPDATE OF t) x', coffer._from(d.relid),
+                            replace(d.condition, E'\x01', 't')) END
+    FROM down d JOIN coffer.rules r ON r.relid = d.relid JOIN pg_class c ON c.oid = d.relid
+    ORDER BY d.depth, d.relid
+$$;
+
+-- True when an UPDATE of the parent may concern rows below it: its tenant, or a key that they refer to.
+CREATE FUNCTION coffer._parent_condition(root oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT string_agg(format('%s IS DISTINCT FROM %s', coffer._key_expression('OLD', root, a.attname), coffer._key_expression('NEW', root, a.attname)),
+                      ' OR ' ORDER BY a.attnum)
+    FROM pg_attribute a
+    WHERE a.attrelid = root AND a.attnum > 0
+      AND (a.attnum = (SELECT r.tenant_attnum FROM coffer.rules r WHERE r.relid = root)
+           OR a.attnum = ANY ((SELECT r.path_attnums FROM coffer.rules r WHERE r.relid = root)::int2[])
+           OR EXISTS (SELECT FROM coffer.rules c WHERE c.parent = root AND a.attnum = ANY (c.parent_attnums)))
+$$;
+
+-- The triggers that a parent needs. Names in capitals come before the server's own triggers for referential actions, those
+-- with z after them.
+CREATE FUNCTION coffer._parent_triggers(root oid) RETURNS TABLE (name name, what text, event text, condition text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT (v.name || CASE c.relkind WHEN 'p' THEN '_tree' ELSE '' END)::name, v.what, v.event,
+           CASE WHEN v.event LIKE '%UPDATE' THEN coffer._parent_condition(root) END
+    FROM pg_class c
+    CROSS JOIN (VALUES ('zzz_coffer_parent_begin', 'begin', 'BEFORE UPDATE'), ('AAA_coffer_parent', 'moved', 'AFTER UPDATE'),
+                       ('zzz_coffer_parent_end', 'end', 'AFTER UPDATE'), ('AAA_coffer_parent_new', 'new', 'AFTER INSERT'),
+                       ('AAA_coffer_parent_gone', 'gone', 'AFTER DELETE')) v (name, what, event)
+    WHERE c.oid = root AND EXISTS (SELECT FROM coffer.rules r WHERE r.parent = root)
+      -- Only behind a constraint that is checked late can a row outlive its parent, and find another.
+      AND (v.what <> 'gone' OR EXISTS (
+            SELECT FROM coffer.rules r LEFT JOIN pg_constraint k ON k.oid = r.path_constraint
+            WHERE r.parent = root AND coalesce(k.condeferrable, true)))
+$$;
+
+CREATE FUNCTION coffer._parent_arguments(what text, condition text) RETURNS bytea
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT convert_to(what, 'UTF8') || '\x00' || convert_to(md5(coalesce(condition, '')), 'UTF8') || '\x00' $$;
+
+CREATE FUNCTION coffer._parent_intact(root oid) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT NOT EXISTS (
+        SELECT FROM coffer._tree(root) m
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS n, count(*) FILTER (WHERE g.tgenabled = 'A' AND g.tgargs = coffer._parent_arguments(w.what, w.condition)) AS good
+            FROM (SELECT * FROM pg_trigger t WHERE t.tgrelid = m.relid AND t.tgfoid = to_regprocedure('coffer._parent()') OFFSET 0) g
+            LEFT JOIN coffer._parent_triggers(root) w ON w.name = g.tgname
+        ) t
+        WHERE m.relkind IN ('r', 'p') AND (t.n <> t.good OR t.n <> (SELECT count(*) FROM coffer._parent_triggers(root))))
+$$;
+
+-- Gives a table the triggers of a parent, or takes them away.
+CREATE FUNCTION coffer._sync_parent(root oid) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    t  record;
+BEGIN
+    IF root = 0 OR NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = root) OR coffer._parent_intact(root) THEN
+        RETURN;
+    END IF;
+    FOR t IN
+        SELECT g.tgname, g.tgrelid FROM coffer._tree(root) m
+        CROSS JOIN LATERAL (SELECT * FROM pg_trigger x WHERE x.tgrelid = m.relid OFFSET 0) g
+        WHERE g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgparentid = 0
+    LOOP
+        PERFORM coffer._ddl(format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass));
+    END LOOP;
+    FOR t IN SELECT * FROM coffer._parent_triggers(root) LOOP
+        PERFORM coffer._ddl(format('CREATE TRIGGER %I %s ON %s FOR EACH ROW %s EXECUTE FUNCTION coffer._parent(%L, %L)',
+            t.name, t.event, root::regclass, 'WHEN (' || t.condition || ')', t.what, md5(coalesce(t.condition, ''))));
+    END LOOP;
+    FOR t IN
+        SELECT g.tgname, g.tgrelid FROM coffer._tree(root) m
+        CROSS JOIN LATERAL (SELECT * FROM pg_trigger x WHERE x.tgrelid = m.relid OFFSET 0) g
+        WHERE g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgenabled <> 'A'
+    LOOP
+        PERFORM coffer._ddl(format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', t.tgrelid::regclass, t.tgname));
+    END LOOP;
+    PERFORM coffer._invalidate(m.relid) FROM coffer._tree(root) m;
+END $$;
+
+-- The rows below a table belong to other tenants than was archived, without a change of theirs: they need new bases.
+CREATE FUNCTION coffer._rebase_descendants(root oid) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    d  oid;
+BEGIN
+    FOR d IN SELECT DISTINCT x.relid FROM coffer._path_descendants(root) x LOOP
+        UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = d;
+        PERFORM coffer._changed(d, 'add', true);
+    END LOOP;
+END $$;
+
+-- Refuses what would leave the rows below a table without a tenant.
+CREATE FUNCTION coffer._refuse_with_children(rel oid, what text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    below  text := (SELECT string_agg(r.relid::regclass::text, ', ' ORDER BY r.relid) FROM coffer.rules r WHERE r.parent = rel);
+BEGIN
+    IF below IS NOT NULL THEN
+        RAISE EXCEPTION '% cannot be %: the tenants of % are found through it', rel::regclass, what, below
+            USING ERRCODE = 'dependent_objects_still_exist', HINT = 'Call coffer.remove_table() for those first.';
+    END IF;
+END $$;
+
+-- Whose a row of a table under `session` is, kept by its key beside the table: after the session has ended nothing else
+-- tells. Kept here and not in the row, since the table is the application's.
+CREATE FUNCTION coffer._session_truncated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    DELETE FROM coffer.session_rows s WHERE s.relid = coffer._root(TG_RELID);
+    RETURN NULL;
+END $$;
+
+-- Keeps others from adding rows below a parent that moves.
+CREATE FUNCTION coffer._hold_parent(root oid, key_attnums int2[]) RETURNS TABLE (owner oid, hold text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT c.relowner, format('SELECT ''''::text FROM %s t WHERE %s FOR UPDATE OF t', coffer._from(root),
+        (SELECT string_agg(format('t.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY u.ord)
+         FROM unnest(key_attnums) WITH ORDINALITY u (n, ord) JOIN pg_attribute a ON a.attrelid = root AND a.attnum = u.n))
+    FROM pg_class c WHERE c.oid = root
+$$;
