@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 /// Table -> its rows as text, sorted.
 pub type Rows = BTreeMap<String, Vec<String>>;
@@ -39,16 +40,19 @@ pub async fn rows_of(db: &Client, w: &Watched, tenant: &str) -> Vec<String> {
     rows
 }
 
-/// Names a restore point and records what every tenant has there.
+/// Names a restore point and records what every tenant has there. In a deadlock with writers it begins again.
 pub async fn take(db: &mut Client, tables: &[Watched], name: &str) -> Truth {
-    let tx = db.transaction().await.expect("begin");
     let list: Vec<&str> = tables.iter().map(|w| w.table.as_str()).collect();
-    tx.batch_execute(&format!("LOCK TABLE {} IN EXCLUSIVE MODE", list.join(", "))).await.expect("the locks");
-    tx.batch_execute("SET LOCAL timezone = 'UTC'").await.expect("set");
+    let lock = format!("BEGIN; LOCK TABLE {} IN EXCLUSIVE MODE", list.join(", "));
+    while let Err(e) = db.batch_execute(&lock).await {
+        assert_eq!(e.code(), Some(&SqlState::T_R_DEADLOCK_DETECTED), "the locks: {e:?}");
+        db.batch_execute("ROLLBACK").await.expect("rollback");
+    }
+    db.batch_execute("SET LOCAL timezone = 'UTC'").await.expect("set");
     let mut tenants: BTreeMap<String, Rows> = BTreeMap::new();
     for w in tables {
         let sql = format!("SELECT {}::text, t::text FROM {} t", w.tenant_column, w.table);
-        for row in tx.query(&sql, &[]).await.expect("rows") {
+        for row in db.query(&sql, &[]).await.expect("rows") {
             let Some(tenant) = row.get::<_, Option<String>>(0) else { continue };
             tenants.entry(tenant).or_default().entry(w.table.clone()).or_default().push(row.get(1));
         }
@@ -56,8 +60,8 @@ pub async fn take(db: &mut Client, tables: &[Watched], name: &str) -> Truth {
     for rows in tenants.values_mut().flat_map(BTreeMap::values_mut) {
         rows.sort_unstable();
     }
-    tx.query_one("SELECT coffer.restore_point($1)", &[&name]).await.expect("restore_point");
-    tx.commit().await.expect("commit");
+    db.query_one("SELECT coffer.restore_point($1)", &[&name]).await.expect("restore_point");
+    db.batch_execute("COMMIT").await.expect("commit");
     Truth { name: name.into(), tenants }
 }
 

@@ -34,5 +34,6 @@ mod harness;
 mod independence;
 mod isolation;
 mod names;
+mod paths;
 mod thread;
 mod types;

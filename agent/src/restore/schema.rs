@@ -99,7 +99,10 @@ impl Entry {
 
     fn is_ours(&self) -> bool {
         self.schema == "coffer"
-            || self.rest.split(' ').any(|w| w.starts_with("zzz_coffer_") || w.starts_with("aaa_coffer_"))
+            || self
+                .rest
+                .split(' ')
+                .any(|w| ["zzz_coffer_", "aaa_coffer_", "AAA_coffer_"].iter().any(|p| w.starts_with(p)))
             || (self.description == "SCHEMA" && self.rest.starts_with("coffer "))
             || (self.description == "EXTENSION" && self.rest.starts_with("pg_coffer"))
             || (self.description == "COMMENT"
@@ -334,6 +337,7 @@ mod tests {
             "TRIGGER public orders zzz_coffer_tag_delete postgres",
             "TRIGGER public orders aaa_coffer_fence_ins postgres",
             "TRIGGER public orders aaa_coffer_fill postgres",
+            "TRIGGER public orders AAA_coffer_parent postgres",
             "PUBLICATION - p postgres",
             "PUBLICATION TABLE public p orders postgres",
             "SUBSCRIPTION - s postgres",

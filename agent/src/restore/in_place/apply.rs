@@ -168,7 +168,7 @@ impl Apply<'_> {
             comparison = again?;
             self.lock_rows(&comparison, uniques).await?;
         }
-        self.write(&comparison, fks, uniques).await?;
+        self.write(&mut comparison, fks, uniques).await?;
         failpoints::hit(failpoints::RESTORE_BEFORE_COMMIT)?;
         let row = client
             .query_one("SELECT pg_catalog.pg_current_wal_insert_lsn()::text", &[])
@@ -238,15 +238,25 @@ impl Apply<'_> {
 
     async fn write(
         &self,
-        comparison: &Comparison,
+        comparison: &mut Comparison,
         fks: &[ForeignKey],
         uniques: &BTreeMap<u32, Vec<Unique>>,
     ) -> std::result::Result<(), Stop> {
-        let mut touched: Vec<_> = self.tables(comparison, uniques).filter(|(_, c, _)| !c.is_empty()).collect();
+        let mut touched: Vec<_> = self.tables(&*comparison, uniques).filter(|(_, c, _)| !c.is_empty()).collect();
         touched.sort_by_key(|(live, _, _)| live.rule.parents.len());
+        let mut taken_back = Vec::new();
         for (live, counts, sql) in &touched {
             if counts.inserted + counts.updated > 0 {
                 self.refuse_rows_of_others(live, sql, &uniques[&live.rule.relid]).await?;
+            }
+            if counts.inserted > 0
+                && let Some(s) = sql.take_back()
+            {
+                let n = self.client.execute(&s, &[]).await.map_err(|e| stop(e, "cannot take back rows of nobody"))?;
+                if n > 0 {
+                    taken_back
+                        .push(format!("{}: {n} rows that had become nobody's are the tenant's again", live.name()));
+                }
             }
         }
         let kept = self.keep_referenced(&touched, fks).await?;
@@ -296,6 +306,8 @@ impl Apply<'_> {
                 }
             }
         }
+        drop(touched);
+        comparison.warnings.extend(taken_back);
         Ok(())
     }
 

@@ -24,6 +24,19 @@ pub struct LiveTable {
 }
 
 impl LiveTable {
+    /// True for rows of nobody: those of a deleted parent, say, whose foreign key was set to NULL. `None`: every row is
+    /// somebody's.
+    pub fn is_nobodys(&self) -> Option<String> {
+        let whose = match (&self.rule.tenant_expression, &self.rule.tenant_column) {
+            (Some(e), _) => e.clone(),
+            (None, Some(c)) => format!("t.{}", quote_ident(c)),
+            (None, None) => return None,
+        };
+        Some(format!("{whose} IS NULL"))
+    }
+}
+
+impl LiveTable {
     /// For messages: `schema.name`.
     pub fn name(&self) -> String {
         self.rule.qualified()

@@ -133,15 +133,30 @@ impl<'a> TableSql<'a> {
             .zip(&u.operators)
             .map(|((c, s), op)| equal(op, &format!("t.{}", quote_ident(c)), s, u.nulls_equal))
             .collect();
+        // What comes back from nobody is in nobody's way.
+        let comes_back = self.orphan().map_or_else(String::new, |o| format!(" AND ({o}) IS NOT TRUE"));
         Some(format!(
             "SELECT pg_catalog.concat_ws(', ', {}) FROM {} JOIN {} ON {} WHERE s.op IN ('I', 'U') \
-             AND ({}) IS NOT TRUE LIMIT {SHOWN}",
+             AND ({}) IS NOT TRUE{comes_back} LIMIT {SHOWN}",
             shown("t", &u.columns),
             self.from(),
             self.stage(),
             same.join(" AND "),
             self.table.is_tenants
         ))
+    }
+
+    /// A live row of nobody with the key of a staged one.
+    fn orphan(&self) -> Option<String> {
+        if self.whole_row() || self.table.is_tenants == "true" {
+            return None;
+        }
+        Some(self.same_key(&self.table.is_nobodys()?))
+    }
+
+    /// Removes rows of nobody that come back as the tenant's.
+    pub fn take_back(&self) -> Option<String> {
+        Some(format!("DELETE FROM {} USING {} WHERE s.op = 'I' AND {}", self.from(), self.stage(), self.orphan()?))
     }
 
     pub fn delete(&self) -> String {

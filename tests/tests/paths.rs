@@ -1,0 +1,210 @@
+//! Tables whose rows do not say whose they are: tenants behind foreign keys, tenants that only the session named. From
+//! bases, through the stream, to every mode of restore.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::block_on;
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored::{self, Database, Scratch};
+use coffer_tests::truth::{self, Truth, Watched};
+use tokio_postgres::Client;
+
+on_majors! {
+    behind_foreign_keys: behind_foreign_keys;
+    writers_race_with_moves: writers_race_with_moves;
+}
+
+const DDL: &str = "
+CREATE TABLE orgs (id int PRIMARY KEY, tenant text, name text);
+CREATE TABLE projects (id bigint PRIMARY KEY, org int NOT NULL REFERENCES orgs ON DELETE CASCADE ON UPDATE CASCADE, body text);
+ALTER TABLE projects ALTER body SET STORAGE EXTERNAL;
+CREATE TABLE tasks (project bigint REFERENCES projects ON DELETE CASCADE ON UPDATE CASCADE, n int, body text, PRIMARY KEY (project, n));
+CREATE TABLE notes (id int PRIMARY KEY, project bigint, n int, body text,
+    FOREIGN KEY (project, n) REFERENCES tasks ON DELETE SET NULL ON UPDATE CASCADE);
+CREATE TABLE labels (org int NOT NULL REFERENCES orgs ON DELETE CASCADE ON UPDATE CASCADE, word text);
+CREATE TABLE files (id int, project bigint NOT NULL REFERENCES projects ON DELETE CASCADE ON UPDATE CASCADE, body text, PRIMARY KEY (id))
+    PARTITION BY RANGE (id);
+CREATE TABLE files_1 PARTITION OF files FOR VALUES FROM (0) TO (100);
+CREATE TABLE files_2 PARTITION OF files DEFAULT;
+CREATE TABLE seen (id int PRIMARY KEY, claim text, body text);
+";
+
+/// The tenants by the test's own account.
+fn watched() -> Vec<Watched> {
+    let org = "(SELECT o.tenant FROM orgs o WHERE o.id = t.org)";
+    let project = "(SELECT o.tenant FROM projects p JOIN orgs o ON o.id = p.org WHERE p.id = t.project)";
+    vec![
+        Watched::new("orgs", "t.tenant"),
+        Watched::new("projects", org),
+        Watched::new("tasks", project),
+        // A note without its number refers to no task.
+        Watched::new("notes", &format!("(CASE WHEN t.n IS NOT NULL THEN {project} END)")),
+        Watched::new("labels", org),
+        Watched::new("files", project),
+        Watched::new("seen", "t.claim"),
+    ]
+}
+
+const ROWS: &str = "
+INSERT INTO orgs SELECT i, chr(96 + i), 'org ' || i FROM generate_series(1, 4) i;
+INSERT INTO projects SELECT 10 * o.id + i, o.id, repeat(md5(o.id::text || i), 100) FROM orgs o, generate_series(1, 3) i;
+INSERT INTO tasks SELECT p.id, i, 'task ' || i FROM projects p, generate_series(1, 4) i;
+INSERT INTO notes SELECT row_number() OVER (), t.project, t.n, 'note' FROM tasks t;
+INSERT INTO labels SELECT o.id, w FROM orgs o, unnest(ARRAY['x', 'x', 'y']) w;
+INSERT INTO files SELECT row_number() OVER () * 9, p.id, 'file' FROM projects p, generate_series(1, 3);
+";
+
+fn prepare(cluster: &Cluster) {
+    cluster.create_protected_db("shop");
+    cluster.script("shop", DDL);
+    cluster.psql("shop", "SELECT * FROM coffer.discover('tenant', true)");
+    cluster.psql("shop", "SELECT * FROM coffer.add_table('seen')");
+    let strategies = "SELECT string_agg(strategy, ' ' ORDER BY relation::text) FROM coffer.coverage";
+    assert_eq!(cluster.psql("shop", strategies), "path path path tag path session path");
+    cluster.script("shop", ROWS);
+    for t in ["a", "b"] {
+        cluster.script(
+            "shop",
+            &format!("SET coffer.tenant = '{t}'; INSERT INTO seen SELECT ascii('{t}') * 10 + i, '{t}', 'old' FROM generate_series(1, 3) i;"),
+        );
+    }
+}
+
+async fn check(agent: &Agent, cluster: &Cluster, scratch: &Scratch<'_>, truth: &Truth) {
+    for tenant in ["a", "b", "c", "d", "q"] {
+        if !truth.tenants.contains_key(tenant) {
+            continue;
+        }
+        let mut wrong = scratch.check(agent, truth, &watched(), tenant).await;
+        wrong.extend(Database::check(agent, cluster, truth, &watched(), tenant).await);
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+}
+
+/// Restores in place, and compares every tenant with what `then` (of the one) and `now` (of the others) say.
+async fn in_place(agent: &Agent, db: &Client, tenant: &str, then: &Truth, now: &Truth) {
+    let done = agent.json(&restored::in_place(tenant, &format!("name:{}", then.name)));
+    let mut wrong = then.differences(db, &watched(), tenant).await;
+    for other in now.tenants.keys().filter(|t| *t != tenant) {
+        wrong.extend(now.differences(db, &watched(), other).await);
+    }
+    assert!(wrong.is_empty(), "in place, {tenant} to {}: {wrong:#?}\n{done}", then.name);
+}
+
+fn behind_foreign_keys(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        prepare(&cluster);
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["a", "b", "c", "d"]);
+        let mut db = cluster.connect("shop").await;
+        let scratch = Scratch::new(&cluster, DDL).await;
+        let base = truth::take(&mut db, &watched(), "base").await;
+        cluster.script(
+            "shop",
+            "UPDATE projects SET org = 2 WHERE id = 11;
+             UPDATE tasks SET body = 'changed' WHERE n = 2;
+             UPDATE orgs SET tenant = 'q' WHERE id = 3;
+             UPDATE orgs SET id = 40 WHERE id = 4;
+             UPDATE projects SET id = 999, body = 'short' WHERE id = 21;
+             DELETE FROM projects WHERE id = 12;
+             UPDATE files SET id = 1000 WHERE id = 9;
+             UPDATE labels SET word = 'z' WHERE org = 1 AND word = 'y';
+             SET coffer.tenant = 'b'; UPDATE seen SET body = 'new'; DELETE FROM seen WHERE id = 971;
+             INSERT INTO seen VALUES (5, 'b', 'later');",
+        );
+        let moved = truth::take(&mut db, &watched(), "moved").await;
+        cluster.script(
+            "shop",
+            "DELETE FROM orgs WHERE id = 2; INSERT INTO orgs VALUES (2, 'c', 'other'); TRUNCATE files;",
+        );
+        let gone = truth::take(&mut db, &watched(), "gone").await;
+        for truth in [&base, &moved, &gone] {
+            check(&agent, &cluster, &scratch, truth).await;
+        }
+        // b's rows are gone, and its key 2 is c's now: refused by name, then not.
+        let (code, refused) = agent.json_err(&restored::in_place("b", "name:moved"));
+        assert!(code == 10 && refused.to_string().contains("belong to another tenant"), "{code} {refused}");
+        cluster.script("shop", "DELETE FROM orgs WHERE id = 2");
+        let freed = truth::take(&mut db, &watched(), "freed").await;
+        in_place(&agent, &db, "b", &moved, &freed).await;
+        // a's subtree: re-parented, deleted, new parents that were not there then.
+        cluster.script(
+            "shop",
+            "INSERT INTO orgs VALUES (100, 'a', 'new'); INSERT INTO projects VALUES (1001, 100, 'new');
+             UPDATE projects SET org = 100 WHERE org = 1; UPDATE notes SET project = NULL WHERE project = 13;
+             DELETE FROM tasks WHERE project = 13 AND n > 2; INSERT INTO labels VALUES (100, 'n'), (1, 'x');
+             SET coffer.tenant = 'a'; DELETE FROM seen WHERE claim = 'a' AND id = 972; INSERT INTO seen VALUES (6, 'a', 'n');",
+        );
+        let mixed = truth::take(&mut db, &watched(), "mixed").await;
+        in_place(&agent, &db, "a", &moved, &mixed).await;
+        in_place(&agent, &db, "a", &mixed, &mixed).await;
+        let status = agent.json(&["status"]);
+        assert_eq!(status["sources"][0]["unresolved_rows"], 0, "{status}");
+        // What the restores wrote is in the stream like any other change.
+        let last = truth::take(&mut db, &watched(), "last").await;
+        check(&agent, &cluster, &scratch, &last).await;
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+    });
+}
+
+/// Rows are added, changed and deleted below parents that other sessions move, while bases are taken.
+fn writers_race_with_moves(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        prepare(&cluster);
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let mut writers = Vec::new();
+        for n in 0..5u32 {
+            let (db, stop) = (cluster.connect("shop").await, stop.clone());
+            writers.push(tokio::spawn(async move {
+                let isolation = ["READ COMMITTED", "REPEATABLE READ"][n as usize % 2];
+                let (mut i, mut done) = (0u32, 0u32);
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    i += 1;
+                    let id = 10_000 * (n + 1) + i;
+                    let change = match (n, i % 4) {
+                        (4, 0) => "UPDATE orgs SET tenant = chr(97 + (ascii(tenant) - 96) % 4) WHERE id = 1".to_owned(),
+                        (4, 1) => "UPDATE projects SET org = 1 + org % 4 WHERE id % 10 = 2".to_owned(),
+                        (4, _) => format!("UPDATE projects SET org = 1 + {i} % 4 WHERE id = 33"),
+                        (_, 0) => format!("INSERT INTO notes SELECT {id}, project, n, 'r' FROM tasks ORDER BY random() LIMIT 1"),
+                        (_, 1) => format!("INSERT INTO projects VALUES ({id}, 1 + {i} % 4, 'r'); INSERT INTO tasks VALUES ({id}, 1)"),
+                        (_, 2) => "UPDATE notes SET body = body || 'u' WHERE id IN (SELECT id FROM notes ORDER BY random() LIMIT 2)".to_owned(),
+                        _ => "DELETE FROM tasks WHERE (project, n) IN (SELECT project, n FROM tasks ORDER BY random() LIMIT 1)".to_owned(),
+                    };
+                    let script = format!("BEGIN ISOLATION LEVEL {isolation}; {change}; SELECT pg_sleep(0.002); COMMIT");
+                    match db.batch_execute(&script).await {
+                        Ok(()) => done += 1,
+                        // Deadlocks and serialization failures are the clients' own business.
+                        Err(_) => db.batch_execute("ROLLBACK").await.expect("rollback"),
+                    }
+                }
+                done
+            }));
+        }
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["a", "b", "c", "d"]);
+        let mut db = cluster.connect("shop").await;
+        let mut truths = Vec::new();
+        for n in 0..6 {
+            tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+            truths.push(truth::take(&mut db, &watched(), &format!("race {n}")).await);
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let mut done = 0;
+        for w in writers {
+            done += w.await.expect("a writer");
+        }
+        println!("PostgreSQL {major}: {done} transactions");
+        assert!(done > 100, "only {done} transactions committed");
+        let scratch = Scratch::new(&cluster, DDL).await;
+        let mut wrong = Vec::new();
+        for truth in &truths {
+            for tenant in ["a", "b", "c", "d"] {
+                wrong.extend(scratch.check(&agent, truth, &watched(), tenant).await);
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    });
+}
