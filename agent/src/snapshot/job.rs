@@ -98,7 +98,7 @@ pub async fn read_tables(ctx: &AgentContext, rules: Vec<Rule>, progress: &Arc<Ba
         match result {
             Ok(Outcome::Done(t)) => {
                 tracing::info!(table = %rule.qualified(), rows = t.rows, at = %t.insert_lsn, "table read");
-                tables.push(t);
+                tables.push(*t);
             }
             Ok(Outcome::Yielded(why)) => {
                 tracing::info!(table = %rule.qualified(), "the base of this table waits: {why}");

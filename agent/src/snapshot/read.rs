@@ -98,7 +98,7 @@ fn put_row(out: &mut Vec<u8>, r: &BatchRow<'_>) {
 /// How an attempt at a table ended.
 #[derive(Debug)]
 pub enum Outcome {
-    Done(TableRead),
+    Done(Box<TableRead>),
     /// Somebody else's lock, or somebody who waits for ours. Rows of the table may have been sent: they do not count.
     Yielded(&'static str),
 }
@@ -164,7 +164,7 @@ pub async fn read_table(
     };
     let mut leaves: Vec<u32> = ranges.iter().map(|r| r.leaf.oid).collect();
     leaves.dedup();
-    Ok(Outcome::Done(TableRead { rule: now, snapshot, insert_lsn, leaves, rows: n }))
+    Ok(Outcome::Done(Box::new(TableRead { rule: now, snapshot, insert_lsn, leaves, rows: n })))
 }
 
 /// What the ranges of one leaf share.
