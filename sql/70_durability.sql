@@ -1,5 +1,46 @@
 -- Restore points, and waiting until what is committed is safe.
 
+-- Where all sequences stand, but the extension's own and those that another transaction holds locked: nobody waits for
+-- a migration here. The position is computed when the values are there, so it is behind all that they count.
+CREATE FUNCTION coffer._agent_sequences(OUT names text[], OUT last_values int8[], OUT called bool[], OUT lsn pg_lsn)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp SET lock_timeout = '200ms'
+AS $$
+    WITH free AS MATERIALIZED (
+        SELECT c.oid, format('%I.%I', n.nspname, c.relname) AS name, q.seqstart
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_sequence q ON q.seqrelid = c.oid
+        WHERE c.relpersistence <> 't' AND n.nspname <> 'coffer' AND NOT EXISTS (
+            SELECT FROM pg_locks l WHERE l.locktype = 'relation' AND l.relation = c.oid AND l.granted
+                AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+                AND l.mode IN ('ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') AND l.pid <> pg_backend_pid())
+    ), read AS MATERIALIZED (
+        SELECT f.name, f.seqstart, pg_sequence_last_value(f.oid) AS last_value FROM free f
+    )
+    SELECT coalesce(array_agg(r.name), '{}'), coalesce(array_agg(coalesce(r.last_value, r.seqstart)), '{}'),
+           coalesce(array_agg(r.last_value IS NOT NULL), '{}'), pg_current_wal_insert_lsn()
+    FROM read r
+$$;
+COMMENT ON FUNCTION coffer._agent_sequences() IS
+'Where the sequences stand: name, last value (the first one where none was taken yet), whether it was taken.';
+
+-- The stream says nothing of nextval(), so a restore point says it; without a word when it cannot be read at once.
+CREATE FUNCTION coffer._mark_sequences() RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    states  jsonb;
+BEGIN
+    BEGIN
+        SELECT jsonb_agg(jsonb_build_array(u.name, u.last_value, u.called)) INTO states
+        FROM coffer._agent_sequences() s, unnest(s.names, s.last_values, s.called) u (name, last_value, called);
+    EXCEPTION WHEN OTHERS THEN
+        -- One was locked or dropped in this moment.
+        RETURN;
+    END;
+    IF states IS NOT NULL THEN
+        PERFORM coffer._marker('sequences', convert_to(states::text, 'UTF8'));
+    END IF;
+END $$;
+
 CREATE FUNCTION coffer.restore_point(name text) RETURNS pg_lsn
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
@@ -14,6 +55,7 @@ BEGIN
         RAISE EXCEPTION 'restore point % exists already', quote_literal(name) USING ERRCODE = 'duplicate_object',
             HINT = 'A name stands for one point, for ever; choose another.';
     END IF;
+    PERFORM coffer._mark_sequences();
     at := coffer._marker('restore_point', convert_to(name, 'UTF8'));
     INSERT INTO coffer.restore_points (name, lsn, xid) VALUES ($1, at, pg_current_xact_id());
     PERFORM coffer._audit('restore_point', name, jsonb_build_object('lsn', at));

@@ -22,6 +22,7 @@ pub mod restore;
 pub mod run;
 pub mod schema_dump;
 pub mod seal_pool;
+pub mod sequences;
 pub mod ship;
 pub mod snapshot;
 pub mod source;

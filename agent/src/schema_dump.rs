@@ -1,4 +1,4 @@
-//! The source's definitions as `pg_dump -Fc --schema-only` writes them, and where its sequences stand.
+//! The source's definitions as `pg_dump -Fc --schema-only` writes them.
 //!
 //! Descriptors in the stream are the truth for columns; a dump adds what no row needs and a fresh database does:
 //! indexes, constraints, functions, triggers, grants. `pg_dump` has to be as new as the server, so all that are
@@ -7,7 +7,6 @@
 
 use crate::dsn::{Dsn, RootCerts, SessionTarget, SslMode};
 use crate::error::{Context, Error, Kind, Result};
-use crate::sql::{SqlClient, SqlContext};
 use secrecy::ExposeSecret;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -173,34 +172,6 @@ pub fn connection_environment(command: &mut Command, dsn: &Dsn) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A sequence and its last value; `None`: not used yet.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SequenceValue {
-    pub schema: String,
-    pub name: String,
-    pub last_value: Option<i64>,
-    pub start_value: i64,
-}
-
-/// Where the source's sequences stand, those of the extension left out.
-pub async fn sequences(client: &SqlClient) -> Result<Vec<SequenceValue>> {
-    let rows = client
-        .query(
-            "SELECT schemaname::text, sequencename::text, last_value, start_value FROM pg_catalog.pg_sequences \
-             WHERE schemaname <> 'coffer' ORDER BY 1, 2",
-            &[],
-        )
-        .await
-        .sql("cannot read the sequences")?;
-    let value = |r: &tokio_postgres::Row| SequenceValue {
-        schema: r.get(0),
-        name: r.get(1),
-        last_value: r.get(2),
-        start_value: r.get(3),
-    };
-    Ok(rows.iter().map(value).collect())
 }
 
 #[cfg(test)]

@@ -32,6 +32,7 @@ use crate::repository::model::{Ship, TxnIndex};
 use crate::repository::{Body, Draft, Log, LogRecord, ObjectRef, Repository, paths};
 use crate::run::AgentContext;
 use crate::seal_pool::SealPool;
+use crate::sequences::SequenceNotes;
 use crate::spool::SpoolReader;
 use crate::tenant::Tenant;
 use bytes::Bytes;
@@ -113,6 +114,7 @@ pub struct Shipper {
     pub pool: Arc<SealPool>,
     pub durable: watch::Sender<sink::Durable>,
     pub new_tenants: mpsc::UnboundedSender<TenantEntry>,
+    pub sequences: Arc<SequenceNotes>,
 }
 
 /// A batch whose objects are in the stores.
@@ -176,9 +178,18 @@ impl Shipper {
             }
             Ready::Idle(lsn) => {
                 let from = self.ctx.log.lock().await.upto_lsn().unwrap_or(lsn);
-                (from, lsn, Body::Idle, Vec::new(), None)
+                self.sequences.freshen().await;
+                let sequences = self.sequences.take();
+                let body = match sequences.is_empty() {
+                    true => Body::Idle,
+                    // Nothing changed but what no transaction says.
+                    false => Body::Ship(Ship { eventful: Some(false), sequences, ..Ship::default() }),
+                };
+                (from, lsn, body, Vec::new(), None)
             }
-            Ready::Batch(p) => {
+            Ready::Batch(mut p) => {
+                self.sequences.freshen().await;
+                p.ship.sequences = self.sequences.take();
                 let objects = p.ship.objects.len() + usize::from(p.ship.common.is_some());
                 self.pace(objects);
                 metrics::counter!("coffer_shipped_bytes_total", "source" => self.ctx.source.clone()).increment(p.bytes);
@@ -255,6 +266,7 @@ impl Shipper {
             eventful: Some(eventful),
             common: Some(common),
             objects,
+            sequences: Vec::new(),
         };
         let bytes = ship.objects.iter().chain(&ship.common).map(|o| o.bytes).sum();
         let markers = std::mem::take(&mut batch.markers);

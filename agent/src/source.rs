@@ -16,6 +16,7 @@ use crate::reporter::Reporter;
 use crate::repository::Body;
 use crate::run::{AgentContext, System};
 use crate::seal_pool::SealPool;
+use crate::sequences::{self, SequenceNotes};
 use crate::ship::{Anchors, CLOCK_MARGIN_US, Shipper};
 use crate::snapshot::BaseTaker;
 use crate::spool::Spool;
@@ -64,6 +65,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
     let (intake, _thread) = demux::spawn(&ctx.source, flow.clone(), resume, items_tx.clone())?;
     let (durable_tx, durable) = watch::channel(Durable(resume));
     let (tenants_tx, tenants_rx) = mpsc::unbounded_channel();
+    let sequences = Arc::new(SequenceNotes::default());
     let shipper = Shipper {
         ctx: ctx.clone(),
         flow: flow.clone(),
@@ -71,6 +73,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         pool,
         durable: durable_tx,
         new_tenants: tenants_tx,
+        sequences: sequences.clone(),
     };
     let mut shipping = tokio::spawn(shipper.run(items_rx));
     let helpers = [
@@ -80,6 +83,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
             async move { ctx.repo.replicate_optional(ctx.source_uid).await }
         }),
         tokio::spawn(clear_gaps(ctx.clone())),
+        tokio::spawn(sequences::watch(ctx.clone(), sequences)),
     ];
     let mut bases = tokio::spawn(take_bases(ctx.clone()));
     let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable };

@@ -35,5 +35,6 @@ mod independence;
 mod isolation;
 mod names;
 mod paths;
+mod side;
 mod thread;
 mod types;

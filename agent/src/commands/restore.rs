@@ -8,6 +8,7 @@ use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::{History, Target, When};
 use crate::merge::{Holes, Image, MergeStats, RowSink, TenantAt};
+use crate::repository::model::SequenceState;
 use crate::restore::database::{self, NewDatabase};
 use crate::restore::files::{self, Files, Format};
 use crate::restore::in_place::compare::{self, CoveredTable, TargetSink};
@@ -142,7 +143,8 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         Destination::Folder(dir) => to_files(dir, at, args, counts, &target).await?,
         Destination::Database(dsn) => {
             let shared = shared(&opened, uid, &history, &target, &at)?;
-            to_database(dsn, shared, at, args, counts).await?
+            let sequences = history.sequences(&target).await?;
+            to_database(dsn, (shared, at), sequences, args, counts).await?
         }
     };
     drop(progress);
@@ -328,8 +330,8 @@ fn shared(
 
 async fn to_database(
     dsn: Box<Dsn>,
-    shared: Option<TenantAt>,
-    at: TenantAt,
+    (shared, at): (Option<TenantAt>, TenantAt),
+    sequences: Vec<SequenceState>,
     args: &RestoreArgs,
     counts: Counts,
 ) -> Result<Report> {
@@ -353,7 +355,7 @@ async fn to_database(
         rows: shared.into_iter().chain([at]).collect(),
         classes: args.classes.clone(),
         schema,
-        sequences: inputs.sequences.clone(),
+        sequences,
         spool: std::env::temp_dir(),
         counts,
     }

@@ -4,7 +4,7 @@
 use super::line::{Facts, Registered, Registration, ShipAt};
 use crate::error::{Context, Error, Kind, Result};
 use crate::keyring::Keyring;
-use crate::repository::model::TxnIndex;
+use crate::repository::model::{SequenceState, Ship, TxnIndex};
 use crate::repository::{ObjectRef, Repository};
 use coffer_wire::{Begin, Frame, FrameReader, Lsn, Relation, TenantKind};
 use futures::{StreamExt, stream};
@@ -83,6 +83,38 @@ async fn one(repo: &Repository, keyring: &Keyring, ship: &ShipAt, from: Option<&
 
 fn unresolved_objects<'a>(keyring: &'a Keyring, objects: &'a [ObjectRef]) -> impl Iterator<Item = &'a ObjectRef> {
     objects.iter().filter(|o| keyring.by_uid(o.tenant).is_some_and(|t| t.tenant.kind == TenantKind::Unresolved))
+}
+
+/// What restore points of a ship say of sequences, in order.
+pub(super) async fn sequences(
+    repo: &Repository,
+    ship: &Ship,
+    from: Option<&str>,
+) -> Result<Vec<(Lsn, Vec<SequenceState>)>> {
+    let Some(common) = ship.common.as_ref().filter(|_| ship.eventful != Some(false)) else { return Ok(Vec::new()) };
+    let plain = repo.open_small(common, from).await?;
+    let during = |e: Error| e.during(format_args!("object {}", common.path));
+    let rest = TxnIndex::decode(&plain).map_err(during)?.map_or(0, |(_, n)| n);
+    sequence_markers(&plain[rest..]).map_err(during)
+}
+
+fn sequence_markers(plain: &[u8]) -> Result<Vec<(Lsn, Vec<SequenceState>)>> {
+    let (mut at, mut out) = (None, Vec::new());
+    for frame in FrameReader::new(plain) {
+        match frame? {
+            Frame::Begin(b) => at = Some(b.end_lsn),
+            Frame::Marker(m) if m.kind == "sequences" => {
+                let read: Vec<(String, i64, bool)> = json(m.kind, m.payload)?;
+                let state = |(name, last_value, is_called)| SequenceState { name, last_value, is_called };
+                let at = at.ok_or_else(|| {
+                    Error::new(Kind::Verification, "a marker stands before its transaction").code("malformed")
+                })?;
+                out.push((at, read.into_iter().map(state).collect()));
+            }
+            _ => {}
+        }
+    }
+    Ok(out)
 }
 
 /// The transaction index of a ship.

@@ -162,7 +162,7 @@ impl Line {
         }
         self.ships.retain(|s| s.record.from_lsn < at);
         for s in &mut self.ships {
-            if s.record.upto_lsn > at {
+            if s.record.upto_lsn > at || s.ship().sequences.iter().any(|r| r.lsn > at) {
                 s.limit = s.limit.min(at);
             }
         }

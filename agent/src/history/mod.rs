@@ -20,7 +20,7 @@ use crate::repository::model::SequenceState;
 use crate::repository::{Log, LogRecord, ObjectRef, Repository};
 use coffer_wire::Lsn;
 use line::{Closed, Facts, Line, ShipAt, TableAt};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -61,7 +61,6 @@ pub struct Inputs {
     pub schema: Option<ObjectRef>,
     /// Why they are not.
     pub schema_warning: Option<String>,
-    pub sequences: Vec<SequenceState>,
 }
 
 /// A backup as `list` shows it: a tenant's part of a base.
@@ -354,17 +353,36 @@ impl History {
                 ships.push(ShipInput { common, changeset, limit: s.limit.min(target) });
             }
         }
-        let bases = || self.line.bases.iter().rev().map(|b| b.base()).filter(|b| b.cut_lsn <= target);
         // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
         let of_tables = || tables.iter().map(|t| self.line.bases[t.base].base());
         let (schema, schema_warning) = self.schema_at(target, &mut of_tables().map(|b| b.schema.as_ref()));
-        let sequences = bases()
-            .chain(of_tables())
-            .find(|b| !b.sequences.is_empty())
-            .map(|b| b.sequences.clone())
-            .unwrap_or_default();
         let fulls = self.line.fulls(&tables, tenant);
-        Inputs { target, tables, fulls, ships, schema, schema_warning, sequences }
+        Inputs { target, tables, fulls, ships, schema, schema_warning }
+    }
+
+    /// Where the sequences stood at the target: of each the newest state that was read at or before it, by bases, by
+    /// ships, and by the restore point that the target is. At the log's end everything counts that was read.
+    pub async fn sequences(&self, target: &Target) -> Result<Vec<SequenceState>> {
+        let at_end = target.lsn == self.line.end;
+        let known = |s: &ShipAt, lsn: Lsn| self.line.keeps(s, lsn) && (lsn <= target.lsn || at_end);
+        let of_bases = self.line.bases.iter().map(|b| b.base()).filter(|b| b.cut_lsn <= target.lsn);
+        let mut read: Vec<(Lsn, Vec<SequenceState>)> = of_bases.map(|b| (b.cut_lsn, b.sequences.clone())).collect();
+        for s in &self.line.ships {
+            let of_ship = s.ship().sequences.iter().filter(|r| known(s, r.lsn));
+            read.extend(of_ship.map(|r| (r.lsn, r.states.clone())));
+        }
+        let holds = |s: &&ShipAt| s.record.from_lsn < target.lsn && target.lsn <= s.record.upto_lsn;
+        for s in self.line.ships.iter().filter(holds) {
+            let marked = facts::sequences(&self.repo, s.ship(), self.from_store()).await?;
+            read.extend(marked.into_iter().filter(|(at, _)| known(s, *at)));
+        }
+        // Stable: what a base read for its cut gives way to what was read there later.
+        read.sort_by_key(|(at, _)| *at);
+        let mut newest = BTreeMap::new();
+        for s in read.into_iter().flat_map(|(_, states)| states) {
+            newest.insert(s.name.clone(), s);
+        }
+        Ok(newest.into_values().collect())
     }
 
     /// The definitions at a position: the newest that were archived up to it or, when they changed since, the next ones,

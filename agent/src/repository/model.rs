@@ -126,6 +126,18 @@ pub struct Ship {
     pub common: Option<ObjectRef>,
     /// Changesets, at most one per tenant.
     pub objects: Vec<ObjectRef>,
+    /// Where sequences stood, by readings since the record before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sequences: Vec<SequencesAt>,
+}
+
+/// One reading of the sequences: those that changed since the reading before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SequencesAt {
+    /// Read behind the values: what they count happened at or before it. It may lie beyond the record's `upto_lsn`.
+    #[serde(with = "lsn_text")]
+    pub lsn: Lsn,
+    pub states: Vec<SequenceState>,
 }
 
 /// See [`Body::Base`].
@@ -181,7 +193,7 @@ pub struct BaseTable {
     pub rows: u64,
 }
 
-/// A sequence as a base found it.
+/// A sequence as it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SequenceState {
     /// Qualified and quoted as SQL needs it.

@@ -18,16 +18,17 @@ use crate::crypto::{Codec, Header, ObjectKind, random};
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::merge::{Holes, Image, Merge, MergeStats, Pick, RowSink, Scratch};
-use crate::repository::model::{Base, BaseTable, DatabaseLocale, LogRecord, SequenceState};
+use crate::repository::model::{Base, BaseTable, DatabaseLocale, LogRecord};
 use crate::repository::{ObjectRef, paths};
 use crate::run::AgentContext;
 use crate::schema_dump;
+use crate::sequences;
 use crate::snapshot::catalog::Rule;
 use crate::snapshot::fulls::{FullWriter, Groups, Job};
 use crate::snapshot::progress::{BaseProgress, Phase};
 use crate::snapshot::read::{self, Outcome, Rows, TableRead};
 use crate::sql::{self, SqlClient, SqlContext};
-use coffer_wire::{Begin, Lsn, Relation, TenantKind, quote_ident};
+use coffer_wire::{Begin, Lsn, Relation, TenantKind};
 use futures::StreamExt;
 use std::collections::HashMap;
 use std::io::Read;
@@ -164,7 +165,15 @@ impl ReadTables {
             )));
         }
         let (system_identifier, timeline) = ctx.system();
-        let sequences = sequences(&self.session).await?;
+        let sequences = match sequences::all(&self.session).await {
+            Ok(read) => read.states,
+            Err(e) if self.session.is_closed() => return Err(e),
+            // Ships bring them; a migration that holds one locked does not hold the base up.
+            Err(e) => {
+                tracing::warn!("the base goes without the sequences: {e}");
+                Vec::new()
+            }
+        };
         let database = Some(locale(&self.session).await?);
         let schema = dump(ctx, &self.session, cut);
         let tables: Vec<BaseTable> = self
@@ -446,19 +455,6 @@ pub async fn locale(client: &SqlClient) -> Result<DatabaseLocale> {
         .await
         .sql("cannot read the database's encoding")?;
     Ok(DatabaseLocale { encoding: row.get(0), collate: row.get(1), ctype: row.get(2) })
-}
-
-/// Where the sequences stand.
-pub async fn sequences(client: &SqlClient) -> Result<Vec<SequenceState>> {
-    Ok(schema_dump::sequences(client)
-        .await?
-        .into_iter()
-        .map(|s| SequenceState {
-            name: format!("{}.{}", quote_ident(&s.schema), quote_ident(&s.name)),
-            last_value: s.last_value.unwrap_or(s.start_value),
-            is_called: s.last_value.is_some(),
-        })
-        .collect())
 }
 
 /// The source's definitions as an object of the repository, as they are at `cut` or a little later.

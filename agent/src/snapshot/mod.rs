@@ -323,7 +323,8 @@ impl BaseTaker {
                 cut_lsn: known.unwrap_or(marker),
                 fulls: vec![],
                 schema: Some(schema),
-                sequences: job::sequences(&client).await?,
+                // Ships bring them, at positions of their own.
+                sequences: Vec::new(),
                 pending: vec![],
                 database: Some(job::locale(&client).await?),
             };
