@@ -39,7 +39,7 @@ fn measure(world: &World, stretch: &Stretch, name: &'static str) -> Figure {
     }
     Figure {
         name,
-        bar: 0.60,
+        bar: Some(0.60),
         ours: format!("pg_coffer, frames, {} MB of WAL to a null client", stretch.wal_bytes >> 20),
         peer: "pgoutput, protocol 1, the same WAL to the same client".into(),
         ours_runs,

@@ -12,8 +12,8 @@ pub struct Took {
 /// One line of the result.
 pub struct Figure {
     pub name: &'static str,
-    /// Ours at or below this share of the peer's time.
-    pub bar: f64,
+    /// Ours at or below this share of the peer's time. `None`: nothing was promised.
+    pub bar: Option<f64>,
     /// What each side ran.
     pub ours: String,
     pub peer: String,
@@ -50,11 +50,11 @@ pub fn print(figures: &[Figure]) {
     );
     for f in figures {
         println!(
-            "{:<12} {:>6.2} {:>6.2} {:<4} {:>6.2} s {:>6.2} s   {:>8.2} s {:>8.2} s   median of {}",
+            "{:<12} {:>6.2} {:>6} {:<4} {:>6.2} s {:>6.2} s   {:>8.2} s {:>8.2} s   median of {}",
             f.name,
             f.ratio(),
-            f.bar,
-            if f.ratio() <= f.bar { "met" } else { "MISS" },
+            f.bar.map_or_else(|| "-".to_owned(), |b| format!("{b:.2}")),
+            f.bar.map_or("", |b| if f.ratio() <= b { "met" } else { "MISS" }),
             seconds(&f.ours_runs),
             seconds(&f.peer_runs),
             cpu(&f.ours_runs),
@@ -78,13 +78,17 @@ pub fn write(figures: &[Figure]) {
     let document: Vec<_> = figures
         .iter()
         .map(|f| {
-            json!({
-                "name": f.name, "ratio": round(f.ratio()), "bar": f.bar,
+            let mut figure = json!({
+                "name": f.name, "ratio": round(f.ratio()),
                 "ours_s": round(seconds(&f.ours_runs)), "peer_s": round(seconds(&f.peer_runs)),
                 "ours": f.ours, "peer": f.peer,
                 "ours_cpu_s": round(cpu(&f.ours_runs)), "peer_cpu_s": round(cpu(&f.peer_runs)),
                 "ours_runs_s": raw(&f.ours_runs), "peer_runs_s": raw(&f.peer_runs),
-            })
+            });
+            if let Some(bar) = f.bar {
+                figure["bar"] = json!(round(bar));
+            }
+            figure
         })
         .collect();
     let path = std::env::var("COFFER_BENCH_JSON").unwrap_or_else(|_| "target/bench.json".into());

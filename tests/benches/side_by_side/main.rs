@@ -7,8 +7,10 @@
 
 mod decode;
 mod figure;
+mod load;
 mod null_client;
 mod pipeline;
+mod tags;
 mod world;
 
 use figure::Figure;
@@ -22,11 +24,16 @@ struct Benchmark {
     run: fn(&mut World) -> Figure,
 }
 
-/// In this order: the last one writes WAL of its own.
+/// In this order: those after `pipeline` write WAL of their own.
 const ALL: &[Benchmark] = &[
     Benchmark { name: "decode", with_agent: false, run: decode::identity },
     Benchmark { name: "pipeline", with_agent: true, run: pipeline::run },
     Benchmark { name: "decode-tag", with_agent: false, run: decode::tag },
+    Benchmark { name: "path-insert", with_agent: false, run: tags::path_insert },
+    Benchmark { name: "path-update", with_agent: false, run: tags::path_update },
+    Benchmark { name: "tag-delete", with_agent: false, run: tags::tag_delete },
+    Benchmark { name: "load", with_agent: false, run: |_| load::elapsed() },
+    Benchmark { name: "load-cpu", with_agent: false, run: |_| load::backends() },
 ];
 
 fn main() {

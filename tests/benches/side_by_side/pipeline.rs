@@ -48,7 +48,7 @@ pub fn run(world: &mut World) -> Figure {
     }
     Figure {
         name: "pipeline",
-        bar: 0.70,
+        bar: Some(0.70),
         ours: format!(
             "coffer run, start to durable: {} files, {} MB in one file store, ship interval 1s, peak memory {} MiB",
             what.0, what.1, what.2
