@@ -42,14 +42,39 @@ CREATE FUNCTION coffer._mark(kind text, payload json) RETURNS pg_lsn
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$ BEGIN RETURN coffer._marker(kind, convert_to(payload::text, 'UTF8')); END $$;
 
+-- Whether a table has no row and nobody else can be writing one: then everything that it will ever hold is in the log.
+CREATE FUNCTION coffer._is_fresh(root oid) RETURNS bool
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    empty  bool;
+BEGIN
+    -- An older snapshot could miss rows; a weaker lock lets others write.
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted')
+       OR EXISTS (SELECT FROM coffer._tree(root) t WHERE t.relkind = 'r' AND NOT EXISTS (
+              SELECT FROM pg_locks l WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.relation = t.relid AND l.granted
+              AND l.mode IN ('ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))) THEN
+        RETURN false;
+    END IF;
+    EXECUTE format('SELECT NOT EXISTS (SELECT FROM %s%s)', CASE (SELECT relkind FROM pg_class WHERE oid = root) WHEN 'p' THEN '' ELSE 'ONLY ' END,
+                   root::regclass) INTO empty;
+    RETURN empty;
+END $$;
+
 -- A table's rule changed: decoding sessions forget what they cached, the agent hears of it. `rebase`: what is archived of
--- the table so far does not continue into what follows.
-CREATE FUNCTION coffer._changed(root oid, action text, rebase bool DEFAULT false) RETURNS void
+-- the table so far does not continue into what follows; `fresh`: there is nothing to be continued, the table is empty.
+CREATE FUNCTION coffer._changed(root oid, action text, rebase bool DEFAULT false, fresh bool DEFAULT false) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
     PERFORM coffer._invalidate(t.relid) FROM coffer._tree(root) t;
-    PERFORM coffer._mark('registry', json_build_object('relid', root::int8, 'action', action, 'rebase', rebase));
+    PERFORM coffer._mark('registry', json_strip_nulls(json_build_object('relid', root::int8, 'action', action, 'rebase', rebase,
+        'fresh', nullif(fresh, false),
+        'name', CASE WHEN fresh THEN (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                                      WHERE c.oid = root) END,
+        -- Only this tenant is concerned by what happens to the table.
+        'tenant', (SELECT s.tenant FROM pg_class c JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
+                   WHERE c.oid = root AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = root)))));
 END $$;
 
 -- While the extension itself runs DDL, the setting coffer.at_work holds this word and its event triggers look away. Nobody

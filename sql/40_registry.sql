@@ -101,7 +101,7 @@ BEGIN
     END IF;
     DELETE FROM coffer.exclusions WHERE relid = root;
     INSERT INTO coffer.rules SELECT (now_r).*;
-    PERFORM coffer._changed(root, 'add', rebase);
+    PERFORM coffer._changed(root, 'add', rebase, before.relid IS NULL AND coffer._is_fresh(root));
     IF before.parent <> now_r.parent THEN
         PERFORM coffer._sync_parent(before.parent);
     END IF;
@@ -383,7 +383,7 @@ BEGIN
     FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
         relation := rel; strategy := 'schema'; tenant_column := NULL; parent := NULL; class := of_class;
         reason := coffer._cover_schema_table(rel);
-        PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add', 'rebase', true));
+        PERFORM coffer._changed(rel, 'add', true, coffer._is_fresh(rel));
         RETURN NEXT;
     END LOOP;
     PERFORM coffer._audit('add_schema', quote_ident(of_schema), jsonb_build_object('tenant', of_tenant, 'class', of_class));

@@ -181,7 +181,7 @@ BEGIN
         IF had.relid IS NULL OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
             PERFORM coffer._cover_schema_table(rel);
             UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
-            PERFORM coffer._mark('registry', json_build_object('relid', rel::int8, 'action', 'add', 'rebase', true));
+            PERFORM coffer._changed(rel, 'add', true, had.relid IS NULL AND coffer._is_fresh(rel));
         END IF;
         RETURN;
     END IF;

@@ -27,6 +27,8 @@ pub const STORE_DOWN: &str = "store_down";
 pub const SHIP_FAILED: &str = "ship_failed";
 /// Rows arrived that capture could not attribute to a tenant.
 pub const UNRESOLVED_ROWS: &str = "unresolved_rows";
+/// Sessions changed rows of another tenant than the one that they named.
+pub const CLAIM_CONTRADICTED: &str = "claim_contradicted";
 /// The slot was lost or moved without us: what lies between is not in the repository.
 pub const GAP: &str = "gap";
 /// The slot's WAL is about to be removed.

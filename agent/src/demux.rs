@@ -88,6 +88,7 @@ pub struct Flow {
     /// Somebody waits for this position to be durable.
     wanted: AtomicU64,
     unresolved_rows: AtomicU64,
+    contradictions: AtomicU64,
     received: AtomicU64,
     failure: Mutex<Option<Error>>,
 }
@@ -106,6 +107,7 @@ impl Flow {
             interval_ms: AtomicU64::new(limits.interval.as_millis() as u64),
             wanted: AtomicU64::new(0),
             unresolved_rows: AtomicU64::new(0),
+            contradictions: AtomicU64::new(0),
             received: AtomicU64::new(0),
             failure: Mutex::new(None),
         })
@@ -143,6 +145,11 @@ impl Flow {
     /// Rows of the unresolved tenant since the start.
     pub fn unresolved_rows(&self) -> u64 {
         self.unresolved_rows.load(Ordering::Relaxed)
+    }
+
+    /// Changes since the start whose session named another tenant than the row's.
+    pub fn contradictions(&self) -> u64 {
+        self.contradictions.load(Ordering::Relaxed)
     }
 
     /// Everything up to here has arrived.
@@ -574,6 +581,9 @@ impl Demux {
         };
         if open.skip {
             return Ok(());
+        }
+        if m.kind == "claim" {
+            self.flow.contradictions.fetch_add(1, Ordering::Relaxed);
         }
         self.batch.markers.push(SeenMarker {
             kind: m.kind.to_owned(),

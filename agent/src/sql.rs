@@ -126,6 +126,8 @@ async fn connect_host(
     }
     let what = format!("cannot open a session at {dsn}");
     let (client, mut connection) = config.connect_raw(transport, HandedOver).await.map_err(|e| sql_error(e, &what))?;
+    // Texts of no known encoding come as they are; the server would refuse to call them UTF-8.
+    let is_bytes = connection.parameter("server_encoding") == Some("SQL_ASCII");
     let task = tokio::spawn(async move {
         loop {
             match std::future::poll_fn(|cx| connection.poll_message(cx)).await {
@@ -149,6 +151,10 @@ async fn connect_host(
     });
     let client = SqlClient { client, task, is_tls };
     client.batch_execute(PINNED).await.map_err(|e| sql_error(e, "cannot set up the session"))?;
+    if is_bytes {
+        let set = "SET client_encoding = 'SQL_ASCII'";
+        client.batch_execute(set).await.map_err(|e| sql_error(e, "cannot set up the session"))?;
+    }
     if dsn.target == SessionTarget::Primary {
         let row = client
             .query_one("SELECT pg_catalog.pg_is_in_recovery()", &[])

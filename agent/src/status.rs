@@ -253,6 +253,16 @@ impl AgentStatus {
                     ),
                 );
             }
+            if let Some(n) = c.status.flow.get().map(|f| f.contradictions()).filter(|n| *n > 0) {
+                c.alarms.raise(
+                    alarms::CLAIM_CONTRADICTED,
+                    &c.source,
+                    format!(
+                        "{n} changes since the agent started came from sessions whose coffer.tenant names another tenant \
+                         than the row's; the rows stay whose they were"
+                    ),
+                );
+            }
             if c.status.flow.get().is_some_and(|f| f.is_paused()) {
                 c.alarms.raise(
                     alarms::SPOOL_FULL,

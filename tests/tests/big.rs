@@ -1,4 +1,4 @@
-//! The three large cases, each within 512 MiB of the agent's memory and of the restore's.
+//! The large cases, each within 512 MiB of the agent's memory and of the restore's.
 //!
 //! `COFFER_TEST_BIG` (default 1.0) scales the sizes, for a quick look by hand.
 
@@ -115,6 +115,37 @@ fn a_row_of_two_hundred_megabytes() {
         let want = cluster.psql("shop", sum);
         assert!(want.contains(&(pieces * 32).to_string()), "{want}");
         assert_eq!(cluster.psql(&scratch.db, sum), want);
+    });
+}
+
+#[test]
+fn a_gigabyte_of_large_values_in_a_transaction() {
+    let pieces = scaled(3_276_800);
+    block_on(async {
+        let cluster = large_cluster();
+        cluster.create_protected_db("shop");
+        let ddl = "CREATE TABLE docs (tenant int NOT NULL, id int, body text, PRIMARY KEY (tenant, id));
+                   ALTER TABLE docs ALTER body SET STORAGE EXTERNAL;";
+        cluster.script("shop", ddl);
+        cluster.psql("shop", "SELECT * FROM coffer.add_table('docs', 'tenant')");
+        cluster.psql("shop", "INSERT INTO docs VALUES (1, 0, 'first'), (2, 0, 'first')");
+        let agent = start(&cluster, "1s", &["1".into(), "2".into()]);
+        // Ten values of 100 MB.
+        cluster.psql(
+            "shop",
+            &format!(
+                "INSERT INTO docs SELECT 1 + d % 2, d, (SELECT string_agg(md5((i + d)::text), '') FROM generate_series(1, {pieces}) i)
+                 FROM generate_series(1, 10) d"
+            ),
+        );
+        cluster.psql("shop", "SELECT coffer.restore_point('all')");
+        cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '15min')");
+        assert_peak("a gigabyte of large values, agent", agent.peak_kib());
+        let scratch = Scratch::new(&cluster, ddl).await;
+        let out = restore(&agent, "a gigabyte of large values", "2", "name:all");
+        assert_eq!(scratch.load(&out).await, 6);
+        let sum = "SELECT string_agg(id || ' ' || length(body) || ' ' || md5(body), ', ' ORDER BY id) FROM docs WHERE tenant = 2";
+        assert_eq!(cluster.psql(&scratch.db, sum), cluster.psql("shop", sum));
     });
 }
 

@@ -25,6 +25,7 @@ fn on_major(major: u32, test: impl Fn(u32)) {
     }
 }
 
+mod awkward;
 mod big;
 mod bytes;
 mod crash;
@@ -33,6 +34,7 @@ mod faults;
 mod harness;
 mod independence;
 mod isolation;
+mod layouts;
 mod names;
 mod paths;
 mod side;

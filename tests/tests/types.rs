@@ -451,7 +451,7 @@ fn encodings(major: u32) {
         ("LATIN1", "E'caf\\xe9 \\xff'"),
         ("WIN1251", "E'\\xc6\\xfe'"),
         ("EUC_JP", "E'\\xa4\\xa2\\xb0\\xa1'"),
-        ("SQL_ASCII", "E'bytes \\xc3\\xa9'"),
+        ("SQL_ASCII", "E'not UTF-8 \\xe9\\xff \\\\ \\t'"),
     ];
     for (encoding, text) in cases {
         let db = format!("db_{}", encoding.to_lowercase());

@@ -56,7 +56,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ListA
 
 fn tenant(source: &str, history: &History, e: &TenantEntry) -> Value {
     let gaps: Vec<_> = history
-        .gaps()
+        .gaps(Some(e.uid))
         .into_iter()
         .map(|g| json!({"from_lsn": g.from.to_string(), "to_lsn": g.to.to_string(), "reason": g.reason}))
         .collect();
@@ -69,7 +69,7 @@ fn tenant(source: &str, history: &History, e: &TenantEntry) -> Value {
         })
         .collect();
     json!({"source": source, "tenant": e.tenant.key, "kind": e.tenant.kind.name(), "uid": e.uid, "state": "active",
-        "created_at": rfc3339(e.created_us), "window": history.windows(None), "gaps": gaps, "backups": backups})
+        "created_at": rfc3339(e.created_us), "window": history.windows(Some(e.uid)), "gaps": gaps, "backups": backups})
 }
 
 fn text(d: &Value) -> String {

@@ -122,7 +122,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
     let entry = opened.tenant((&name, uid), &tenant).await?;
     let (history, target) = wait_for(&opened, uid, &when, args).await?;
     let wanted = |qualified: &str| wanted(&args.tables, qualified);
-    let tables = history.require(&target, &wanted)?;
+    let tables = history.require(&target, entry.uid, &wanted)?;
     let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables));
     let at = TenantAt {
         repo: opened.repo.clone(),

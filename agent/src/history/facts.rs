@@ -6,10 +6,12 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::keyring::Keyring;
 use crate::repository::model::{SequenceState, Ship, TxnIndex};
 use crate::repository::{ObjectRef, Repository};
+use crate::tenant::Tenant;
 use coffer_wire::{Begin, Frame, FrameReader, Lsn, Relation, TenantKind};
 use futures::{StreamExt, stream};
 use serde::Deserialize;
 use std::collections::{BTreeSet, HashMap};
+use uuid::Uuid;
 
 /// Objects read at a time.
 const PARALLEL: usize = 32;
@@ -20,6 +22,12 @@ struct RegistryMarker {
     action: String,
     /// Absent in marks of versions that did not say.
     rebase: Option<bool>,
+    /// The key of the tenant that all of its rows belong to.
+    tenant: Option<String>,
+    /// It was empty.
+    #[serde(default)]
+    fresh: bool,
+    name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -72,7 +80,8 @@ async fn one(repo: &Repository, keyring: &Keyring, ship: &ShipAt, from: Option<&
         let plain = repo.open_small(common, from).await?;
         let during = |e: Error| e.during(format_args!("object {}", common.path));
         let rest = TxnIndex::decode(&plain).map_err(during)?.map_or(0, |(_, n)| n);
-        markers(&plain[rest..], &mut found).map_err(during)?;
+        let owner = |key: &str| keyring.tenant_uid(ship.record.source, &Tenant::normal(key));
+        markers(&plain[rest..], &owner, &mut found).map_err(during)?;
     }
     for object in unresolved_objects(keyring, &s.objects) {
         let plain = repo.open_small(object, from).await?;
@@ -131,7 +140,7 @@ fn json<'a, T: Deserialize<'a>>(kind: &str, payload: &'a [u8]) -> Result<T> {
         .map_err(|e| e.code("malformed"))
 }
 
-fn markers(plain: &[u8], out: &mut Found) -> Result<()> {
+fn markers(plain: &[u8], owner: &dyn Fn(&str) -> Uuid, out: &mut Found) -> Result<()> {
     let mut txn: Option<Begin> = None;
     let mut relations: HashMap<u64, u32> = HashMap::new();
     // Of the transaction at hand: rewrites wait for a TRUNCATE behind them, which says that the rows come anew.
@@ -162,10 +171,14 @@ fn markers(plain: &[u8], out: &mut Found) -> Result<()> {
                     "registry" => {
                         let r: RegistryMarker = json(m.kind, m.payload)?;
                         let what = match r.action.as_str() {
-                            "add" => Registration::Add { rebase: r.rebase.unwrap_or(true) },
+                            "add" => Registration::Add {
+                                rebase: r.rebase.unwrap_or(true),
+                                fresh: r.fresh && r.name.is_some(),
+                            },
                             _ => Registration::Remove,
                         };
-                        out.registry.push(Registered { relid: r.relid, at, xid: b.xid, what });
+                        let owner = r.tenant.map(|t| owner(&t));
+                        out.registry.push(Registered { relid: r.relid, at, xid: b.xid, what, owner, name: r.name });
                     }
                     "rewrite" => rewrites.push(json::<RewriteMarker>(m.kind, m.payload)?.relid),
                     "drop" => {
@@ -258,13 +271,13 @@ mod tests {
         mark(&mut b, "drop", r#"{"relids":[8,9]}"#);
         mark(&mut b, "registry", r#"{"relid":7,"action":"exclude"}"#);
         let mut f = Found::default();
-        markers(&b, &mut f).unwrap();
+        markers(&b, &|_| Uuid::nil(), &mut f).unwrap();
         assert_eq!(f.points, [("before".to_owned(), Lsn(10), 5)]);
         assert_eq!(f.rewrites, [(7, Lsn(20))]);
         assert_eq!(f.drops, [(8, Lsn(20)), (9, Lsn(20))]);
         assert_eq!(
             f.registry.iter().map(|r| (r.xid, r.what)).collect::<Vec<_>>(),
-            [(10, Registration::Add { rebase: false }), (20, Registration::Remove)]
+            [(10, Registration::Add { rebase: false, fresh: false }), (20, Registration::Remove)]
         );
     }
 }

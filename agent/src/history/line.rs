@@ -9,6 +9,7 @@ use crate::repository::{Body, LogRecord, ObjectRef};
 use coffer_wire::Lsn;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// A ship on the line.
 #[derive(Clone, Debug)]
@@ -77,13 +78,26 @@ pub struct Registered {
     pub at: Lsn,
     pub xid: u64,
     pub what: Registration,
+    /// The tenant that all of its rows belong to.
+    pub owner: Option<Uuid>,
+    /// Of a fresh table.
+    pub name: Option<String>,
+}
+
+impl Registered {
+    /// Where a table that was empty when it was registered begins: before the transaction that registered it.
+    fn fresh_cut(&self) -> Option<Lsn> {
+        matches!(self.what, Registration::Add { fresh: true, .. }).then(|| Lsn(self.at.0 - 1))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Registration {
     /// `rebase`: rows archived before do not continue into what follows.
+    /// `fresh`: it was empty then, so that no base is needed to know its rows.
     Add {
         rebase: bool,
+        fresh: bool,
     },
     Remove,
 }
@@ -94,8 +108,8 @@ pub struct TableAt {
     pub relid: u32,
     pub name: String,
     pub cut: Lsn,
-    /// Index into [`Line::bases`].
-    pub base: usize,
+    /// Index into [`Line::bases`]; `None`: it was empty at its cut.
+    pub base: Option<usize>,
 }
 
 /// What a record says about the source's clock.
@@ -188,11 +202,12 @@ impl Line {
         self.bases.iter().flat_map(|b| &b.base().pending)
     }
 
-    /// The name that the newest base has for the table.
-    fn name(&self, relid: u32) -> Option<&str> {
+    /// The name that the newest base, or the registration, has for the table.
+    fn name<'a>(&'a self, relid: u32, facts: &'a Facts) -> Option<&'a str> {
         let based = self.bases.iter().rev().flat_map(|b| &b.base().tables).find(|t| t.relid == relid);
         let pending = || self.pending().find(|p| p.relid == relid).map(|p| p.name.as_str());
-        based.map(|t| t.name.as_str()).or_else(pending)
+        let fresh = || facts.registry.iter().rev().find(|r| r.relid == relid)?.name.as_deref();
+        based.map(|t| t.name.as_str()).or_else(pending).or_else(fresh)
     }
 
     /// The first cut at or after `from` of a base that saw the registration `xid`.
@@ -246,7 +261,7 @@ impl Line {
     /// Spans in which the table was covered and its rows are not known, ascending; they may overlap.
     pub fn closed(&self, relid: u32, facts: &Facts) -> Vec<Closed> {
         let mut out = Vec::new();
-        let name = self.name(relid).map_or_else(|| format!("relation {relid}"), str::to_owned);
+        let name = self.name(relid, facts).map_or_else(|| format!("relation {relid}"), str::to_owned);
         let mut close = |from: Lsn, to: Lsn, reason: String| {
             if from < to {
                 out.push(Closed { from, to, reason });
@@ -255,11 +270,14 @@ impl Line {
         let present = self.present(relid, facts);
         for (from, to) in &present {
             let adds: Vec<_> = facts.registry.iter().filter(|r| r.relid == relid && r.at == *from).collect();
+            if adds.iter().any(|r| r.fresh_cut().is_some()) {
+                continue;
+            }
             let xid = adds.iter().map(|r| r.xid).max().unwrap_or(0);
             close(*from, self.next_cut(relid, *from, xid).min(*to), format!("first_base_pending: {name}"));
         }
         for r in facts.registry.iter().filter(|r| r.relid == relid) {
-            if r.what == (Registration::Add { rebase: true }) {
+            if r.what == (Registration::Add { rebase: true, fresh: false }) {
                 close(r.at, self.next_cut(relid, r.at, r.xid), format!("new_base_pending: {name}"));
             }
         }
@@ -294,12 +312,27 @@ impl Line {
         within
     }
 
-    /// All closed spans of these tables (`None`: of all), merged, within the line.
-    pub fn all_closed(&self, facts: &Facts, tables: Option<&BTreeSet<u32>>) -> Vec<Closed> {
+    /// Whether a table can hold rows of a tenant (`None`: of any): one of another tenant's schema cannot. A table that was
+    /// not always the same tenant's concerns everybody.
+    fn concerns(&self, relid: u32, facts: &Facts, tenant: Option<Uuid>) -> bool {
+        let Some(tenant) = tenant else { return true };
+        let registered = facts
+            .registry
+            .iter()
+            .filter(|r| r.relid == relid && matches!(r.what, Registration::Add { .. }))
+            .map(|r| r.owner);
+        let based = self.bases.iter().flat_map(|b| &b.base().tables).filter(|t| t.relid == relid).map(|t| t.owner);
+        let pending = self.pending().filter(|p| p.relid == relid).map(|p| p.owner);
+        let owners: BTreeSet<Option<Uuid>> = registered.chain(based).chain(pending).collect();
+        owners.len() != 1 || owners.contains(&None) || owners.contains(&Some(tenant))
+    }
+
+    /// All closed spans of the tables that concern a tenant (`None`: of all), merged, within the line.
+    pub fn all_closed(&self, facts: &Facts, tenant: Option<Uuid>) -> Vec<Closed> {
         let mut all: Vec<Closed> = self
             .relids(facts)
             .into_iter()
-            .filter(|r| tables.is_none_or(|t| t.contains(r)))
+            .filter(|r| self.concerns(*r, facts, tenant))
             .flat_map(|r| self.closed(r, facts))
             .collect();
         all.sort_by_key(|c| (c.from, c.to));
@@ -313,14 +346,15 @@ impl Line {
         merged
     }
 
-    /// The spans `from..=to` that these tables (`None`: all) can be restored to.
-    pub fn open(&self, facts: &Facts, tables: Option<&BTreeSet<u32>>) -> Vec<(Lsn, Lsn)> {
-        let Some(first) = self.bases.iter().flat_map(|b| &b.base().tables).map(|t| t.cut_lsn).min() else {
+    /// The spans `from..=to` that a tenant (`None`: any) can be restored to.
+    pub fn open(&self, facts: &Facts, tenant: Option<Uuid>) -> Vec<(Lsn, Lsn)> {
+        let based = self.bases.iter().flat_map(|b| &b.base().tables);
+        let Some(first) = based.filter(|t| self.concerns(t.relid, facts, tenant)).map(|t| t.cut_lsn).min() else {
             return Vec::new();
         };
         let mut out = Vec::new();
         let mut from = first;
-        for c in self.all_closed(facts, tables) {
+        for c in self.all_closed(facts, tenant) {
             if c.from > from && from <= self.end {
                 out.push((from, Lsn(c.from.0 - 1).min(self.end)));
             }
@@ -332,22 +366,23 @@ impl Line {
         out
     }
 
-    /// The tables that are covered at `at`, each with the newest base that is not newer. `Err`: tables whose rows are
+    /// The tables that are covered at `at` and concern the tenant, each with the newest base that is not newer. `Err`: tables whose rows are
     /// not known there.
     pub fn tables_at(
         &self,
         at: Lsn,
         facts: &Facts,
+        tenant: Option<Uuid>,
         wanted: &dyn Fn(&str) -> bool,
     ) -> Result<Vec<TableAt>, Vec<(u32, Closed)>> {
         let (mut tables, mut unknown) = (Vec::new(), Vec::new());
-        for relid in self.covered_at(at, facts) {
-            if !wanted(self.name(relid).unwrap_or_default()) {
+        for relid in self.covered_at(at, facts).into_iter().filter(|r| self.concerns(*r, facts, tenant)) {
+            if !wanted(self.name(relid, facts).unwrap_or_default()) {
                 continue;
             }
             match self.closed(relid, facts).into_iter().find(|c| c.from <= at && at < c.to) {
                 Some(c) => unknown.push((relid, c)),
-                None => tables.extend(self.newest_base(relid, at)),
+                None => tables.extend(self.newest_base(relid, at, facts)),
             }
         }
         if unknown.is_empty() { Ok(tables) } else { Err(unknown) }
@@ -356,7 +391,7 @@ impl Line {
     /// The same without these tables, whatever is known of them.
     pub fn tables_except(&self, at: Lsn, facts: &Facts, except: &BTreeSet<u32>) -> Vec<TableAt> {
         let covered = self.covered_at(at, facts);
-        covered.into_iter().filter(|r| !except.contains(r)).filter_map(|r| self.newest_base(r, at)).collect()
+        covered.into_iter().filter(|r| !except.contains(r)).filter_map(|r| self.newest_base(r, at, facts)).collect()
     }
 
     fn covered_at(&self, at: Lsn, facts: &Facts) -> Vec<u32> {
@@ -364,21 +399,29 @@ impl Line {
         self.relids(facts).into_iter().filter(covered).collect()
     }
 
-    fn newest_base(&self, relid: u32, at: Lsn) -> Option<TableAt> {
-        self.bases
+    fn newest_base(&self, relid: u32, at: Lsn, facts: &Facts) -> Option<TableAt> {
+        let based = self
+            .bases
             .iter()
             .enumerate()
             .filter_map(|(i, b)| b.base().tables.iter().find(|t| t.relid == relid).map(|t| (t, i)))
             .filter(|(t, _)| t.cut_lsn <= at)
             .max_by_key(|(t, i)| (t.cut_lsn, *i))
-            .map(|(t, base)| TableAt { relid, name: t.name.clone(), cut: t.cut_lsn, base })
+            .map(|(t, base)| TableAt { relid, name: t.name.clone(), cut: t.cut_lsn, base: Some(base) });
+        let fresh = facts
+            .registry
+            .iter()
+            .filter(|r| r.relid == relid && r.at <= at)
+            .filter_map(|r| Some(TableAt { relid, name: r.name.clone()?, cut: r.fresh_cut()?, base: None }))
+            .max_by_key(|t| t.cut);
+        based.into_iter().chain(fresh).max_by_key(|t| t.cut)
     }
 
     /// The tenant's fulls that these tables are read from, each with its tables.
     pub fn fulls(&self, tables: &[TableAt], tenant: uuid::Uuid) -> Vec<(ObjectRef, BTreeSet<u32>)> {
         let mut by_base: BTreeMap<usize, BTreeSet<u32>> = BTreeMap::new();
-        for t in tables {
-            by_base.entry(t.base).or_default().insert(t.relid);
+        for (base, relid) in tables.iter().filter_map(|t| Some((t.base?, t.relid))) {
+            by_base.entry(base).or_default().insert(relid);
         }
         let mut out = Vec::new();
         for (base, relids) in by_base {
@@ -435,6 +478,7 @@ mod tests {
                     cut_lsn: Lsn(*cut),
                     registered_xid: *xid,
                     rows: 0,
+                    owner: None,
                 })
                 .collect(),
             cut_lsn: Lsn(tables.iter().map(|t| t.1).max().unwrap()),
@@ -451,7 +495,14 @@ mod tests {
     }
 
     fn add(relid: u32, at: u64, xid: u64, rebase: bool) -> Registered {
-        Registered { relid, at: Lsn(at), xid, what: Registration::Add { rebase } }
+        Registered {
+            relid,
+            at: Lsn(at),
+            xid,
+            what: Registration::Add { rebase, fresh: false },
+            owner: None,
+            name: None,
+        }
     }
 
     fn open(l: &Line, f: &Facts) -> Vec<(u64, u64)> {
@@ -467,25 +518,55 @@ mod tests {
             record(3, 50, 90, ship()),
         ]);
         assert_eq!(open(&l, &Facts::default()), [(40, 90)]);
-        let only: BTreeSet<u32> = [1].into();
-        assert_eq!(l.open(&Facts::default(), Some(&only)), [(Lsn(30), Lsn(90))]);
-        let t = l.tables_at(Lsn(60), &Facts::default(), &|_| true).unwrap();
+        // A table that is all another tenant's concerns nobody else.
+        let (mine, theirs) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let owned = |(relid, owner)| Registered { owner: Some(owner), ..add(relid, 1, 5, false) };
+        let mut of_theirs = base(&[(1, 30, 5), (2, 40, 5)]);
+        if let Body::Base(b) = &mut of_theirs {
+            b.tables[1].owner = Some(theirs);
+        }
+        let o = Line::new(&[record(0, 0, 10, Body::Init), record(1, 10, 90, ship()), record(2, 90, 90, of_theirs)]);
+        assert_eq!(o.open(&Facts::default(), Some(mine)), [(Lsn(30), Lsn(90))]);
+        assert_eq!(o.open(&Facts::default(), Some(theirs)), [(Lsn(40), Lsn(90))]);
+        assert_eq!(o.tables_at(Lsn(60), &Facts::default(), Some(mine), &|_| true).unwrap().len(), 1);
+        // Unless it was not always.
+        let moved = Facts { registry: vec![owned((2, mine))], ..Facts::default() };
+        assert_eq!(o.open(&moved, Some(mine)), [(Lsn(40), Lsn(90))]);
+        let t = l.tables_at(Lsn(60), &Facts::default(), None, &|_| true).unwrap();
         assert_eq!(t.iter().map(|t| (t.relid, t.cut.0)).collect::<Vec<_>>(), [(1, 30), (2, 40)]);
-        assert!(l.tables_at(Lsn(35), &Facts::default(), &|_| true).is_err());
-        assert_eq!(l.tables_at(Lsn(35), &Facts::default(), &|n| n == "public.t1").unwrap().len(), 1);
+        assert!(l.tables_at(Lsn(35), &Facts::default(), None, &|_| true).is_err());
+        assert_eq!(l.tables_at(Lsn(35), &Facts::default(), None, &|n| n == "public.t1").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_table_that_was_empty_when_it_was_registered_needs_no_base() {
+        let l = Line::new(&[
+            record(0, 0, 10, Body::Init),
+            record(1, 10, 50, ship()),
+            record(2, 50, 50, base(&[(1, 30, 5)])),
+            record(3, 50, 90, ship()),
+        ]);
+        let name = Some("public.new".to_owned());
+        let what = Registration::Add { rebase: true, fresh: true };
+        let f = Facts { registry: vec![Registered { what, name, ..add(2, 60, 9, true) }], ..Facts::default() };
+        assert_eq!(open(&l, &f), [(30, 90)]);
+        assert_eq!(l.tables_at(Lsn(59), &f, None, &|_| true).unwrap().len(), 1);
+        let t = l.tables_at(Lsn(60), &f, None, &|n| n == "public.new").unwrap();
+        // What the transaction that registered it wrote counts.
+        assert_eq!((t[0].cut, t[0].base), (Lsn(59), None));
     }
 
     #[test]
     fn a_table_that_the_first_base_had_to_leave_out_closes_everything_until_its_own() {
         let mut first = base(&[(1, 30, 5)]);
         if let Body::Base(b) = &mut first {
-            b.pending.push(PendingTable { relid: 2, name: "public.t2".into() });
+            b.pending.push(PendingTable { relid: 2, name: "public.t2".into(), owner: None });
         }
         let mut records = vec![record(0, 0, 10, Body::Init), record(1, 10, 50, ship()), record(2, 50, 50, first)];
         records.push(record(3, 50, 90, ship()));
         let l = Line::new(&records);
         assert_eq!(open(&l, &Facts::default()), []);
-        assert!(l.tables_at(Lsn(60), &Facts::default(), &|_| true).is_err());
+        assert!(l.tables_at(Lsn(60), &Facts::default(), None, &|_| true).is_err());
         records.push(record(4, 90, 90, base(&[(2, 80, 5)])));
         let l = Line::new(&records);
         assert_eq!(open(&l, &Facts::default()), [(80, 90)]);
@@ -502,8 +583,8 @@ mod tests {
         ]);
         let f = Facts { registry: vec![add(2, 60, 77, true)], ..Facts::default() };
         assert_eq!(open(&l, &f), [(20, 59), (70, 120)]);
-        assert_eq!(l.tables_at(Lsn(50), &f, &|_| true).unwrap().len(), 1);
-        assert_eq!(l.tables_at(Lsn(80), &f, &|_| true).unwrap().len(), 2);
+        assert_eq!(l.tables_at(Lsn(50), &f, None, &|_| true).unwrap().len(), 1);
+        assert_eq!(l.tables_at(Lsn(80), &f, None, &|_| true).unwrap().len(), 2);
         // Not yet based: closed to the end.
         let f = Facts { registry: vec![add(2, 60, 77, true), add(3, 100, 99, true)], ..Facts::default() };
         assert_eq!(open(&l, &f), [(20, 59), (70, 99)]);
@@ -542,8 +623,8 @@ mod tests {
         ]);
         let f = Facts { drops: vec![(2, Lsn(50))], rewrites: vec![(2, Lsn(60))], ..Facts::default() };
         assert_eq!(open(&l, &f), [(10, 100)]);
-        assert_eq!(l.tables_at(Lsn(49), &f, &|_| true).unwrap().len(), 2);
-        assert_eq!(l.tables_at(Lsn(50), &f, &|_| true).unwrap().len(), 1);
+        assert_eq!(l.tables_at(Lsn(49), &f, None, &|_| true).unwrap().len(), 2);
+        assert_eq!(l.tables_at(Lsn(50), &f, None, &|_| true).unwrap().len(), 1);
     }
 
     #[test]

@@ -276,10 +276,10 @@ impl History {
         Ok(self.line.time_before(at))
     }
 
-    /// What these tables (`None`: all) can be restored to.
-    pub fn windows(&self, tables: Option<&BTreeSet<u32>>) -> Vec<WindowSpan> {
+    /// What a tenant (`None`: any) can be restored to.
+    pub fn windows(&self, tenant: Option<Uuid>) -> Vec<WindowSpan> {
         self.line
-            .open(&self.facts, tables)
+            .open(&self.facts, tenant)
             .into_iter()
             .map(|(from, to)| {
                 let to_us = self.line.time_before(to);
@@ -294,9 +294,9 @@ impl History {
     }
 
     /// Spans within the line that cannot be restored to; those before the first base are no gap.
-    pub fn gaps(&self) -> Vec<Closed> {
-        let Some(first) = self.line.open(&self.facts, None).first().map(|w| w.0) else { return Vec::new() };
-        let mut gaps = self.line.all_closed(&self.facts, None);
+    pub fn gaps(&self, tenant: Option<Uuid>) -> Vec<Closed> {
+        let Some(first) = self.line.open(&self.facts, tenant).first().map(|w| w.0) else { return Vec::new() };
+        let mut gaps = self.line.all_closed(&self.facts, tenant);
         gaps.retain(|c| c.to > first && c.from <= self.line.end);
         for g in &mut gaps {
             g.to = g.to.min(self.line.end);
@@ -304,11 +304,11 @@ impl History {
         gaps
     }
 
-    /// The tables that are covered at the target and wanted, or an error with the window.
-    pub fn require(&self, target: &Target, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<TableAt>> {
+    /// The tables that are covered at the target, concern the tenant and are wanted, or an error with the tenant's window.
+    pub fn require(&self, target: &Target, tenant: Uuid, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<TableAt>> {
         let outside = |message: String| {
             Error::new(Kind::OutsideWindow, message)
-                .window(self.windows(None))
+                .window(self.windows(Some(tenant)))
                 .hint("choose a point inside the recovery window (`coffer list`)")
         };
         if self.line.bases.is_empty() {
@@ -318,14 +318,15 @@ impl History {
         if target.lsn > self.line.end {
             return Err(self.not_durable(&target.asked));
         }
-        let tables = self.line.tables_at(target.lsn, &self.facts, wanted).map_err(|unknown| {
+        let tables = self.line.tables_at(target.lsn, &self.facts, Some(tenant), wanted).map_err(|unknown| {
             let (_, first) = &unknown[0];
             let more =
                 if unknown.len() > 1 { format!(" and {} more tables", unknown.len() - 1) } else { String::new() };
             outside(format!("{} ({}) cannot be restored to: {}{more}", target.asked, target.lsn, first.reason))
         })?;
         if tables.is_empty() {
-            let any = self.line.tables_at(target.lsn, &self.facts, &|_| true).is_ok_and(|t| !t.is_empty());
+            let any =
+                self.line.tables_at(target.lsn, &self.facts, Some(tenant), &|_| true).is_ok_and(|t| !t.is_empty());
             if any {
                 return Err(Error::new(
                     Kind::NotFound,
@@ -354,7 +355,7 @@ impl History {
             }
         }
         // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
-        let of_tables = || tables.iter().map(|t| self.line.bases[t.base].base());
+        let of_tables = || tables.iter().filter_map(|t| t.base).map(|b| self.line.bases[b].base());
         let (schema, schema_warning) = self.schema_at(target, &mut of_tables().map(|b| b.schema.as_ref()));
         let fulls = self.line.fulls(&tables, tenant);
         Inputs { target, tables, fulls, ships, schema, schema_warning }
@@ -423,7 +424,7 @@ impl History {
 
     /// Tables whose rows are known at the target; others are left out.
     pub fn known(&self, target: &Target) -> Vec<TableAt> {
-        match self.line.tables_at(target.lsn, &self.facts, &|_| true) {
+        match self.line.tables_at(target.lsn, &self.facts, None, &|_| true) {
             Ok(t) => t,
             Err(unknown) => {
                 let closed: BTreeSet<u32> = unknown.into_iter().map(|(relid, _)| relid).collect();

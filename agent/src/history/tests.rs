@@ -104,7 +104,8 @@ impl World {
     }
 
     async fn base(&mut self, upto: u64, cut: u64) {
-        let table = BaseTable { relid: 1, name: "public.a".into(), cut_lsn: Lsn(cut), registered_xid: 1, rows: 0 };
+        let table =
+            BaseTable { relid: 1, name: "public.a".into(), cut_lsn: Lsn(cut), registered_xid: 1, rows: 0, owner: None };
         let body = Base {
             job: Uuid::from_u128(9),
             tables: vec![table],
@@ -155,10 +156,10 @@ async fn a_time_is_the_prefix_before_the_first_later_commit() {
     // What `list` shows can be asked for.
     for t in [&windows[0].from_time, &windows[0].to_time] {
         let target = h.resolve(&t.parse().unwrap()).await.unwrap();
-        h.require(&target, &|_| true).unwrap();
+        h.require(&target, Uuid::nil(), &|_| true).unwrap();
     }
     let p = h.resolve(&When::Name("p".into())).await.unwrap();
-    let e = h.require(&p, &|_| true).unwrap_err();
+    let e = h.require(&p, Uuid::nil(), &|_| true).unwrap_err();
     assert_eq!(e.kind(), Kind::OutsideWindow);
     assert_eq!(e.to_json()["error"]["window"][0]["from_lsn"], "0/3C");
 }

@@ -176,6 +176,9 @@ pub struct PendingTable {
     pub relid: u32,
     /// Qualified and quoted as SQL needs it.
     pub name: String,
+    /// As of [`BaseTable`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Uuid>,
 }
 
 /// One table of a base.
@@ -191,6 +194,9 @@ pub struct BaseTable {
     pub registered_xid: u64,
     #[serde(default)]
     pub rows: u64,
+    /// The tenant whose every row of it is (a tenant's schema); nobody else is concerned by what happens to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Uuid>,
 }
 
 /// A sequence as it was found.

@@ -5,9 +5,12 @@
 //! values and the key's order are the plugin's. Partitions: the columns are the root's, for every leaf.
 
 use crate::error::{Error, Kind, Result};
+use crate::run::AgentContext;
 use crate::sql::SqlContext;
+use crate::tenant::Tenant;
 use coffer_wire::{Class, Column, ColumnFlags, KeyMode, Relation, Strategy};
 use tokio_postgres::Client;
+use uuid::Uuid;
 
 /// One row of `coffer._agent_rules()`: a table that is to be backed up. For a partitioned table, the root.
 #[derive(Clone, Debug)]
@@ -41,6 +44,12 @@ impl Rule {
     /// tree for a partitioned one.
     pub fn from_clause(&self) -> String {
         if self.partitioned { self.qualified() } else { format!("ONLY {}", self.qualified()) }
+    }
+
+    /// The uid of the tenant that all of its rows belong to.
+    pub fn owner(&self, ctx: &AgentContext) -> Option<Uuid> {
+        let tenant = self.tenant.as_ref().filter(|_| self.strategy == Strategy::Schema)?;
+        Some(ctx.keyring.tenant_uid(ctx.source_uid, &Tenant::normal(tenant.as_str())))
     }
 
     /// What a reader of its rows locks, all at once: a snapshot comes after.

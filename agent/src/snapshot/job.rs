@@ -185,6 +185,7 @@ impl ReadTables {
                 cut_lsn: cut,
                 registered_xid: t.rule.registered_xid,
                 rows: t.rows,
+                owner: t.rule.owner(ctx),
             })
             .collect();
         let writing = Job {

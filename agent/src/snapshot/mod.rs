@@ -231,8 +231,10 @@ impl BaseTaker {
         self.ctx.status.set_snapshotting(true);
         self.progress.begin(names);
         let (job, breaks) = (Uuid::new_v4(), self.seen.breaks());
-        let wanted: Vec<PendingTable> =
-            missing.iter().map(|r| PendingTable { relid: r.relid, name: r.qualified() }).collect();
+        let wanted: Vec<PendingTable> = missing
+            .iter()
+            .map(|r| PendingTable { relid: r.relid, name: r.qualified(), owner: r.owner(&self.ctx) })
+            .collect();
         let mut read = job::read_tables(&self.ctx, missing, &self.progress).await?;
         let mut cut = Lsn::ZERO;
         if !read.is_empty() {

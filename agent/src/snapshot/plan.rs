@@ -158,6 +158,7 @@ mod tests {
             cut_lsn: Lsn(5),
             registered_xid: *registered_xid,
             rows: 0,
+            owner: None,
         };
         Body::Base(Base {
             job: Uuid::nil(),

@@ -143,7 +143,7 @@ fn pgbench(cluster: &Cluster) -> Took {
 }
 
 /// Processor seconds of the postmaster's children that have ended: the clients' backends are the only ones that end.
-fn backends_cpu(cluster: &Cluster) -> f64 {
+pub fn backends_cpu(cluster: &Cluster) -> f64 {
     let pid = std::fs::read_to_string(cluster.data().join("postmaster.pid")).expect("a running server");
     let pid = pid.lines().next().expect("a line").trim().to_owned();
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the postmaster");

@@ -1,0 +1,155 @@
+//! A schema per tenant, found by itself; a database per tenant, several in one agent; and both beside shared tables.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::block_on;
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored::{self, Database};
+use coffer_tests::wait_for;
+
+on_majors! {
+    a_schema_per_tenant: a_schema_per_tenant;
+    a_database_per_tenant: a_database_per_tenant;
+}
+
+const OF_A_TENANT: &str = "
+CREATE TABLE items (id int PRIMARY KEY, v text);
+CREATE TABLE log (v text);
+";
+
+fn in_schema(schema: &str) -> String {
+    format!("CREATE SCHEMA {schema}; SET search_path = {schema}; {OF_A_TENANT}")
+}
+
+/// What the tenant's tables hold, as one text.
+fn contents(cluster: &Cluster, db: &str, schema: &str) -> String {
+    cluster.psql(
+        db,
+        &format!(
+            "SELECT concat_ws(' / ', (SELECT string_agg(t::text, ' ' ORDER BY id) FROM {schema}.items t),
+                              (SELECT string_agg(t::text, ' ' ORDER BY v) FROM {schema}.log t))"
+        ),
+    )
+}
+
+fn a_schema_per_tenant(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        for schema in ["t_acme", "t_globex", "special"] {
+            cluster.script("shop", &in_schema(schema));
+        }
+        cluster.script(
+            "shop",
+            "CREATE TABLE plans (id int PRIMARY KEY, name text); INSERT INTO plans VALUES (1, 'gold');
+            CREATE TABLE visits (tenant text, id int, PRIMARY KEY (tenant, id));",
+        );
+        cluster.script(
+            "shop",
+            "SELECT coffer.add_schema_pattern('t\\_%'); SELECT coffer.add_schema('special', 'Special/One');
+             SELECT coffer.add_shared('plans'); SELECT coffer.add_table('visits', 'tenant');
+             INSERT INTO t_acme.items VALUES (1, 'a'), (2, 'b'); INSERT INTO t_acme.log VALUES ('x'), ('x');
+             INSERT INTO special.items VALUES (1, 's'); INSERT INTO visits VALUES ('t_acme', 1), ('other', 2);",
+        );
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["t_acme", "Special/One", "other"]);
+        // A tenant that comes while the agent runs, and tables that an old one gets.
+        cluster.script("shop", &in_schema("t_new"));
+        cluster.script(
+            "shop",
+            "INSERT INTO t_new.items VALUES (7, 'n'); UPDATE t_acme.items SET v = 'A' WHERE id = 1; DELETE FROM t_acme.items WHERE id = 2;
+             CREATE TABLE t_acme.extra (id int PRIMARY KEY); INSERT INTO t_acme.extra VALUES (1);
+             UPDATE t_acme.log SET v = 'y' WHERE ctid IN (SELECT ctid FROM t_acme.log LIMIT 1);",
+        );
+        restored::wait_windows(&mut agent, &["t_new"]);
+        cluster.psql("shop", "INSERT INTO t_acme.extra VALUES (2)");
+        let uncovered = "SELECT count(*) FROM coffer.coverage WHERE NOT covered";
+        assert_eq!(cluster.psql("shop", uncovered), "0");
+        cluster.psql("shop", "SELECT coffer.restore_point('p')");
+        let want: Vec<_> = ["t_acme", "special", "t_new"].map(|s| contents(&cluster, "shop", s)).into();
+        for (tenant, schema, want) in
+            [("t_acme", "t_acme", &want[0]), ("Special/One", "special", &want[1]), ("t_new", "t_new", &want[2])]
+        {
+            let db = Database::restore(&agent, &cluster, tenant, "name:p");
+            assert_eq!(contents(&cluster, &db.name, schema), *want, "{tenant}");
+            assert_eq!(
+                cluster.psql(&db.name, "SELECT name FROM plans"),
+                "gold",
+                "shared tables come with every tenant"
+            );
+            let others =
+                "SELECT count(*) FROM pg_namespace WHERE nspname IN ('t_globex', 't_acme', 'special', 't_new')";
+            let rows = "SELECT (SELECT count(*) FROM visits WHERE tenant <> 't_acme')";
+            assert_eq!(cluster.psql(&db.name, rows), "0", "{tenant}");
+            println!("{tenant}: {} tenants' schemas in its database", cluster.psql(&db.name, others));
+        }
+        assert_eq!(cluster.psql("shop", "SELECT sum(id) FROM t_acme.extra"), "3");
+        let db = Database::restore(&agent, &cluster, "t_acme", "name:p");
+        assert_eq!(cluster.psql(&db.name, "SELECT sum(id) FROM t_acme.extra"), "3");
+        assert_eq!(cluster.psql(&db.name, "SELECT count(*) FROM visits"), "1");
+        // In place: its schema is the tenant's, and so is its row in a table that it shares.
+        let special = contents(&cluster, "shop", "special");
+        cluster.script("shop", "DELETE FROM t_acme.items; TRUNCATE t_acme.log; DELETE FROM visits WHERE tenant = 't_acme'; UPDATE special.items SET v = 'kept';");
+        agent.json(&restored::in_place("t_acme", "name:p"));
+        assert_eq!(contents(&cluster, "shop", "t_acme"), want[0]);
+        assert_ne!(contents(&cluster, "shop", "special"), special, "another tenant's schema is as it was");
+        assert_eq!(cluster.psql("shop", "SELECT count(*) FROM visits"), "2");
+    });
+}
+
+fn a_database_per_tenant(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        let databases = ["acme", "globex"];
+        for db in databases {
+            cluster.create_protected_db(db);
+            cluster.script(
+                db,
+                &format!(
+                    "{OF_A_TENANT} SELECT coffer.add_schema('public', '{db}'); INSERT INTO items VALUES (1, '{db}');"
+                ),
+            );
+        }
+        let mut setup = Setup::of(&cluster, "acme");
+        setup.more =
+            format!("[source.globex]\nurl = \"{}\"\nslot = \"coffer_globex\"\n", cluster.url("coffer_agent", "globex"));
+        let mut agent = Agent::new(&setup);
+        agent.start();
+        restored::wait_windows(&mut agent, &databases);
+        for db in databases {
+            cluster.script(db, "INSERT INTO items VALUES (2, 'later'); INSERT INTO log VALUES ('l'); SELECT coffer.restore_point('p');");
+        }
+        cluster.psql("acme", "DELETE FROM items");
+        for (source, db) in [("shop", "acme"), ("globex", "globex")] {
+            let name = format!("again_{db}");
+            let to = cluster.url("postgres", &name);
+            let mut args = vec!["--source", source];
+            args.extend(restored::args(db, "name:p", "database", &to));
+            agent.json(&args);
+            let items = cluster.psql(&name, "SELECT string_agg(v, ' ' ORDER BY id) FROM items");
+            assert_eq!(items, format!("{db} later"));
+        }
+        // A verb that acts on one source asks which; each source has tenants of its own.
+        let (code, said) = agent.json_err(&["restore", "--tenant", "acme", "--to", "latest", "--mode", "in-place"]);
+        assert!(code == 2 && said.to_string().contains("--source"), "{code} {said}");
+        let (code, _) = agent
+            .json_err(&["--source", "globex", "restore", "--tenant", "acme", "--to", "latest", "--mode", "in-place"]);
+        assert_eq!(code, 3);
+        let status = agent.json(&["status"]);
+        assert_eq!(status["sources"].as_array().map(Vec::len), Some(2), "{status}");
+        // One database that is gone does not stop the other.
+        cluster.psql("postgres", "ALTER DATABASE globex ALLOW_CONNECTIONS false");
+        cluster.psql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'globex'");
+        cluster.psql("acme", "INSERT INTO items VALUES (3, 'alone')");
+        cluster.psql("acme", "SELECT coffer.wait_durable(timeout => '1min')");
+        cluster.psql("postgres", "ALTER DATABASE globex ALLOW_CONNECTIONS true");
+        cluster.psql("globex", "INSERT INTO items VALUES (3, 'back')");
+        wait_for("the other to be back", 60, || {
+            let s: serde_json::Value = serde_json::from_slice(&agent.coffer(&["--json", "status"]).stdout).ok()?;
+            let states = s["sources"].as_array()?.iter().all(|s| s["state"] == "streaming");
+            states.then_some(())
+        });
+        cluster.psql("globex", "SELECT coffer.wait_durable(timeout => '1min')");
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+    });
+}
