@@ -44,9 +44,17 @@ pub fn log_message(prefix: &std::ffi::CStr, message: &[u8], transactional: bool)
 }
 
 /// The tables above a partition, nearest first; empty for a table that is no partition.
-pub fn partition_ancestors(relid: pg_sys::Oid) -> Vec<pg_sys::Oid> {
-    // SAFETY: the list is a list of OIDs in the current memory context.
+///
+/// # Safety
+/// The relation is open.
+pub unsafe fn partition_ancestors(relation: pg_sys::Relation) -> Vec<pg_sys::Oid> {
+    // SAFETY: the relation is open; the list is a list of OIDs in the current memory context.
     unsafe {
+        // The server's function takes what a table inherits from for its partitioned table.
+        if !(*(*relation).rd_rel).relispartition {
+            return Vec::new();
+        }
+        let relid = (*relation).rd_id;
         let list = pg_guard_ffi_boundary(|| get_partition_ancestors(relid));
         if list.is_null() {
             return Vec::new();

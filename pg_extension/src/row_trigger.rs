@@ -229,7 +229,7 @@ unsafe fn table(relation: pg_sys::Relation) -> Rc<Table> {
             if let Some(known) = cache.tables.get(&relid.to_u32()) {
                 return known.clone();
             }
-            let ancestors = compat::partition_ancestors(relid);
+            let ancestors = compat::partition_ancestors(relation);
             let root_oid = ancestors.last().copied().unwrap_or(relid);
             let root = pg_sys::RelationIdGetRelation(root_oid);
             if root.is_null() {

@@ -135,7 +135,8 @@ impl Relations {
             }
             return entry;
         }
-        let ancestors = compat::partition_ancestors(relid);
+        // SAFETY: the relation is open.
+        let ancestors = unsafe { compat::partition_ancestors(relation) };
         entry.related.extend(ancestors.iter().map(|a| a.to_u32()));
         let root_oid = ancestors.last().copied().unwrap_or(relid);
         // SAFETY: closed below; the relation itself stays open.

@@ -143,6 +143,13 @@ INSERT INTO uncovered VALUES (1);
 SELECT count(*) FROM pg_logical_slot_peek_binary_changes('regress_edge', NULL, NULL) WHERE get_byte(data, 0) NOT IN (1, 2);
 INSERT INTO by_row VALUES (3, NULL, 'z');
 SELECT get_byte(data, 0) FROM pg_logical_slot_get_binary_changes('regress_edge', NULL, NULL) ORDER BY lsn DESC LIMIT 1;
+-- An inheritance child is a table of its own: its changes are not its parent's.
+CREATE TABLE heir () INHERITS (by_tag);
+SELECT strategy FROM coffer.add_table('heir', 't');
+INSERT INTO heir (id, t) VALUES (9, 'h');
+UPDATE by_tag SET t = 'i' WHERE id = 9;
+DELETE FROM by_tag WHERE id = 9;
+SELECT op, tenant, relation FROM seen() WHERE op <> 'marker' AND relation LIKE '%heir';
 SELECT coffer._tag();
 SELECT pg_drop_replication_slot('regress_edge');
 DROP SCHEMA edge CASCADE;
