@@ -230,7 +230,8 @@ impl Line {
             .map(|r| (r.at, matches!(r.what, Registration::Add { .. })))
             .chain(facts.drops.iter().filter(|d| d.0 == relid).map(|d| (d.1, false)))
             .collect();
-        events.sort();
+        // In the order of the log: of one transaction, all have its position.
+        events.sort_by_key(|e| e.0);
         let first_base = self.bases.iter().flat_map(|b| &b.base().tables).find(|t| t.relid == relid);
         // Registered before the log began, unless its first base answers a registration that is in the log.
         let registered_later = match first_base {

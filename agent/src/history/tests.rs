@@ -186,3 +186,11 @@ async fn a_clock_that_stepped_back_makes_the_span_ambiguous() {
     assert_eq!(at(&h, 310).await.unwrap(), 340);
     assert_eq!(h.resolve(&When::Lsn(Lsn(130))).await.unwrap().lsn, Lsn(130), "an LSN is never ambiguous");
 }
+
+#[test]
+fn a_table_that_came_and_went_in_one_transaction_is_waited_for_by_nobody() {
+    let registered = |what| line::Registered { relid: 7, at: Lsn(50), xid: 3, what };
+    let registry = vec![registered(line::Registration::Add { rebase: true }), registered(line::Registration::Remove)];
+    let facts = Facts { registry, ..Facts::default() };
+    assert_eq!(Line::default().all_closed(&facts, None), []);
+}

@@ -50,6 +50,8 @@ pub struct BaseTaker {
     durable: Receiver<Durable>,
     seen: Seen,
     progress: Arc<BaseProgress>,
+    /// Something in the log asked for a base since the registry was last looked at.
+    asked: bool,
     /// Definitions changed after the newest dump of them; the agent may have been away when they did.
     new_definitions: bool,
     /// Where they changed last, as far as this process knows.
@@ -69,6 +71,7 @@ impl BaseTaker {
                 durable,
                 seen: Seen::default(),
                 progress: Arc::default(),
+                asked: false,
                 new_definitions: true,
                 definitions_at: None,
                 definitions_after: Instant::now(),
@@ -161,24 +164,27 @@ impl BaseTaker {
     /// Waits for something that may ask for a base, or for `wait`.
     async fn idle(&mut self, wait: Duration) -> Result<()> {
         let until = tokio::time::Instant::now() + wait;
-        loop {
+        // What was heard while something else was waited for counts, too.
+        while !self.asked {
             let ctx = self.ctx.clone();
             tokio::select! {
-                () = tokio::time::sleep_until(until) => return Ok(()),
-                () = ctx.stopped() => return Ok(()),
-                d = self.durable.recv() => if self.take_in(d).await?.0 { return Ok(()) },
+                () = tokio::time::sleep_until(until) => break,
+                () = ctx.stopped() => break,
+                d = self.durable.recv() => drop(self.take_in(d).await?),
             }
         }
+        Ok(())
     }
 
-    /// Takes a record in: whether it may ask for a base, and the record itself unless some were missed.
-    async fn take_in(&mut self, d: std::result::Result<Durable, RecvError>) -> Result<(bool, Option<Durable>)> {
+    /// Takes a record in; `None`: some were missed.
+    async fn take_in(&mut self, d: std::result::Result<Durable, RecvError>) -> Result<Option<Durable>> {
         let d = match d {
             Ok(d) => d,
             Err(RecvError::Lagged(n)) => {
                 tracing::debug!("{n} records were not heard of: the log is read again");
                 self.read_log().await?;
-                return Ok((true, None));
+                self.asked = true;
+                return Ok(None);
             }
             Err(RecvError::Closed) => return Err(Error::other("the stream has ended").code("stopping")),
         };
@@ -186,30 +192,29 @@ impl BaseTaker {
         if !self.seen.record(&d.record, self.unresolved()) {
             self.read_log().await?;
         }
-        let broken = matches!(d.record.body, Body::Gap { .. } | Body::Timeline { .. });
-        let asks = self.markers(&d) || broken;
-        Ok((asks, Some(d)))
+        self.asked |= matches!(d.record.body, Body::Gap { .. } | Body::Timeline { .. });
+        self.markers(&d);
+        Ok(Some(d))
     }
 
-    /// Takes in the markers of a record: whether they may ask for a base. (That a rewrite changes the table's
-    /// registration is what survives a restart; the marker only brings the base sooner.)
-    fn markers(&mut self, d: &Durable) -> bool {
-        let mut asks = false;
+    /// Takes in the markers of a record. (That a rewrite changes the table's registration is what survives a restart; the
+    /// marker only brings the base sooner.)
+    fn markers(&mut self, d: &Durable) {
         for m in d.markers.iter() {
             match m.kind.as_str() {
-                "registry" => asks = true,
+                "registry" => self.asked = true,
                 "ddl" | "drop" | "rewrite" => {
-                    (asks, self.new_definitions) = (true, true);
+                    (self.asked, self.new_definitions) = (true, true);
                     self.definitions_at = self.definitions_at.max(Some(m.end_lsn));
                 }
                 _ => {}
             }
         }
-        asks
     }
 
     /// One job for every table that lacks a base. False: some table has to be tried again soon.
     async fn take_missing(&mut self) -> Result<bool> {
+        self.asked = false;
         let rules = {
             let client = sql::connect(&self.ctx.dsn).await?;
             let row = client
@@ -280,7 +285,7 @@ impl BaseTaker {
                 d = self.durable.recv() => d,
                 () = ctx.stopped() => return Err(Error::other("the agent is stopping").code("stopping")),
             };
-            let Some(d) = self.take_in(d).await?.1 else {
+            let Some(d) = self.take_in(d).await? else {
                 // The marker may have been among what was not heard.
                 id = job::mark(session).await?;
                 continue;
