@@ -268,10 +268,12 @@ AS $$
     FROM pg_class c
     CROSS JOIN (VALUES ('zzz_coffer_parent_begin', 'begin', 'BEFORE UPDATE'), ('AAA_coffer_parent', 'moved', 'AFTER UPDATE'),
                        ('zzz_coffer_parent_end', 'end', 'AFTER UPDATE'), ('AAA_coffer_parent_new', 'new', 'AFTER INSERT'),
-                       ('AAA_coffer_parent_gone', 'gone', 'AFTER DELETE')) v (name, what, event)
+                       ('AAA_coffer_parent_gone', 'gone', 'AFTER DELETE'), ('AAA_coffer_parent_gone', 'replaced', 'AFTER DELETE'))
+                      v (name, what, event)
     WHERE c.oid = root AND EXISTS (SELECT FROM coffer.rules r WHERE r.parent = root)
-      -- Only behind a constraint that is checked late can a row outlive its parent, and find another.
-      AND (v.what <> 'gone' OR EXISTS (
+      -- Behind a constraint that is checked late a row can outlive its parent, and find another; behind others only when
+      -- the statement that deletes the parent puts another in its place.
+      AND (v.what NOT IN ('gone', 'replaced') OR (v.what = 'gone') = EXISTS (
             SELECT FROM coffer.rules r LEFT JOIN pg_constraint k ON k.oid = r.path_constraint
             WHERE r.parent = root AND coalesce(k.condeferrable, true)))
 $$;

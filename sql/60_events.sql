@@ -55,6 +55,10 @@ AS $$
     UNION ALL
     SELECT 'a trigger that the tables below it rely on is missing or disabled', false WHERE NOT coffer._parent_intact($1)
     UNION ALL
+    -- As when its foreign key is made deferrable.
+    SELECT 'a trigger that the table above it needs is missing', false
+    FROM coffer.rules r WHERE r.relid = $1 AND r.parent <> 0 AND NOT coffer._parent_intact(r.parent)
+    UNION ALL
     SELECT 'its foreign key is gone', false
     FROM coffer.rules r WHERE r.relid = $1 AND r.path_constraint <> 0 AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.oid = r.path_constraint)
     UNION ALL

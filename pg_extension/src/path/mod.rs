@@ -98,7 +98,8 @@ pub unsafe extern "C-unwind" fn coffer_parent(fcinfo: pg_sys::FunctionCallInfo) 
             b"moved" => resolve::parent_changed(&call, first, second),
             b"end" => resolve::parent_ends(&call, first),
             b"new" => resolve::parent_comes(&call, first),
-            b"gone" => resolve::parent_goes(&call, first),
+            b"gone" => resolve::parent_goes(&call, first, false),
+            b"replaced" => resolve::parent_goes(&call, first, true),
             other => pgrx::error!("coffer._parent does not know \"{}\"", String::from_utf8_lossy(other)),
         }
         pg_sys::Datum::from(0usize)

@@ -21,6 +21,17 @@ enum Side {
     New,
 }
 
+/// How long an answer is right.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Holds {
+    /// Until the transaction ends: the parents are locked.
+    Long,
+    /// Now.
+    Now,
+    /// Until the parent that came in the place of a deleted one has found the rows below.
+    UntilFound,
+}
+
 /// The values of a key, UTF-8; `None` when one of them is NULL.
 type Values = Option<Vec<Vec<u8>>>;
 
@@ -63,7 +74,13 @@ pub unsafe fn tenants(
     // SAFETY: by the caller.
     let values = |tuple| unsafe { call.texts(tuple, &edge.columns) };
     let (was, is) = (old.map(values), new.map(values));
-    let old_owner = was.as_ref().map(|v| find(&edge, v, Side::Old).0);
+    let found = was.as_ref().map(|v| find(&edge, v, Side::Old));
+    if let (Some((owner, Holds::UntilFound)), Some(old), None) = (&found, old, new) {
+        // What lies below follows at the end of the statement, when the way up leads elsewhere.
+        // SAFETY: by the caller.
+        unsafe { leave_below(call, old, owner) };
+    }
+    let old_owner = found.map(|f| f.0);
     let new_owner = match (&was, &is) {
         (Some(a), Some(b)) if a == b => old_owner.clone(),
         _ => is.as_ref().map(|v| find(&edge, v, Side::New).0),
@@ -71,19 +88,26 @@ pub unsafe fn tenants(
     (old_owner, new_owner)
 }
 
-/// Whose the row is that refers to this parent, and whether that holds until the transaction ends.
-fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, bool) {
-    let Some(key) = values else { return (Owner::nobody(), true) };
+/// Whose the row is that refers to this parent.
+fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
+    let Some(key) = values else { return (Owner::nobody(), Holds::Long) };
     let id = edge.id(key);
     if let Some(before) = state::with(|s| s.before(&id)) {
-        return (before, false);
+        return (before, Holds::Now);
+    }
+    // A parent may be there again, for somebody else, before its own trigger has found the rows that the other one left:
+    // until then they are archived under the tenant of that one, and so is what joins them.
+    if let Some(left) = state::with(|s| s.orphans(&id))
+        && (side == Side::Old || left.kind == TenantKind::Normal)
+    {
+        return (left, Holds::UntilFound);
     }
     if let Some(known) = state::with(|s| s.cached(&id)) {
-        return (known, true);
+        return (known, Holds::Long);
     }
     if let Some(row) = with_settings(edge, || edge.lookup.first(key)) {
         let (owner, holds) = follow(edge, row, side);
-        if holds {
+        if holds == Holds::Long {
             state::with(|s| s.remember(id, owner.clone()));
         }
         return (owner, holds);
@@ -91,7 +115,8 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, bool) {
     if side == Side::Old
         && let Some(row) = with_settings(edge, || dead::results(edge, key))
     {
-        return (follow(edge, row, side).0, false);
+        let (owner, holds) = follow(edge, row, side);
+        return (owner, if holds == Holds::Long { Holds::Now } else { holds });
     }
     let owner = state::with(|s| s.orphans(&id)).unwrap_or_else(|| {
         let nobody = Owner::nobody();
@@ -100,19 +125,19 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, bool) {
         }
         nobody
     });
-    (owner, false)
+    (owner, Holds::Now)
 }
 
 /// From what a parent's row says to whose it is.
-fn follow(edge: &Edge, row: Vec<Value>, side: Side) -> (Owner, bool) {
+fn follow(edge: &Edge, row: Vec<Value>, side: Side) -> (Owner, Holds) {
     let encoding = Encoding::of_database();
     let utf8: Values = row.into_iter().map(|v| v.map(|v| encoding.convert(&v).into_owned())).collect();
     if !edge.leads_on {
-        return (Owner::of(utf8.and_then(|mut v| v.pop())), true);
+        return (Owner::of(utf8.and_then(|mut v| v.pop())), Holds::Long);
     }
     match edge_of(edge.parent) {
         Some(next) => find(&next, &utf8, side),
-        None => (Owner::nobody(), false),
+        None => (Owner::nobody(), Holds::Now),
     }
 }
 
@@ -229,20 +254,38 @@ pub unsafe fn parent_comes(call: &Call<'_>, new: pg_sys::HeapTuple) {
     }
 }
 
-/// After a parent was deleted whose rows below may stay a while.
+/// After a parent was deleted whose rows below may stay a while, or (`at_once`) until the statement ends: the foreign key
+/// has its way then, unless the same statement put another parent in its place.
 ///
 /// # Safety
 /// As for [`parent_begins`].
-pub unsafe fn parent_goes(call: &Call<'_>, old: pg_sys::HeapTuple) {
-    let parent = parent_of(call.table.root);
+pub unsafe fn parent_goes(call: &Call<'_>, old: pg_sys::HeapTuple, at_once: bool) {
+    let root = call.table.root;
+    let parent = parent_of(root);
     state::with(|s| s.forget_cached());
     for key in &parent.keys {
         // SAFETY: by the caller.
         unsafe {
             let Some(values) = call.texts(old, &key.columns) else { continue };
+            if at_once && key.below(root).hold_parent.first(&values).is_none() {
+                continue;
+            }
             let id = key.id(&values);
             let owner = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, Side::Old));
             state::with(|s| s.set_orphans(id, Some(owner)));
+        }
+    }
+}
+
+/// Notes whose the rows below a row are that is being deleted.
+///
+/// # Safety
+/// The tuple is of the trigger's relation.
+unsafe fn leave_below(call: &Call<'_>, old: pg_sys::HeapTuple, owner: &Owner) {
+    for key in &parent_of(call.table.root).keys {
+        // SAFETY: by the caller.
+        if let Some(values) = unsafe { call.texts(old, &key.columns) } {
+            state::with(|s| s.set_orphans(key.id(&values), Some(owner.clone())));
         }
     }
 }
