@@ -8,6 +8,7 @@ help:
 	@echo 'make demo      set up, then: a private cluster, real traffic, a disaster, one tenant restored, proof'
 	@echo 'make test      set up, then every test, against PostgreSQL 15 and 18, SeaweedFS and the file system'
 	@echo 'make check     formatting, lints, documentation'
+	@echo 'make soak      random schemas and workloads against restores for MINUTES=10, from SEED=n on'
 	@echo 'make bench     the side-by-side benchmarks; writes target/bench.json'
 	@echo 'make install   the extension into the PostgreSQL of PG_CONFIG=$(PG_CONFIG), coffer into PREFIX=$(PREFIX)'
 	@echo 'make package   the same files below target/dist'
@@ -20,6 +21,14 @@ test:
 	@tests/setup.sh test
 	@. target/env.sh && cargo test -q --features coffer/failpoints -- --test-threads=2
 	@. target/env.sh && tests/regress.sh
+
+# A failure names its seed and its script; SEED=n without MINUTES repeats one case of `make test`.
+MINUTES ?= 10
+SEED ?= 1000
+soak:
+	@tests/setup.sh test
+	@. target/env.sh && COFFER_TEST_MINUTES=$(MINUTES) SEED=$(SEED) \
+	  cargo test -q --features coffer/failpoints --test main -- oracle:: --nocapture --test-threads=2
 
 check:
 	@tests/setup.sh demo

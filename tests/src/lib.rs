@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cluster;
+pub mod generate;
 pub mod proxy;
 pub mod restored;
 pub mod s3;

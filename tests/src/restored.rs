@@ -166,6 +166,11 @@ impl<'c> Database<'c> {
         this
     }
 
+    /// One that is still to be made.
+    pub fn named(cluster: &'c Cluster, name: &str) -> Self {
+        Self { cluster, name: name.to_owned() }
+    }
+
     pub async fn connect(&self) -> Client {
         self.cluster.connect(&self.name).await
     }

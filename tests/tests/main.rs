@@ -36,6 +36,7 @@ mod independence;
 mod isolation;
 mod layouts;
 mod names;
+mod oracle;
 mod paths;
 mod side;
 mod thread;

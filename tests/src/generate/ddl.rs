@@ -1,0 +1,234 @@
+//! Random changes of the schema: each gives its statements, and the model as it is once they stand.
+
+use super::changes::Step;
+use super::schema::Shape;
+use super::values::{Kind, literal};
+use super::{Leaf, Model, Owner, Role, Table, qualified};
+use rand::RngExt;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+
+/// A change of the schema.
+pub struct Alteration {
+    pub steps: Vec<Step>,
+    /// A single statement that no transaction may enclose.
+    pub bare: bool,
+    pub after: Model,
+}
+
+impl Model {
+    /// Draws one; `None`: what was drawn does not fit the table that was drawn.
+    pub fn alteration(&self, rng: &mut StdRng) -> Option<Alteration> {
+        let ids: Vec<_> = self.tables.keys().copied().collect();
+        let id = *ids.choose(rng)?;
+        let mut after = self.clone();
+        let mut bare = false;
+        let sql = match rng.random_range(0..15) {
+            0..3 => after.add_column(rng, id)?,
+            3 => after.drop_column(rng, id)?,
+            4 => after.rename_column(rng, id)?,
+            5 => after.rename_table(id)?,
+            6 => return self.new_table(rng),
+            7 => after.drop_table(id)?,
+            8..10 => after.detach(rng, id)?,
+            10 => after.attach()?,
+            11 => after.retype(rng, id)?,
+            12 => after.drop_key(rng, id)?,
+            13 => after.cover_anew(id)?,
+            _ => {
+                bare = true;
+                let how = ["VACUUM FULL", "ANALYZE", "REINDEX TABLE"].choose(rng)?;
+                vec![format!("{how} {}", self.tables[&id].name())]
+            }
+        };
+        Some(Alteration { steps: sql.into_iter().map(Step::Sql).collect(), bare, after })
+    }
+
+    fn altered(&mut self, id: usize) -> Option<&mut Table> {
+        self.tables.get_mut(&id).filter(|t| !t.inherits)
+    }
+
+    fn add_column(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let mut t = self.altered(id)?.clone();
+        let (kind, role, more, missing) = match rng.random_range(0..6) {
+            0..2 => (Kind::payload(rng), Role::Payload, "", Some("\\N")),
+            2 => (Kind::Int, Role::Payload, "DEFAULT 7", Some("7")),
+            3 => (Kind::Text, Role::Payload, "DEFAULT E'a\\tb' NOT NULL", Some("a\\tb")),
+            // These rewrite the table.
+            4 => (Kind::Uuid, Role::Payload, "DEFAULT gen_random_uuid()", None),
+            _ => {
+                let of = t.columns.iter().find(|c| matches!(c.kind, Kind::Int | Kind::Big))?.name();
+                let more = format!("GENERATED ALWAYS AS ({of}::bigint + 1) STORED");
+                let c = self.column(&mut t, Kind::Big, Role::Generated, false);
+                return Some(self.added(t, c, &more, None));
+            }
+        };
+        let c = self.column(&mut t, kind, role, false);
+        Some(self.added(t, c, more, missing))
+    }
+
+    fn added(&mut self, mut t: Table, column: usize, more: &str, missing: Option<&str>) -> Vec<String> {
+        let c = t.column_mut(column);
+        c.missing = missing.map(str::to_owned);
+        c.more = more.to_owned();
+        let sql = format!("ALTER TABLE {} ADD COLUMN {}", t.name(), t.column(column).definition());
+        self.tables.insert(t.id, t);
+        vec![sql]
+    }
+
+    fn drop_column(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id)?;
+        let able = |r: Role| matches!(r, Role::Payload | Role::Identity | Role::Generated);
+        let ids: Vec<_> = t.columns.iter().filter(|c| able(c.role)).map(|c| c.id).collect();
+        let c = *ids.choose(rng)?;
+        let sql = format!("ALTER TABLE {} DROP COLUMN {}", t.name(), t.column(c).name());
+        t.columns.retain(|x| x.id != c);
+        Some(vec![sql])
+    }
+
+    fn rename_column(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let new = self.new_name("r");
+        let t = self.altered(id)?;
+        let c = t.columns.choose(rng)?.id;
+        let sql = format!("ALTER TABLE {} RENAME COLUMN {} TO", t.name(), t.column(c).name());
+        t.column_mut(c).names.push(new);
+        Some(vec![format!("{sql} {}", t.column(c).name())])
+    }
+
+    fn rename_table(&mut self, id: usize) -> Option<Vec<String>> {
+        let new = self.new_name("u");
+        let t = self.altered(id)?;
+        let sql = format!("ALTER TABLE {} RENAME TO {}", t.name(), coffer_wire::quote_ident(&new));
+        t.names.push(new);
+        Some(vec![sql])
+    }
+
+    fn new_table(&self, rng: &mut StdRng) -> Option<Alteration> {
+        const NEW: [Shape; 9] = [
+            Shape::TenantInKey,
+            Shape::TenantBesideKey,
+            Shape::Keyless,
+            Shape::ByTenant,
+            Shape::SubPartitioned,
+            Shape::TenantInForeignKey,
+            Shape::Child,
+            Shape::Shared,
+            Shape::Session,
+        ];
+        let mut after = self.clone();
+        let shape = *NEW.choose(rng)?;
+        let id = after.add(rng, shape);
+        let t = &after.tables[&id];
+        let mut steps: Vec<_> = t.script().lines().map(|l| Step::Sql(l.trim_end_matches(';').to_owned())).collect();
+        match t.owner {
+            Owner::Shared => {
+                steps.push(Step::Sql(format!("SELECT coffer.add_shared({}::regclass)", literal(&t.name()))))
+            }
+            Owner::Claim(_) => {
+                steps.push(Step::Sql(format!("SELECT coffer.add_table({}::regclass)", literal(&t.name()))))
+            }
+            _ => {}
+        }
+        if rng.random_bool(0.7) {
+            steps.push(after.first_rows(rng, id));
+        }
+        Some(Alteration { steps, bare: false, after })
+    }
+
+    fn drop_table(&mut self, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id)?;
+        let sql = format!("DROP TABLE {}", t.name());
+        if self.has_children(id) || self.tables.len() < 3 {
+            return None;
+        }
+        self.tables.remove(&id);
+        Some(vec![sql])
+    }
+
+    /// A partition becomes a table of its own.
+    fn detach(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let new = self.next();
+        let t = self.altered(id)?;
+        if t.leaves.is_empty() {
+            return None;
+        }
+        let leaf = t.leaves.remove(rng.random_range(0..t.leaves.len()));
+        let sql = format!("ALTER TABLE {} DETACH PARTITION {}", t.name(), qualified(&leaf.schema, &leaf.name));
+        let own = Table {
+            id: new,
+            schema: leaf.schema,
+            names: vec![leaf.name],
+            partition_by: String::new(),
+            leaves: Vec::new(),
+            home: Some((id, leaf.bounds)),
+            ..t.clone()
+        };
+        self.tables.insert(new, own);
+        Some(vec![sql])
+    }
+
+    /// And comes back.
+    fn attach(&mut self) -> Option<Vec<String>> {
+        let (id, (home, bounds)) = self.tables.values().find_map(|t| Some((t.id, t.home.clone()?)))?;
+        if self.has_children(id) || !self.tables.contains_key(&home) {
+            return None;
+        }
+        let leaf = self.tables.remove(&id)?;
+        let t = self.altered(home)?;
+        let sql = format!("ALTER TABLE {} ATTACH PARTITION {} {bounds}", t.name(), leaf.name());
+        t.leaves.push(Leaf { schema: leaf.schema.clone(), name: leaf.names.last()?.clone(), bounds });
+        Some(vec![sql])
+    }
+
+    fn retype(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id)?;
+        let able = |c: &super::Column| match (c.kind, c.role) {
+            (Kind::Int, Role::Payload | Role::Key) => Some(Kind::Big),
+            (Kind::Big, Role::Payload) => Some(Kind::Numeric),
+            (Kind::Date | Kind::Mood | Kind::Ints | Kind::Jsonb, Role::Payload) => Some(Kind::Text),
+            _ => None,
+        };
+        let able: Vec<_> = t.columns.iter().filter_map(|c| Some((c.id, able(c)?))).collect();
+        let (c, kind) = *able.choose(rng)?;
+        t.column_mut(c).kind = kind;
+        // All rows are written anew.
+        t.columns.iter_mut().for_each(|c| c.missing = None);
+        let name = t.column(c).name();
+        Some(vec![format!("ALTER TABLE {} ALTER {name} TYPE {} USING {name}::{}", t.name(), kind.sql(), kind.sql())])
+    }
+
+    fn drop_key(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id)?;
+        let has_key = t.constraints.iter().any(|c| c.starts_with("PRIMARY"));
+        if !has_key
+            || t.key.is_empty()
+            || matches!(t.owner, Owner::Claim(_))
+            || t.home.is_some()
+            || rng.random_bool(0.5)
+        {
+            return None;
+        }
+        t.key.clear();
+        t.columns.iter_mut().for_each(|c| c.role = if c.role == Role::Key { Role::Payload } else { c.role });
+        let name = literal(&t.name());
+        Some(vec![format!(
+            "DO $$BEGIN EXECUTE (SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname) \
+             FROM pg_constraint WHERE conrelid = {name}::regclass AND contype = 'p'); END$$"
+        )])
+    }
+
+    /// Coverage ends and begins again.
+    fn cover_anew(&mut self, id: usize) -> Option<Vec<String>> {
+        let t = &self.tables[&id];
+        let name = literal(&t.name());
+        let again = match &t.owner {
+            Owner::Column(c) => format!(", {}", literal(t.column(*c).names.last()?)),
+            Owner::Parent { table, .. } => format!(", parent => {}::regclass", literal(&self.tables[table].name())),
+            _ => return None,
+        };
+        Some(vec![
+            format!("SELECT coffer.remove_table({name}::regclass)"),
+            format!("SELECT coffer.add_table({name}::regclass{again})"),
+        ])
+    }
+}

@@ -1,0 +1,249 @@
+//! What every tenant has at a point, as COPY writes it, and how a restore differs from it.
+
+use super::values::copy_escaped;
+use super::{Model, Owner, Role};
+use crate::restored::Out;
+use coffer_wire::quote_ident;
+use futures::TryStreamExt;
+use std::collections::BTreeMap;
+use tokio_postgres::Client;
+
+/// What the agent pins for its own sessions.
+pub const PINNED: &str = "SET timezone = 'UTC'; SET datestyle = 'ISO, MDY'; SET intervalstyle = postgres; \
+    SET extra_float_digits = 3; SET bytea_output = hex; SET search_path = ''";
+
+/// Whose rows.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Whose {
+    Tenant(String),
+    Nobody,
+    Everybody,
+}
+
+impl Whose {
+    /// How `coffer restore` is told.
+    pub fn args(&self) -> [&str; 2] {
+        match self {
+            Self::Tenant(t) => ["--tenant", t],
+            Self::Nobody => ["--reserved", "unassigned"],
+            Self::Everybody => ["--reserved", "shared"],
+        }
+    }
+}
+
+/// A row's fields in the order of the columns.
+type Row = Vec<String>;
+
+#[derive(Clone, Debug)]
+struct ObservedColumn {
+    names: Vec<String>,
+    missing: Option<String>,
+    /// Not part of an image.
+    computed: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Observed {
+    schema: String,
+    names: Vec<String>,
+    from: String,
+    columns: Vec<ObservedColumn>,
+    rows: BTreeMap<Whose, Vec<Row>>,
+}
+
+/// Every row of a database, and whose it is.
+#[derive(Clone, Debug)]
+pub struct Truth {
+    pub name: String,
+    tables: BTreeMap<usize, Observed>,
+}
+
+/// COPY … TO STDOUT; its lines.
+async fn copy_out(db: &Client, query: &str) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let stream = db.copy_out(&format!("COPY ({query}) TO STDOUT")).await?;
+    let bytes = stream.try_fold(Vec::new(), |mut all, b| async move {
+        all.extend_from_slice(&b);
+        Ok(all)
+    });
+    let text = String::from_utf8(bytes.await?).expect("the client's encoding is UTF-8");
+    Ok(rows(&text))
+}
+
+fn rows(copy: &str) -> Vec<Row> {
+    copy.lines().map(|l| l.split('\t').map(str::to_owned).collect()).collect()
+}
+
+/// Reads everything in the snapshot of the transaction that is open.
+pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, tokio_postgres::Error> {
+    let mut tables = BTreeMap::new();
+    for t in model.tables.values() {
+        let columns: Vec<_> = t.columns.iter().map(|c| format!("t.{}", c.name())).collect();
+        let whose = model.owner_expression(t.id, "t");
+        let lines = copy_out(db, &format!("SELECT {whose}, {} FROM {} t", columns.join(", "), t.from())).await?;
+        let mut rows: BTreeMap<Whose, Vec<Row>> = BTreeMap::new();
+        for mut row in lines {
+            let whose = match row.remove(0) {
+                _ if matches!(t.owner, Owner::Shared) => Whose::Everybody,
+                n if n == "\\N" => Whose::Nobody,
+                key => {
+                    let known = model.tenants.iter().find(|k| copy_escaped(k) == key);
+                    Whose::Tenant(known.unwrap_or_else(|| panic!("a tenant that nobody made: {key}")).clone())
+                }
+            };
+            rows.entry(whose).or_default().push(row);
+        }
+        rows.values_mut().for_each(|r| r.sort_unstable());
+        let columns = t.columns.iter().map(|c| ObservedColumn {
+            names: c.names.clone(),
+            missing: c.missing.clone(),
+            computed: c.role == Role::Generated,
+        });
+        let observed = Observed {
+            schema: t.schema.clone(),
+            names: t.names.clone(),
+            from: t.from(),
+            columns: columns.collect(),
+            rows,
+        };
+        tables.insert(t.id, observed);
+    }
+    Ok(Truth { name: name.to_owned(), tables })
+}
+
+impl Observed {
+    fn of(&self, whose: &Whose) -> &[Row] {
+        self.rows.get(whose).map_or(&[], Vec::as_slice)
+    }
+}
+
+impl Truth {
+    /// Whether somebody has a row.
+    pub fn has(&self, whose: &Whose) -> bool {
+        self.tables.values().any(|t| !t.of(whose).is_empty())
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.tables.values().flat_map(|t| t.rows.values()).map(Vec::len).sum()
+    }
+
+    /// What differs in the files of a restore.
+    pub fn against_files(&self, whose: &Whose, out: &Out) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut seen = Vec::new();
+        let manifest = out.manifest();
+        for file in manifest["tables"].as_array().expect("tables") {
+            let relation = file["relation"].as_str().expect("relation");
+            let names =
+                file["columns"].as_array().expect("columns").iter().map(|c| c.as_str().expect("a name").to_owned());
+            let names: Vec<_> = names.collect();
+            let path = out.dir.join(file["file"].as_str().expect("file"));
+            let have = rows(&std::fs::read_to_string(&path).expect("a file of COPY text"));
+            let called = |t: &Observed| {
+                t.names.iter().any(|n| format!("{}.{}", quote_ident(&t.schema), quote_ident(n)) == relation)
+            };
+            match self.tables.iter().find(|(_, t)| called(t)) {
+                Some((id, t)) => {
+                    seen.push(*id);
+                    wrong.extend(self.compare(t, whose, &names, have));
+                }
+                None if have.is_empty() => {}
+                None => wrong.push(format!("{relation}: {} rows of a table that is not there", have.len())),
+            }
+        }
+        for (id, t) in &self.tables {
+            if !seen.contains(id) && !t.of(whose).is_empty() {
+                wrong.push(format!("{}: no file, should have {} rows of {whose:?}", t.from, t.of(whose).len()));
+            }
+        }
+        wrong
+    }
+
+    /// What differs in a database that a restore made for a tenant.
+    pub async fn against_database(&self, whose: &Whose, db: &Client) -> Vec<String> {
+        db.batch_execute(PINNED).await.expect("settings");
+        let mut wrong = Vec::new();
+        for t in self.tables.values() {
+            let names: Vec<_> = t.columns.iter().map(|c| quote_ident(c.names.last().expect("a name"))).collect();
+            match copy_out(db, &format!("SELECT {} FROM {}", names.join(", "), t.from)).await {
+                Ok(mut have) => {
+                    have.sort_unstable();
+                    let everybodys = t.rows.contains_key(&Whose::Everybody);
+                    let want = t.of(if everybodys { &Whose::Everybody } else { whose });
+                    wrong.extend(differ(&t.from, whose, &have, want));
+                }
+                Err(e) => wrong.push(format!("{}: {}", t.from, e.as_db_error().map_or("lost", |e| e.message()))),
+            }
+        }
+        wrong
+    }
+
+    /// What differs between two moments of one shape, for these.
+    pub fn against(&self, whose: &Whose, now: &Truth) -> Vec<String> {
+        let each = self.tables.iter().map(|(id, t)| differ(&t.from, whose, now.tables[id].of(whose), t.of(whose)));
+        each.flatten().collect()
+    }
+
+    /// Images of the file's columns against the rows: columns are found by every name they had, what an image lacks is
+    /// what the column gave to the rows that were there before it.
+    fn compare(&self, t: &Observed, whose: &Whose, names: &[String], have: Vec<Row>) -> Option<String> {
+        let places = t.columns.iter().filter(|c| !c.computed).map(|c| {
+            let place = names.iter().position(|n| c.names.contains(n));
+            (place, c.missing.clone(), c.names.last().expect("a name").clone())
+        });
+        let places: Vec<_> = places.collect();
+        if let Some((_, _, name)) = places.iter().find(|(p, m, _)| p.is_none() && m.is_none())
+            && !have.is_empty()
+        {
+            return Some(format!("{} of {whose:?} at {}: no column {name} in {names:?}", t.from, self.name));
+        }
+        let project = |row: &Row| -> Row {
+            let field = |(place, missing, _): &(Option<usize>, Option<String>, String)| match place {
+                Some(p) => row[*p].clone(),
+                None => missing.clone().expect("looked at before"),
+            };
+            places.iter().map(field).collect()
+        };
+        let mut have: Vec<Row> = have.iter().map(project).collect();
+        have.sort_unstable();
+        let image = |row: &Row| -> Row {
+            row.iter().zip(&t.columns).filter(|(_, c)| !c.computed).map(|(f, _)| f.clone()).collect()
+        };
+        let mut want: Vec<Row> = t.of(whose).iter().map(image).collect();
+        want.sort_unstable();
+        differ(&format!("{} at {}", t.from, self.name), whose, &have, &want)
+    }
+}
+
+/// Two sorted multisets.
+fn differ(what: &str, whose: &Whose, have: &[Row], want: &[Row]) -> Option<String> {
+    if have == want {
+        return None;
+    }
+    let beyond = |a: &[Row], b: &[Row]| {
+        let mut rest = b.to_vec();
+        let mut out = Vec::new();
+        for r in a {
+            match rest.iter().position(|x| x == r) {
+                Some(p) => drop(rest.swap_remove(p)),
+                None => out.push(short(r)),
+            }
+        }
+        out.truncate(3);
+        out.join(" | ")
+    };
+    Some(format!(
+        "{what} of {whose:?}: {} rows, should be {}; missing: {}; extra: {}",
+        have.len(),
+        want.len(),
+        beyond(want, have),
+        beyond(have, want)
+    ))
+}
+
+fn short(row: &Row) -> String {
+    let cut = |f: &String| {
+        if f.chars().count() > 60 { format!("{}…", f.chars().take(50).collect::<String>()) } else { f.clone() }
+    };
+    row.iter().map(cut).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,395 @@
+//! Random schemas under random workloads: every tenant, at every point, equals what it was there by the model's own account.
+//!
+//! `COFFER_TEST_CASES` (default 6) cases per version, with the seeds 1 and up; `SEED` repeats one of them; with
+//! `COFFER_TEST_MINUTES` cases run until the time is over, from `SEED` on. The seed of each case is printed, and the script
+//! of one that fails is saved.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::cluster::Cluster;
+use coffer_tests::generate::Model;
+use coffer_tests::generate::observed::{self, PINNED, Truth, Whose};
+use coffer_tests::generate::sessions::{Script, Sessions};
+use coffer_tests::generate::{Owner, values};
+use coffer_tests::restored::{Database, Out};
+use coffer_tests::{block_on, wait_for};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::Value;
+use std::time::{Duration, Instant};
+use tokio_postgres::Client;
+
+on_majors! {
+    random: random;
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+fn random(major: u32) {
+    let cluster = Cluster::start_with(major, "autovacuum = off\n", &[]);
+    let end = number("COFFER_TEST_MINUTES").map(|m| Instant::now() + Duration::from_secs(60 * m));
+    let (first, cases) = match (number("SEED"), end) {
+        (Some(seed), None) => (seed, 1),
+        (seed, Some(_)) => (seed.unwrap_or(1), u64::MAX),
+        (None, None) => (1, number("COFFER_TEST_CASES").unwrap_or(6)),
+    };
+    let mut all = Tally::default();
+    let mut run = 0;
+    for seed in first..first.saturating_add(cases) {
+        if end.is_some_and(|end| Instant::now() > end) {
+            break;
+        }
+        println!("PostgreSQL {major}: SEED={seed}");
+        let begun = Instant::now();
+        let tally = block_on(Case::run(&cluster, seed));
+        println!("PostgreSQL {major}: SEED={seed}: {tally:?} in {:.1} s", begun.elapsed().as_secs_f64());
+        all.add(&tally);
+        run += 1;
+    }
+    println!("PostgreSQL {major}: {run} cases, {all:?}");
+    // A refusal is an honest answer, but one that everything gets would hide what is wrong.
+    assert!(all.refused * 10 <= all.restores.max(40), "{} of {} restores were refused", all.refused, all.restores);
+}
+
+/// What a case came to.
+#[derive(Clone, Debug, Default)]
+struct Tally {
+    points: usize,
+    rows: usize,
+    committed: usize,
+    failed: usize,
+    restores: usize,
+    refused: usize,
+    without_definitions: usize,
+    altered: usize,
+}
+
+impl Tally {
+    fn add(&mut self, other: &Self) {
+        self.points += other.points;
+        self.rows += other.rows;
+        self.committed += other.committed;
+        self.failed += other.failed;
+        self.restores += other.restores;
+        self.refused += other.refused;
+        self.without_definitions += other.without_definitions;
+        self.altered += other.altered;
+    }
+}
+
+struct Case<'c> {
+    cluster: &'c Cluster,
+    seed: u64,
+    db: String,
+    rng: StdRng,
+    model: Model,
+    script: Script,
+    observer: Client,
+    agent: Agent,
+    truths: Vec<Truth>,
+    tally: Tally,
+}
+
+impl<'c> Case<'c> {
+    async fn run(cluster: &'c Cluster, seed: u64) -> Tally {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let db = format!("case_{seed}");
+        let model = Model::generate(&mut rng, cluster.major);
+        let mut script = Script::new(&format!("{}-{seed}", cluster.major));
+        script.say(model.script());
+        cluster.create_protected_db(&db);
+        cluster.script(&db, &format!("SET client_min_messages = error;\n{}", model.script()));
+        let observer = cluster.connect(&db).await;
+        observer.batch_execute(PINNED).await.expect("settings");
+        observer.batch_execute("SET lock_timeout = '300ms'").await.expect("settings");
+        let agent = Agent::new(&Setup { ship_interval: "100ms".into(), ..Setup::of(cluster, &db) });
+        let case = Self {
+            cluster,
+            seed,
+            db,
+            rng,
+            model,
+            script,
+            observer,
+            agent,
+            truths: Vec::new(),
+            tally: Tally::default(),
+        };
+        case.through().await
+    }
+
+    async fn through(mut self) -> Tally {
+        let mut sessions = Sessions::new(self.cluster, &self.db, self.rng.random_range(1..4)).await;
+        self.first_rows(&mut sessions, false).await;
+        self.protect();
+        self.first_rows(&mut sessions, true).await;
+        self.agent.start();
+        self.settle();
+        for round in 0..self.rng.random_range(2..5) {
+            for _ in 0..self.rng.random_range(10..40) {
+                sessions.step(&mut self.rng, &self.model, &mut self.script).await;
+            }
+            if self.rng.random_bool(0.6) {
+                self.alter(&mut sessions).await;
+            }
+            self.disturb(round);
+            self.point(&mut sessions, &format!("point {round}")).await;
+        }
+        sessions.drain(&mut self.rng, &mut self.script).await;
+        self.settle();
+        self.point(&mut sessions, "the end").await;
+        self.check_all().await;
+        self.tally.points = self.truths.len();
+        self.tally.rows = self.truths.last().map_or(0, Truth::rows);
+        (self.tally.committed, self.tally.failed) = (sessions.committed, sessions.failures);
+        drop(sessions);
+        self.clean_up()
+    }
+
+    /// Rows from before the tables are covered, or from after.
+    async fn first_rows(&mut self, sessions: &mut Sessions, covered: bool) {
+        let tables: Vec<_> = self.model.tables.keys().copied().collect();
+        for t in tables {
+            // Whom the session named is not known of rows from before.
+            if !covered && (matches!(self.model.tables[&t].owner, Owner::Claim(_)) || self.rng.random_bool(0.3)) {
+                continue;
+            }
+            let step = self.model.first_rows(&mut self.rng, t);
+            sessions.alone(&[step], false, &mut self.script).await;
+        }
+    }
+
+    /// Covers everything: by discovery, and what that leaves by hand. Nothing may stay uncovered.
+    fn protect(&mut self) {
+        let mut sql = Vec::new();
+        for t in self.model.tables.values() {
+            match &t.owner {
+                Owner::Shared => {
+                    sql.push(format!("SELECT coffer.add_shared({}::regclass)", values::literal(&t.name())))
+                }
+                Owner::Claim(_) => {
+                    sql.push(format!("SELECT coffer.add_table({}::regclass)", values::literal(&t.name())))
+                }
+                Owner::Schema(tenant) => {
+                    let (schema, tenant) = (values::literal(&t.schema), values::literal(tenant));
+                    sql.push(format!("SELECT coffer.add_schema({schema}, {tenant})"));
+                }
+                _ => {}
+            }
+        }
+        sql.dedup();
+        let discover = "SELECT coffer.discover('tenant', apply => true)".to_owned();
+        sql.insert(if self.rng.random_bool(0.5) { 0 } else { sql.len() }, discover);
+        for statement in sql {
+            self.cluster.psql(&self.db, &statement);
+            self.script.say(format!("{statement};"));
+        }
+        self.covered();
+    }
+
+    /// What coffer.coverage says of every table.
+    fn covered(&self) {
+        let sql = "SELECT coalesce(json_agg(json_build_array(n.nspname, c.relname, v.covered, v.strategy, v.cost)), '[]') \
+                   FROM coffer.coverage v JOIN pg_class c ON c.oid = v.relation JOIN pg_namespace n ON n.oid = c.relnamespace";
+        let said: Value = serde_json::from_str(&self.cluster.psql(&self.db, sql)).expect("JSON");
+        let said = said.as_array().expect("a list");
+        assert_eq!(said.len(), self.model.tables.len(), "{said:?}");
+        for t in self.model.tables.values() {
+            let own = |r: &&Value| {
+                r[0] == t.schema.as_str() && Some(r[1].as_str().expect("a name")) == t.names.last().map(String::as_str)
+            };
+            let row = said.iter().find(own).unwrap_or_else(|| panic!("{} is not in {said:?}", t.name()));
+            let strategies: &[&str] = match t.owner {
+                Owner::Column(_) => &["identity", "tag", "full_row"],
+                Owner::Parent { .. } => &["path"],
+                Owner::Claim(_) => &["session"],
+                Owner::Schema(_) => &["schema"],
+                Owner::Shared => &["shared"],
+            };
+            let strategy = row[3].as_str().unwrap_or_default();
+            assert!(strategies.contains(&strategy) && row[2] == true, "{}: {row}", t.name());
+            assert!(row[4].as_str().is_some_and(|c| !c.is_empty()), "{}: {row}", t.name());
+        }
+    }
+
+    /// Waits until every table can be restored to what comes now.
+    fn settle(&mut self) {
+        let lsn = self.cluster.psql(&self.db, "SELECT pg_current_wal_insert_lsn()");
+        self.cluster.psql(&self.db, "SELECT coffer.wait_durable()");
+        let seen = || format!("SELECT pg_lsn '{lsn}' <= pg_lsn ");
+        wait_for("a base of every table", 90, || {
+            if let Some(code) = self.agent.ended() {
+                panic!("the agent ended ({code:?}):\n{}", self.agent.log());
+            }
+            let out = self.agent.coffer(&["--json", "list"]);
+            let doc: Value = serde_json::from_slice(&out.stdout).ok()?;
+            let tenants = doc["tenants"].as_array()?.iter().chain(doc["reserved"].as_array()?);
+            let to = tenants.filter_map(|t| t["window"].as_array()?.last()?["to_lsn"].as_str()).next()?.to_owned();
+            (self.cluster.psql(&self.db, &format!("{}'{to}'", seen())) == "t").then_some(())
+        });
+    }
+
+    /// Kills the agent, or stops it, and starts it again; or lets it be.
+    fn disturb(&mut self, round: usize) {
+        match self.rng.random_range(0..5) {
+            0 => self.agent.kill9(),
+            1 => assert_eq!(self.agent.stop(), Some(0), "a stop is orderly"),
+            _ => return,
+        }
+        self.script.say(format!("-- the agent is started again in round {round}"));
+        self.agent.start();
+    }
+
+    /// TRUNCATE or DDL, with everybody else's transactions ended, in a transaction with changes of rows or alone.
+    async fn alter(&mut self, sessions: &mut Sessions) {
+        sessions.drain(&mut self.rng, &mut self.script).await;
+        if self.rng.random_bool(0.3) {
+            let step = self.model.truncate(&mut self.rng);
+            sessions.alone(&[step], false, &mut self.script).await;
+            return;
+        }
+        for _ in 0..self.rng.random_range(1..4) {
+            let Some(mut a) = self.model.alteration(&mut self.rng) else { continue };
+            if !a.bare && self.rng.random_bool(0.3) {
+                a.steps.insert(0, self.model.change(&mut self.rng));
+            }
+            if !a.bare && self.rng.random_bool(0.3) {
+                a.steps.push(a.after.change(&mut self.rng));
+            }
+            if sessions.alone(&a.steps, a.bare, &mut self.script).await {
+                self.model = a.after;
+                self.tally.altered += 1;
+                self.covered();
+            }
+        }
+        // A point before the bases that this asks for may well be refused.
+        if self.rng.random_bool(0.8) {
+            self.settle();
+        }
+    }
+
+    /// Names a point, and notes what everybody has there.
+    async fn point(&mut self, sessions: &mut Sessions, name: &str) {
+        for attempt in 0.. {
+            match self.try_point(name).await {
+                Ok(truth) => {
+                    self.script.say(format!("-- {name}"));
+                    self.truths.push(truth);
+                    return;
+                }
+                // An open transaction has locked a table against readers.
+                Err(e) => {
+                    assert!(attempt < 3, "SEED={}: {name}: {e:?}", self.seed);
+                    let _ = self.observer.batch_execute("ROLLBACK").await;
+                    sessions.drain(&mut self.rng, &mut self.script).await;
+                }
+            }
+        }
+    }
+
+    async fn try_point(&self, name: &str) -> Result<Truth, tokio_postgres::Error> {
+        self.observer.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
+        let truth = observed::observe(&self.observer, &self.model, name).await?;
+        self.observer.query_one("SELECT coffer.restore_point($1)", &[&name]).await?;
+        self.observer.batch_execute("COMMIT").await?;
+        Ok(truth)
+    }
+
+    fn everyone(&self) -> Vec<Whose> {
+        let tenants = self.model.tenants.iter().map(|t| Whose::Tenant(t.clone()));
+        tenants.chain([Whose::Nobody, Whose::Everybody]).collect()
+    }
+
+    async fn check_all(&mut self) {
+        let mut wrong = Vec::new();
+        for truth in std::mem::take(&mut self.truths) {
+            for whose in self.everyone() {
+                let database = matches!(whose, Whose::Tenant(_)) && self.rng.random_bool(0.15);
+                wrong.extend(if database {
+                    self.in_database(&truth, &whose).await
+                } else {
+                    self.in_files(&truth, &whose)
+                });
+            }
+            self.truths.push(truth);
+        }
+        let status = self.agent.json(&["status"]);
+        if status["sources"][0]["unresolved_rows"] != 0 {
+            wrong.push(format!("rows that could not be attributed: {status}"));
+        }
+        let number = wrong.len();
+        wrong.truncate(12);
+        let major = self.cluster.major;
+        assert!(wrong.is_empty(), "PostgreSQL {major}, SEED={}: {number} differences, {wrong:#?}", self.seed);
+    }
+
+    fn restore(&mut self, whose: &Whose, point: &str, mode: &str, target: &str) -> Result<(), (i32, String)> {
+        let [flag, key] = whose.args();
+        let to = format!("name:{point}");
+        let args = [
+            "--json",
+            "restore",
+            flag,
+            key,
+            "--to",
+            &to,
+            "--mode",
+            mode,
+            "--target",
+            target,
+            "--wait",
+            "60s",
+            "--confirm",
+        ];
+        let out = self.agent.coffer(&args);
+        self.tally.restores += 1;
+        match out.status.code() {
+            Some(0) => Ok(()),
+            code => Err((code.unwrap_or(-1), String::from_utf8_lossy(&out.stdout).into_owned())),
+        }
+    }
+
+    /// Sorts an answer other than success: an honest one is counted, any other is wrong.
+    fn refused(&mut self, truth: &Truth, whose: &Whose, (code, said): (i32, String)) -> Vec<String> {
+        match code {
+            // Whoever never had a row is not known.
+            3 if !truth.has(whose) => Vec::new(),
+            4 => {
+                self.tally.refused += 1;
+                Vec::new()
+            }
+            _ => vec![format!("{whose:?} at {}: exit {code}: {said}", truth.name)],
+        }
+    }
+
+    fn in_files(&mut self, truth: &Truth, whose: &Whose) -> Vec<String> {
+        let out = Out::new();
+        match self.restore(whose, &truth.name, "files", out.arg()) {
+            Ok(()) => truth.against_files(whose, &out),
+            Err(e) => self.refused(truth, whose, e),
+        }
+    }
+
+    async fn in_database(&mut self, truth: &Truth, whose: &Whose) -> Vec<String> {
+        let name = format!("restored_{}_{}", self.seed, self.tally.restores);
+        let made = Database::named(self.cluster, &name);
+        match self.restore(whose, &truth.name, "database", &self.cluster.url("postgres", &name)) {
+            Ok(()) => truth.against_database(whose, &made.connect().await).await,
+            // Rather none than one of another moment's shape; it says that files will do, and so they must.
+            Err((10, said)) if said.contains("\"definitions_unknown\"") || said.contains("\"columns_changed\"") => {
+                self.tally.without_definitions += 1;
+                self.in_files(truth, whose)
+            }
+            Err(e) => self.refused(truth, whose, e),
+        }
+    }
+
+    fn clean_up(mut self) -> Tally {
+        assert_eq!(self.agent.stop(), Some(0), "a stop is orderly");
+        drop(self.observer);
+        self.cluster.psql("postgres", "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots");
+        self.cluster.psql("postgres", &format!("DROP DATABASE {} WITH (FORCE)", self.db));
+        self.tally
+    }
+}
