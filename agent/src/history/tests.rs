@@ -189,8 +189,9 @@ async fn a_clock_that_stepped_back_makes_the_span_ambiguous() {
 
 #[test]
 fn a_table_that_came_and_went_in_one_transaction_is_waited_for_by_nobody() {
-    let registered = |what| line::Registered { relid: 7, at: Lsn(50), xid: 3, what };
-    let registry = vec![registered(line::Registration::Add { rebase: true }), registered(line::Registration::Remove)];
+    let registered = |what| line::Registered { relid: 7, at: Lsn(50), xid: 3, what, owner: None, name: None };
+    let added = line::Registration::Add { rebase: true, fresh: false };
+    let registry = vec![registered(added), registered(line::Registration::Remove)];
     let facts = Facts { registry, ..Facts::default() };
     assert_eq!(Line::default().all_closed(&facts, None), []);
 }
