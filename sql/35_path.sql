@@ -168,6 +168,54 @@ BEGIN
          FROM unnest(coffer._column_names(r.parent, r.parent_attnums), coffer._column_names(rel, r.path_attnums)) WITH ORDINALITY u (p, c, ord)));
 END $$;
 
+-- Whether a text is a value of a type.
+CREATE FUNCTION coffer._fits(value text, type oid) RETURNS bool
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    EXECUTE format('SELECT %L::%s', value, format_type(type, NULL));
+    RETURN true;
+EXCEPTION WHEN data_exception THEN
+    RETURN false;
+END $$;
+
+-- A condition for the rows of one tenant that an index can answer, where coffer._tenant_expression() would have to be
+-- computed for each row. NULL: no row can be the tenant's.
+CREATE FUNCTION coffer._tenant_condition(rel oid, row_name text, tenant text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r   coffer.rules;
+    a   pg_attribute;
+    up  text;
+    of  text;
+BEGIN
+    SELECT * INTO r FROM coffer.rules u WHERE u.relid = rel;
+    IF r.tenant_attnum > 0 THEN
+        SELECT * INTO a FROM pg_attribute x WHERE x.attrelid = rel AND x.attnum = r.tenant_attnum;
+        IF NOT coffer._fits(tenant, a.atttypid) THEN
+            RETURN NULL;
+        END IF;
+        of := format('%s.%I = %L::%s', row_name, a.attname, tenant, format_type(a.atttypid, NULL));
+        -- For most types = is as narrow as the text is; for others (1.0 = 1.00) it is only what an index can answer.
+        RETURN CASE WHEN coffer._key_family(a.atttypid, a.attcollation) IS NOT NULL THEN of
+                    ELSE format('(%s AND %s.%I::text COLLATE "C" = %L)', of, row_name, a.attname, tenant) END;
+    END IF;
+    IF r.strategy = 3 THEN
+        RETURN format('%s IN (SELECT coffer_s.key FROM coffer.session_rows coffer_s WHERE coffer_s.relid = %s AND coffer_s.tenant = %L)',
+                      coffer._session_key(rel, r.key_columns, row_name), rel, tenant);
+    END IF;
+    IF r.strategy IS DISTINCT FROM 2 THEN
+        RETURN NULL;
+    END IF;
+    up := format('coffer_%s', r.parent);
+    of := coffer._tenant_condition(r.parent, up, tenant);
+    RETURN format('(%s) IN (SELECT %s FROM %s %s WHERE %s)',
+        (SELECT string_agg(format('%s.%I', row_name, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(rel, r.path_attnums)) WITH ORDINALITY u (c, ord)),
+        (SELECT string_agg(format('%s.%I', up, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(r.parent, r.parent_attnums)) WITH ORDINALITY u (c, ord)),
+        coffer._from(r.parent), up, of);
+END $$;
+
 -- How a trigger finds a parent: the columns that lead to it, the query (key as text in, tenant or next key as text out),
 -- and the indexes in which a version that is deleted already can be found.
 CREATE FUNCTION coffer._edge(rel oid)

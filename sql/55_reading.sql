@@ -61,19 +61,23 @@ RETURNS TABLE (relation text, row_data jsonb, snapshot pg_snapshot, lsn pg_lsn)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    r  record;
+    r     record;
+    -- Once, not for each row.
+    seen  pg_snapshot := pg_current_snapshot();
+    here  pg_lsn := pg_current_wal_insert_lsn();
 BEGIN
     FOR r IN
-        SELECT u.relid, format(' WHERE %s = $1', coffer._tenant_expression(u.relid, '"the row"')) AS condition, c.relkind
+        SELECT u.relid, ' WHERE ' || coffer._tenant_condition(u.relid, '"the row"', of_tenant) AS condition, c.relkind
         FROM coffer.rules u JOIN pg_class c ON c.oid = u.relid WHERE u.strategy IN (0, 1, 2, 3, 4)
         UNION ALL
         SELECT t.oid, '', c.relkind FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t (oid)
         JOIN pg_class c ON c.oid = t.oid WHERE s.tenant = of_tenant
         ORDER BY 1
     LOOP
+        CONTINUE WHEN r.condition IS NULL;
         -- Inheritance children are tables of their own, partitions are not.
-        RETURN QUERY EXECUTE format('SELECT %L::text, to_jsonb("the row".*), pg_current_snapshot(), pg_current_wal_insert_lsn() FROM %s%s AS "the row"%s',
-            r.relid::regclass, CASE r.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, r.relid::regclass, r.condition) USING of_tenant;
+        RETURN QUERY EXECUTE format('SELECT %L::text, to_jsonb("the row".*), $1, $2 FROM %s%s AS "the row"%s',
+            r.relid::regclass, CASE r.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, r.relid::regclass, r.condition) USING seen, here;
     END LOOP;
 END $$;
 

@@ -26,6 +26,12 @@ $$;
 COMMENT ON FUNCTION coffer._agent_rules() IS
 'Every covered table (roots of partition trees). key_columns are in the order of their attribute numbers, as in the stream; NULL: the row as a whole. tenant_expression: whose a row t is, where no column of it says so; it reads parents, which are to be locked with the table, the topmost first.';
 
+CREATE FUNCTION coffer._agent_condition(rel regclass, tenant text) RETURNS text
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT coffer._tenant_condition(rel, 't', tenant) $$;
+COMMENT ON FUNCTION coffer._agent_condition(regclass, text) IS
+'A condition for the tenant''s rows t of a table whose tenant stands elsewhere; NULL: it can have none.';
+
 CREATE FUNCTION coffer._agent_base_marker(id bytea) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$

@@ -76,7 +76,11 @@ async fn condition(client: &SqlClient, rule: &Rule, relation: &Relation, tenant:
     if let Some(whose) = &rule.tenant_expression {
         return match tenant.kind {
             TenantKind::Unassigned => Ok(Some(format!("{whose} IS NULL"))),
-            TenantKind::Normal => Ok(Some(format!("{whose} COLLATE \"C\" = {}", literal(&tenant.key)))),
+            TenantKind::Normal => Ok(client
+                .query_one("SELECT coffer._agent_condition($1::oid::regclass, $2)", &[&rule.relid, &tenant.key])
+                .await
+                .sql(format!("cannot ask which rows of {} are the tenant's", rule.qualified()))?
+                .get(0)),
             k => Err(Error::new(
                 Kind::Refused,
                 format!("rows of the tenant ({}) have no place in a live table", k.name()),
