@@ -271,7 +271,9 @@ pub unsafe fn parent_goes(call: &Call<'_>, old: pg_sys::HeapTuple, at_once: bool
                 continue;
             }
             let id = key.id(&values);
-            let owner = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, Side::Old));
+            // What was noted when the row went: by now its own parent may be another.
+            let noted = state::with(|s| s.before(&id).or_else(|| s.orphans(&id)));
+            let owner = noted.unwrap_or_else(|| owner_of(call, &parent, old, Side::Old));
             state::with(|s| s.set_orphans(id, Some(owner)));
         }
     }

@@ -22,6 +22,7 @@ impl Model {
         let ids: Vec<_> = self.tables.keys().copied().collect();
         let id = *ids.choose(rng)?;
         let mut after = self.clone();
+        after.version += 1;
         let mut bare = false;
         let sql = match rng.random_range(0..15) {
             0..3 => after.add_column(rng, id)?,
@@ -116,6 +117,7 @@ impl Model {
             Shape::Session,
         ];
         let mut after = self.clone();
+        after.version += 1;
         let shape = *NEW.choose(rng)?;
         let id = after.add(rng, shape);
         let t = &after.tables[&id];

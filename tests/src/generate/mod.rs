@@ -148,6 +148,8 @@ pub struct Model {
     pub tenant_kind: Kind,
     pub tenants: Vec<String>,
     pub tables: BTreeMap<usize, Table>,
+    /// How often the schema was changed.
+    pub version: usize,
     serial: usize,
 }
 

@@ -55,6 +55,8 @@ struct Observed {
 #[derive(Clone, Debug)]
 pub struct Truth {
     pub name: String,
+    /// The model's, then.
+    pub version: usize,
     tables: BTreeMap<usize, Observed>,
 }
 
@@ -107,7 +109,7 @@ pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, to
         };
         tables.insert(t.id, observed);
     }
-    Ok(Truth { name: name.to_owned(), tables })
+    Ok(Truth { name: name.to_owned(), version: model.version, tables })
 }
 
 impl Observed {
@@ -120,6 +122,10 @@ impl Truth {
     /// Whether somebody has a row.
     pub fn has(&self, whose: &Whose) -> bool {
         self.tables.values().any(|t| !t.of(whose).is_empty())
+    }
+
+    pub fn has_renamed_tables(&self) -> bool {
+        self.tables.values().any(|t| t.names.len() > 1)
     }
 
     /// How many rows there are.

@@ -72,6 +72,7 @@ impl Model {
             tenant_kind: kinds[n],
             tenants: TENANTS[n].map(str::to_owned).to_vec(),
             tables: Default::default(),
+            version: 0,
             serial: 0,
         };
         let first = *[Shape::TenantInKey, Shape::TenantBesideKey, Shape::ByRange].choose(rng).expect("three");
