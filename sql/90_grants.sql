@@ -25,14 +25,15 @@ GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fill(), coffer._fence() TO PUBL
 -- Views call these with the rights of whoever reads them.
 GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) TO PUBLIC;
 
-GRANT SELECT ON coffer.coverage, coffer.tenants, coffer.jobs, coffer.audit_log, coffer.status, coffer.restore_points
+GRANT SELECT ON coffer.coverage, coffer.tenants, coffer.jobs, coffer.audit_log, coffer.status, coffer.restore_points,
+    coffer.tenant_roles
     TO coffer_auditor;
 GRANT EXECUTE ON FUNCTION coffer.doctor(), coffer.changes(text, pg_lsn, int), coffer.snapshot(text) TO coffer_auditor;
 GRANT EXECUTE ON FUNCTION coffer.wait_durable(pg_lsn, interval), coffer.restore_point(text) TO coffer_operator;
 GRANT EXECUTE ON FUNCTION
     coffer.add_table(regclass, name, regclass, text), coffer.add_shared(regclass), coffer.exclude(regclass, text),
     coffer.remove_table(regclass), coffer.add_schema(name, text, text), coffer.add_schema_pattern(text), coffer.remove_schema(name),
-    coffer.discover(name, bool), coffer.setup_agent(name), coffer._try(text), coffer._setup_agent(name)
+    coffer.add_role(name, text), coffer.remove_role(name), coffer.discover(name, bool), coffer.setup_agent(name), coffer._try(text), coffer._setup_agent(name)
     TO coffer_admin;
 
 INSERT INTO coffer.secret (mac_key) VALUES (coffer._random(16));

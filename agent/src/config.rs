@@ -37,6 +37,8 @@ pub struct Config {
     pub spool: SpoolConfig,
     #[serde(default)]
     pub status: StatusConfig,
+    #[serde(default)]
+    pub accounts: AccountsConfig,
 }
 
 #[derive(Clone, Deserialize)]
@@ -210,6 +212,14 @@ impl Default for StatusConfig {
     fn default() -> Self {
         Self { listen: "127.0.0.1:9187".into() }
     }
+}
+
+/// What of tenants' roles is archived.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AccountsConfig {
+    /// Their password verifiers, too.
+    pub passwords: bool,
 }
 
 fn duration<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {

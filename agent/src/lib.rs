@@ -1,5 +1,6 @@
 //! The agent of pg_coffer. ARCHITECTURE.md shows the rooms and who calls whom.
 
+pub mod accounts;
 pub mod alarms;
 pub mod batch;
 pub mod cli;

@@ -11,7 +11,8 @@ extension_sql_file!("../../sql/20_names.sql", name = "names", requires = ["table
 extension_sql_file!("../../sql/30_strategy.sql", name = "strategy", requires = ["names"]);
 extension_sql_file!("../../sql/35_path.sql", name = "path", requires = ["strategy"]);
 extension_sql_file!("../../sql/40_registry.sql", name = "registry", requires = ["path"]);
-extension_sql_file!("../../sql/50_coverage.sql", name = "coverage", requires = ["registry"]);
+extension_sql_file!("../../sql/45_accounts.sql", name = "accounts", requires = ["registry"]);
+extension_sql_file!("../../sql/50_coverage.sql", name = "coverage", requires = ["registry", "accounts"]);
 extension_sql_file!("../../sql/55_reading.sql", name = "reading", requires = ["coverage"]);
 extension_sql_file!("../../sql/60_events.sql", name = "events", requires = ["coverage"]);
 extension_sql_file!("../../sql/70_durability.sql", name = "durability", requires = ["coverage"]);

@@ -1,4 +1,4 @@
-//! What is not in the replication stream: where sequences stand.
+//! What is not in the replication stream: where sequences stand, whose roles there are.
 
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::block_on;
@@ -9,6 +9,8 @@ use coffer_tests::wait_for;
 on_majors! {
     sequences: sequences;
     sequences_of_locked_tables: sequences_of_locked_tables;
+    roles: roles;
+    passwords: passwords;
 }
 
 /// A protected database with a table whose tenants are 1 and 2, and sequences that no column owns.
@@ -108,4 +110,137 @@ fn sequences_of_locked_tables(major: u32) {
         let restored = Database::restore(&agent, &cluster, "1", "name:meanwhile");
         assert_eq!(state(&cluster, &restored.name), "41 true, 7 false, -1 true, 10 true");
     });
+}
+
+/// Roles of tenant 1: a group, a member of it, and an outsider who is a member of the member.
+const ROLES: &str = "
+CREATE ROLE \"The group\" NOLOGIN; CREATE ROLE anna LOGIN CONNECTION LIMIT 3 VALID UNTIL '2030-01-01' PASSWORD 'hidden';
+CREATE ROLE outsider; COMMENT ON ROLE anna IS 'it''s anna';
+GRANT \"The group\" TO anna WITH ADMIN OPTION; GRANT anna TO outsider;
+ALTER ROLE anna SET search_path = \"$user\", \"My schema\", public; ALTER ROLE anna SET work_mem = '7MB';
+ALTER ROLE anna IN DATABASE shop SET statement_timeout = '11s';
+ALTER DATABASE shop SET application_name = 'it''s the shop';
+GRANT SELECT, INSERT ON a TO \"The group\"; GRANT UPDATE (v) ON a TO anna WITH GRANT OPTION; GRANT USAGE ON SEQUENCE numbers TO anna;
+GRANT TEMPORARY ON DATABASE shop TO anna;
+ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO anna; ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT USAGE ON SEQUENCES TO anna WITH GRANT OPTION;
+SELECT coffer.add_role('anna', '1'); SELECT coffer.add_role('The group', '1');
+";
+
+/// What the cluster says of the roles, and what a database says of them.
+const OF_ROLES: &str = "
+SELECT concat_ws(' ', rolname, rolcanlogin, rolconnlimit, rolvaliduntil AT TIME ZONE 'UTC', rolconfig, shobj_description(oid, 'pg_authid'))
+FROM pg_roles WHERE rolname IN ('anna', 'The group') ORDER BY rolname;
+SELECT concat_ws(' ', roleid::regrole, member::regrole, admin_option) FROM pg_auth_members WHERE 'anna'::regrole IN (roleid, member) ORDER BY 1;
+SELECT concat_ws(' ', setrole, setconfig) FROM pg_db_role_setting WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+AND setrole = 0 ORDER BY 1;
+SELECT setconfig FROM pg_db_role_setting WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()) AND setrole <> 0
+AND setrole <> 'coffer_agent'::regrole;
+SELECT concat_ws(' ', has_table_privilege('The group', 'a', 'SELECT, INSERT'), has_column_privilege('anna', 'a', 'v', 'UPDATE WITH GRANT OPTION'),
+has_sequence_privilege('anna', 'numbers', 'USAGE'), has_database_privilege('anna', current_database(), 'TEMPORARY'));
+SELECT concat_ws(' ', defaclnamespace::regnamespace, defaclobjtype, x.privilege_type, x.is_grantable)
+FROM pg_default_acl, aclexplode(defaclacl) x WHERE x.grantee = 'anna'::regrole ORDER BY 1;
+";
+
+/// Removes the roles from the cluster, whatever they have.
+fn drop_roles(cluster: &Cluster) {
+    cluster.script(
+        "shop",
+        "DROP OWNED BY anna; DROP OWNED BY \"The group\"; DROP ROLE anna; DROP ROLE \"The group\";
+         ALTER DATABASE shop RESET ALL;",
+    );
+}
+
+/// Waits until roles of the tenant are archived that contain this.
+fn wait_roles(agent: &Agent, tenant: &str, says: &str) {
+    wait_for(&format!("roles of {tenant} with: {says}"), 90, || {
+        let out = restored::to_files(agent, tenant, "latest");
+        let script = std::fs::read_to_string(out.dir.join("roles.sql")).unwrap_or_default();
+        script.contains(says).then_some(())
+    });
+}
+
+fn roles(major: u32) {
+    let cluster = database(major);
+    let agent = started(&cluster);
+    cluster.script("shop", ROLES);
+    let truth = cluster.psql("shop", OF_ROLES);
+    wait_roles(&agent, "1", "11s");
+    cluster.psql("shop", "SELECT coffer.restore_point('whole')");
+
+    let out = restored::to_files(&agent, "1", "name:whole");
+    assert_eq!(out.manifest()["roles"], "roles.sql");
+    let script = std::fs::read_to_string(out.dir.join("roles.sql")).expect("roles.sql");
+    assert!(!script.contains("SCRAM") && !script.contains("PASSWORD '"), "{script}");
+    let other = restored::to_files(&agent, "2", "name:whole");
+    assert!(other.manifest()["roles"].is_null() && !other.names().contains(&"roles.sql".to_owned()));
+    let out = restored::Out::new();
+    let mut args = restored::args("1", "name:whole", "files", out.arg());
+    args.extend(["--class", "data"]);
+    agent.json(&args);
+    assert!(out.manifest()["roles"].is_null());
+
+    // The roles are lost, and others come to be.
+    drop_roles(&cluster);
+    cluster.psql("shop", "CREATE ROLE berta; SELECT coffer.add_role('berta', '1')");
+    wait_roles(&agent, "1", "berta");
+
+    // Not without being asked to.
+    let target = |name: &str| cluster.url("postgres", name);
+    let said = agent.json(&restored::args("1", "name:whole", "database", &target("left_alone")));
+    let warnings = said["warnings"].to_string();
+    assert!(warnings.contains("anna") && warnings.contains("--roles"), "{said}");
+    assert_eq!(cluster.psql("shop", "SELECT count(*) FROM pg_roles WHERE rolname IN ('anna', 'The group')"), "0");
+
+    // With --roles everything is as it was; a second time, too, when they exist.
+    for name in ["with_roles", "once more"] {
+        let url = target(&name.replace(' ', "%20"));
+        let mut args = restored::args("1", "name:whole", "database", &url);
+        args.push("--roles");
+        let said = agent.json(&args);
+        assert_eq!(said["warnings"], serde_json::json!([]), "{said}");
+        assert_eq!(cluster.psql(name, OF_ROLES), truth, "{name}");
+    }
+    let (exit, said) = agent.json_err(&["restore", "--tenant", "1", "--to", "latest", "--mode", "in-place", "--roles"]);
+    assert_eq!(exit, 2, "{said}");
+
+    // The script does the same.
+    cluster.psql("postgres", "DROP DATABASE with_roles");
+    cluster.psql("postgres", "DROP DATABASE \"once more\"");
+    cluster.psql("postgres", "DROP DATABASE left_alone");
+    cluster.script("postgres", "DROP ROLE anna; DROP ROLE \"The group\"; CREATE DATABASE by_hand");
+    let target = target("by_hand");
+    let args = restored::args("1", "name:whole", "files", out.arg());
+    std::fs::remove_dir_all(&out.dir).expect("our folder");
+    agent.json(&args);
+    cluster.psql("by_hand", "CREATE TABLE a (v text); CREATE SEQUENCE numbers");
+    cluster.script("by_hand", &script);
+    assert_eq!(cluster.psql("by_hand", OF_ROLES), truth, "{target}");
+
+    // A tenant without roles any more has none from then on.
+    cluster.psql("shop", "SELECT coffer.remove_role('berta')");
+    wait_for("the last role to be gone from the archive", 90, || {
+        restored::to_files(&agent, "1", "latest").manifest()["roles"].is_null().then_some(())
+    });
+    let verify = agent.json(&["verify"]);
+    assert_eq!(verify["ok"], true, "{verify}");
+}
+
+/// Password verifiers, when the configuration asks for them.
+fn passwords(major: u32) {
+    let cluster = database(major);
+    cluster.script("shop", "CREATE ROLE anna LOGIN PASSWORD 'hidden'; SELECT coffer.add_role('anna', '1')");
+    let verifier = cluster.psql("shop", "SELECT rolpassword FROM pg_authid WHERE rolname = 'anna'");
+    let mut setup = Setup::of(&cluster, "shop");
+    setup.more = "[accounts]\npasswords = true".into();
+    let mut agent = Agent::new(&setup);
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    wait_roles(&agent, "1", &verifier);
+    cluster.psql("shop", "ALTER ROLE anna PASSWORD NULL");
+    let url = cluster.url("postgres", "with_passwords");
+    let mut args = restored::args("1", "latest", "database", &url);
+    args.push("--roles");
+    agent.json(&args);
+    assert_eq!(cluster.psql("shop", "SELECT rolpassword FROM pg_authid WHERE rolname = 'anna'"), verifier);
+    assert_eq!(agent.json(&["status"])["healthy"], true);
 }

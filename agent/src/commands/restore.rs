@@ -2,14 +2,14 @@
 
 use super::opened::{Opened, Reserved, scratch};
 use super::progress::Progress;
+use crate::accounts::Roles;
 use crate::clock::{parse_duration, rfc3339};
 use crate::config::Config;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::{History, Target, When};
 use crate::merge::{Holes, Image, MergeStats, RowSink, TenantAt};
-use crate::repository::model::SequenceState;
-use crate::restore::database::{self, NewDatabase};
+use crate::restore::database::{self, Beside, NewDatabase};
 use crate::restore::files::{self, Files, Format};
 use crate::restore::in_place::compare::{self, CoveredTable, TargetSink};
 use crate::restore::in_place::{InPlace, Options};
@@ -50,6 +50,9 @@ pub struct RestoreArgs {
     /// Only tables of this class: data, config, accounts, customization or audit; may be repeated
     #[arg(long = "class", value_name = "CLASS", value_parser = class)]
     pub classes: Vec<Class>,
+    /// For --mode database: create and alter the tenant's roles, too, with their memberships, settings and grants
+    #[arg(long)]
+    pub roles: bool,
     /// Read from this store alone, as it is
     #[arg(long, value_name = "STORE")]
     pub from: Option<String>,
@@ -140,11 +143,18 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
     let report = match place {
         Destination::Live(dsn) => in_place(&dsn, &tenant, at, args, dry_run).await?,
         Destination::Folder(_) | Destination::Database(_) if dry_run => count(at, args, counts).await?,
-        Destination::Folder(dir) => to_files(dir, at, args, counts, &target).await?,
+        Destination::Folder(dir) => {
+            let roles = roles(&opened, &history, entry.uid, &target, args).await?;
+            to_files(dir, at, args, counts, (&target, roles)).await?
+        }
         Destination::Database(dsn) => {
             let shared = shared(&opened, uid, &history, &target, &at)?;
-            let sequences = history.sequences(&target).await?;
-            to_database(dsn, (shared, at), sequences, args, counts).await?
+            let beside = Beside {
+                sequences: history.sequences(&target).await?,
+                settings: history.database_settings(&target).to_vec(),
+                roles: roles(&opened, &history, entry.uid, &target, args).await?,
+            };
+            to_database(dsn, (shared, at), beside, args, counts).await?
         }
     };
     drop(progress);
@@ -180,6 +190,9 @@ impl Destination {
                 .ok_or_else(|| Error::usage(format!("--mode {} needs --target {what}", args.mode.name())))
         };
         match args.mode {
+            _ if args.roles && args.mode != Mode::Database => {
+                Err(Error::usage("--roles goes with --mode database; --mode files writes roles.sql by itself"))
+            }
             Mode::Schema => Err(Error::new(Kind::Refused, "--mode schema is not available in this version")
                 .code("not_available")
                 .hint("use --mode database for a copy beside the live data")),
@@ -289,18 +302,35 @@ async fn count(at: TenantAt, args: &RestoreArgs, mut counts: Counts) -> Result<R
     Ok(report)
 }
 
+/// The tenant's roles at the target, unless the restore is of other classes.
+async fn roles(
+    opened: &Opened,
+    history: &History,
+    tenant: uuid::Uuid,
+    target: &Target,
+    args: &RestoreArgs,
+) -> Result<Option<Roles>> {
+    if !args.classes.is_empty() && !args.classes.contains(&Class::Accounts) {
+        return Ok(None);
+    }
+    let Some(object) = history.roles(tenant, target) else { return Ok(None) };
+    let plain = opened.repo.open_small(object, opened.from.as_deref()).await?;
+    let roles = Roles::decode(&plain).map_err(|e| e.during(format_args!("object {}", object.path)))?;
+    Ok((!roles.roles.is_empty()).then_some(roles))
+}
+
 async fn to_files(
     dir: PathBuf,
     at: TenantAt,
     args: &RestoreArgs,
     mut counts: Counts,
-    target: &Target,
+    (target, roles): (&Target, Option<Roles>),
 ) -> Result<Report> {
     let (classes, format, target) = (args.classes.clone(), args.format, target.clone());
     let (stats, counts) = blocking(move || {
         let mut files = Files::create(&dir, format)?;
         let stats = at.read(&mut Selected::new(&classes, Some(&mut files), &mut counts))?;
-        files.finish(&at.tenant.key, &target)?;
+        files.finish(&at.tenant.key, &target, roles.as_ref())?;
         Ok((stats, counts))
     })
     .await?;
@@ -331,7 +361,7 @@ fn shared(
 async fn to_database(
     dsn: Box<Dsn>,
     (shared, at): (Option<TenantAt>, TenantAt),
-    sequences: Vec<SequenceState>,
+    mut beside: Beside,
     args: &RestoreArgs,
     counts: Counts,
 ) -> Result<Report> {
@@ -349,13 +379,22 @@ async fn to_database(
             .code("no_schema")
             .hint("use --mode files; `coffer run` archives definitions with pg_dump, see its log for why it could not")
     })?;
+    let mut warnings = Vec::new();
+    if let Some(r) = beside.roles.take_if(|_| !args.roles) {
+        let names = r.roles.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        warnings.push(format!(
+            "the tenant's roles are archived and were left alone ({names}): add --roles, or see roles.sql of --mode files"
+        ));
+    } else if args.roles && beside.roles.is_none() {
+        warnings.push("no roles are archived for this tenant at the target: coffer.add_role() ties some to it".into());
+    }
     let done = NewDatabase {
         dsn: *dsn,
         // A choice of tables is of the tenant's; the shared ones come whole, as its rows refer to them.
         rows: shared.into_iter().chain([at]).collect(),
         classes: args.classes.clone(),
         schema,
-        sequences,
+        beside,
         spool: std::env::temp_dir(),
         counts,
     }
@@ -364,7 +403,7 @@ async fn to_database(
     let mut report = Report {
         tables: counted(&done.counts),
         bytes: done.counts.bytes,
-        warnings: done.warnings,
+        warnings: warnings.into_iter().chain(done.warnings).collect(),
         ..Report::default()
     };
     report.incomplete = warnings_of(&done.stats, &mut report.warnings);

@@ -41,6 +41,8 @@ pub enum ObjectKind {
     Spool = 8,
     /// What a store says about the repository that it is part of.
     Descriptor = 9,
+    /// The roles of one tenant, as SQL.
+    Roles = 10,
 }
 
 impl ObjectKind {
@@ -55,6 +57,7 @@ impl ObjectKind {
             7 => Self::Catalog,
             8 => Self::Spool,
             9 => Self::Descriptor,
+            10 => Self::Roles,
             _ => return None,
         })
     }

@@ -486,6 +486,7 @@ mod tests {
             fulls: vec![],
             schema: None,
             sequences: vec![],
+            roles: vec![],
             pending: vec![],
             database: None,
         })

@@ -386,6 +386,20 @@ impl History {
         Ok(newest.into_values().collect())
     }
 
+    /// The tenant's roles: the newest that were read at or before the target; at the log's end, the newest of all.
+    pub fn roles(&self, tenant: Uuid, target: &Target) -> Option<&ObjectRef> {
+        let at_end = target.lsn == self.line.end;
+        let of_bases = self.line.bases.iter().flat_map(|b| &b.base().roles);
+        of_bases.filter(|o| o.tenant == tenant && (at_end || o.lsn_end <= target.lsn)).max_by_key(|o| o.lsn_end)
+    }
+
+    /// The settings of the database itself, as the newest base up to the target found them.
+    pub fn database_settings(&self, target: &Target) -> &[String] {
+        let of_bases = self.line.bases.iter().map(|b| b.base()).filter(|b| b.cut_lsn <= target.lsn);
+        let found = of_bases.filter_map(|b| Some((b.cut_lsn, b.database.as_ref()?))).max_by_key(|(cut, _)| *cut);
+        found.map_or(&[], |(_, d)| &d.settings)
+    }
+
     /// The definitions at a position: the newest that were archived up to it or, when they changed since, the next ones,
     /// if nothing changed between. `others` are better than none.
     fn schema_at(

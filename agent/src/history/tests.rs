@@ -113,6 +113,7 @@ impl World {
             fulls: vec![],
             schema: None,
             sequences: vec![],
+            roles: vec![],
             pending: vec![],
             database: None,
         };

@@ -141,7 +141,7 @@ pub struct SequencesAt {
 }
 
 /// See [`Body::Base`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Base {
     pub job: Uuid,
     pub tables: Vec<BaseTable>,
@@ -156,6 +156,9 @@ pub struct Base {
     /// Tables that are covered and that this base was to hold and does not: until a base of theirs, no point is whole.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<PendingTable>,
+    /// Roles of tenants, one object per tenant, where they were read for this record.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub roles: Vec<ObjectRef>,
     /// What a new database for the tenant has to be created with.
     #[serde(default)]
     pub database: Option<DatabaseLocale>,
@@ -168,6 +171,9 @@ pub struct DatabaseLocale {
     pub encoding: String,
     pub collate: String,
     pub ctype: String,
+    /// Its own settings, each as it stands behind `ALTER DATABASE … SET`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub settings: Vec<String>,
 }
 
 /// A covered table without a base.
@@ -211,12 +217,12 @@ pub struct SequenceState {
 impl LogRecord {
     /// Every object that the record names.
     pub fn objects(&self) -> impl Iterator<Item = &ObjectRef> {
-        let (common, list, schema): (Option<&ObjectRef>, &[ObjectRef], Option<&ObjectRef>) = match &self.body {
-            Body::Ship(s) => (s.common.as_ref(), &s.objects, None),
-            Body::Base(b) => (None, &b.fulls, b.schema.as_ref()),
-            Body::Init | Body::Idle | Body::Gap { .. } | Body::Timeline { .. } => (None, &[], None),
+        let (one, list, more): (Option<&ObjectRef>, &[ObjectRef], &[ObjectRef]) = match &self.body {
+            Body::Ship(s) => (s.common.as_ref(), &s.objects, &[]),
+            Body::Base(b) => (b.schema.as_ref(), &b.fulls, &b.roles),
+            Body::Init | Body::Idle | Body::Gap { .. } | Body::Timeline { .. } => (None, &[], &[]),
         };
-        common.into_iter().chain(list).chain(schema)
+        one.into_iter().chain(list).chain(more)
     }
 }
 

@@ -49,6 +49,11 @@ pub fn full(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> Strin
     format!("{}/t/{}/f/{}", source(source_uid), tenant.simple(), leaf(lsn_end, object))
 }
 
+/// A tenant's roles.
+pub fn roles(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/t/{}/r/{}", source(source_uid), tenant.simple(), leaf(lsn_end, object))
+}
+
 /// The definitions that go with a base.
 pub fn schema(source_uid: Uuid, lsn_end: Lsn, object: Uuid) -> String {
     format!("{}/schema/{}", source(source_uid), leaf(lsn_end, object))
@@ -109,6 +114,7 @@ mod tests {
         assert_eq!(log_record(s, 12), format!("s/{s_}/log/00000000000000000012"));
         assert_eq!(changeset(s, t, lsn, o), format!("s/{s_}/t/{t_}/c/00000016b374d848-{o_}"));
         assert_eq!(full(s, t, lsn, o), format!("s/{s_}/t/{t_}/f/00000016b374d848-{o_}"));
+        assert_eq!(roles(s, t, lsn, o), format!("s/{s_}/t/{t_}/r/00000016b374d848-{o_}"));
         assert_eq!(common(s, lsn, o), format!("s/{s_}/common/00000016b374d848-{o_}"));
         assert_eq!(schema(s, lsn, o), format!("s/{s_}/schema/00000016b374d848-{o_}"));
         assert_eq!(parse_key_entry(&key_entry(t, 12)), Some((t, 12)));

@@ -5,6 +5,7 @@
 
 use super::schema::{Archive, Phase};
 use super::sink::{Counts, Selected};
+use crate::accounts::{Roles, Stage};
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::merge::{Image, MergeStats, RowSink, TenantAt};
@@ -33,10 +34,19 @@ pub struct NewDatabase {
     /// Empty: all.
     pub classes: Vec<Class>,
     pub schema: ObjectRef,
-    pub sequences: Vec<SequenceState>,
+    pub beside: Beside,
     /// For the schema's archive.
     pub spool: PathBuf,
     pub counts: Counts,
+}
+
+/// What is neither rows nor definitions.
+pub struct Beside {
+    pub sequences: Vec<SequenceState>,
+    /// Of the database itself, each as it stands behind `ALTER DATABASE … SET`.
+    pub settings: Vec<String>,
+    /// To be created and altered.
+    pub roles: Option<Roles>,
 }
 
 /// What came of it.
@@ -90,6 +100,10 @@ impl NewDatabase {
     }
 
     async fn fill(mut self, client: SqlClient, archive: Archive, mut warnings: Vec<String>) -> Result<Done> {
+        if let Some(r) = &self.beside.roles {
+            // Before the definitions, which may name them as owners.
+            warnings.extend(r.apply(&client, &self.dsn.dbname, Stage::Role).await);
+        }
         let archive = settle(archive, &client, &mut warnings).await?;
         let (archive, _) = phase(archive, &self.dsn, Phase::Before).await?;
         let stats = self.load(&client, &mut warnings).await?;
@@ -98,7 +112,11 @@ impl NewDatabase {
         warnings.extend(failed.into_iter().map(|f| format!("foreign key: {f}")));
         let (_archive, failed) = phase(archive, &self.dsn, Phase::Soft).await?;
         warnings.extend(failed);
-        sequences(&client, &self.sequences, &mut warnings).await?;
+        sequences(&client, &self.beside.sequences, &mut warnings).await?;
+        if let Some(r) = &self.beside.roles {
+            warnings.extend(r.apply(&client, &self.dsn.dbname, Stage::Grant).await);
+        }
+        settings(&client, &self.dsn.dbname, &self.beside.settings, &mut warnings).await;
         Ok(Done { counts: self.counts, stats, warnings })
     }
 
@@ -456,7 +474,16 @@ async fn settle(mut archive: Archive, client: &SqlClient, warnings: &mut Vec<Str
     Ok(archive)
 }
 
-/// Moves sequences forward: to where the base found them, and beyond what the loaded columns hold.
+/// Gives the database the settings that the source's had. Sessions begun from here on have them.
+async fn settings(client: &SqlClient, database: &str, settings: &[String], warnings: &mut Vec<String>) {
+    for s in settings {
+        if let Err(e) = client.batch_execute(&format!("ALTER DATABASE {} SET {s}", quote_ident(database))).await {
+            warnings.push(sql::sql_error(e, format!("the database's setting {s}")).to_string());
+        }
+    }
+}
+
+/// Moves sequences forward: to where the archive has them, and beyond what the loaded columns hold.
 async fn sequences(client: &SqlClient, noted: &[SequenceState], warnings: &mut Vec<String>) -> Result<()> {
     for s in noted {
         let moved = client

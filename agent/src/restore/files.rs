@@ -4,6 +4,7 @@
 //! files hold a tenant's rows in the clear, so only their owner can read them.
 
 use super::encode::{self, Style};
+use crate::accounts::Roles;
 use crate::clock::rfc3339;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::Target;
@@ -55,6 +56,8 @@ impl Format {
 
 /// Name of the folder that the files are written in before they are complete.
 const PARTIAL: &str = ".partial";
+/// The script with the tenant's roles. A table's file has a dot in its name and a schema before it.
+const ROLES: &str = "roles.sql";
 const BUFFER: usize = 256 << 10;
 /// A SQL script's INSERT takes rows up to these limits.
 const ROWS_PER_INSERT: u32 = 100;
@@ -129,7 +132,7 @@ impl Files {
     }
 
     /// Puts everything in its place, the manifest last.
-    pub fn finish(mut self, tenant: &str, target: &Target) -> Result<Vec<Written>> {
+    pub fn finish(mut self, tenant: &str, target: &Target, roles: Option<&Roles>) -> Result<Vec<Written>> {
         let tables: Vec<_> = self
             .written
             .iter()
@@ -137,14 +140,20 @@ impl Files {
             .collect();
         let manifest = json!({"version": 1, "tenant": tenant, "format": self.format.extension(),
             "target": {"asked": target.asked, "lsn": target.lsn.to_string(), "time": rfc3339(target.time_us)},
-            "tables": tables});
+            "tables": tables, "roles": roles.map(|_| ROLES)});
+        if let Some(r) = roles {
+            let mut f = self.open(ROLES)?;
+            let written = f.write_all(r.script().as_bytes()).and_then(|()| f.sync_all());
+            written.context(Kind::Other, format_args!("cannot write {ROLES}"))?;
+        }
         let what = "cannot write manifest.json";
         let mut f = self.open("manifest.json")?;
         let text = serde_json::to_string_pretty(&manifest).context(Kind::Other, what)?;
         f.write_all(text.as_bytes()).and_then(|()| f.write_all(b"\n")).context(Kind::Other, what)?;
         f.sync_all().context(Kind::Other, what)?;
         let partial = self.dir.join(PARTIAL);
-        for name in self.written.iter().map(|w| w.file.as_str()).chain(["manifest.json"]) {
+        let beside = roles.map(|_| ROLES).into_iter().chain(["manifest.json"]);
+        for name in self.written.iter().map(|w| w.file.as_str()).chain(beside) {
             std::fs::rename(partial.join(name), self.dir.join(name))
                 .context(Kind::Other, format_args!("cannot put {name} into {}", self.dir.display()))?;
         }
@@ -163,6 +172,7 @@ impl Drop for Files {
         for w in &self.written {
             let _ = std::fs::remove_file(self.dir.join(&w.file));
         }
+        let _ = std::fs::remove_file(self.dir.join(ROLES));
         let _ = std::fs::remove_dir_all(self.dir.join(PARTIAL));
         if self.made_dir {
             let _ = std::fs::remove_dir(&self.dir);
@@ -357,7 +367,7 @@ mod tests {
         assert!(!out.exists());
         let f = Files::create(&out, Format::Copy).unwrap();
         let target = Target { asked: "latest".into(), lsn: coffer_wire::Lsn(1), time_us: 0 };
-        f.finish("3", &target).unwrap();
+        f.finish("3", &target, None).unwrap();
         assert_eq!(std::fs::read_dir(&out).unwrap().count(), 1);
         assert_eq!(Files::create(&out, Format::Copy).err().unwrap().kind(), Kind::Refused);
         assert_eq!(Files::create(&dir.path().join("x"), Format::Parquet).err().unwrap().kind(), Kind::Refused);

@@ -217,7 +217,7 @@ impl ReadTables {
             }
         };
         failpoints::hit(failpoints::BASE_AFTER_FULLS)?;
-        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences, pending: Vec::new(), database };
+        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences, database, ..Base::default() };
         Ok(Finished { base, rows: stats.rows })
     }
 }
@@ -445,17 +445,19 @@ async fn oldest_transaction(client: &SqlClient) -> Result<String> {
     })
 }
 
-/// What the database was created with.
+/// What the database was created with, and its own settings.
 pub async fn locale(client: &SqlClient) -> Result<DatabaseLocale> {
     let row = client
         .query_one(
-            "SELECT pg_catalog.pg_encoding_to_char(encoding)::text, datcollate::text, datctype::text \
-             FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()",
+            "SELECT pg_catalog.pg_encoding_to_char(d.encoding)::text, d.datcollate::text, d.datctype::text, \
+                    ARRAY(SELECT coffer._agent_setting(c) FROM pg_catalog.pg_db_role_setting s \
+                          CROSS JOIN pg_catalog.unnest(s.setconfig) c WHERE s.setdatabase = d.oid AND s.setrole = 0) \
+             FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
             &[],
         )
         .await
-        .sql("cannot read the database's encoding")?;
-    Ok(DatabaseLocale { encoding: row.get(0), collate: row.get(1), ctype: row.get(2) })
+        .sql("cannot read the database's encoding and settings")?;
+    Ok(DatabaseLocale { encoding: row.get(0), collate: row.get(1), ctype: row.get(2), settings: row.get(3) })
 }
 
 /// The source's definitions as an object of the repository, as they are at `cut` or a little later.

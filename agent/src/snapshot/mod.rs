@@ -14,10 +14,11 @@ pub mod read;
 pub mod rows;
 pub mod visibility;
 
+use crate::accounts;
 use crate::alarms;
 use crate::error::{Error, Kind, Result};
 use crate::repository::model::{Base, Body, PendingTable};
-use crate::repository::{Draft, Log};
+use crate::repository::{Draft, Log, ObjectRef};
 use crate::restore::in_place;
 use crate::run::AgentContext;
 use crate::ship::Durable;
@@ -41,6 +42,8 @@ const RECHECK: Duration = Duration::from_secs(10);
 const DEFINITIONS_REST: Duration = Duration::from_secs(1);
 /// … and so many dumps are tried while more of it comes; the next round goes on.
 const DUMPS: usize = 5;
+/// The roles of tenants, which no marker tells of, are looked at so often.
+const ROLES: Duration = Duration::from_secs(60);
 /// First and longest wait after a job that failed, or that left tables out.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -58,6 +61,8 @@ pub struct BaseTaker {
     definitions_at: Option<Lsn>,
     /// After a dump that failed.
     definitions_after: Instant,
+    /// When the roles of tenants are looked at again.
+    roles_after: Instant,
 }
 
 impl BaseTaker {
@@ -75,6 +80,7 @@ impl BaseTaker {
                 new_definitions: true,
                 definitions_at: None,
                 definitions_after: Instant::now(),
+                roles_after: Instant::now(),
             };
             taker.run().await
         })
@@ -93,6 +99,10 @@ impl BaseTaker {
             let taken = match self.take_missing().await {
                 Ok(true) if self.new_definitions => self.record_definitions().await.map(|()| true),
                 r => r,
+            };
+            let taken = match taken {
+                Ok(done) => self.record_roles().await.map(|()| done),
+                e => e,
             };
             let wait = match taken {
                 Ok(true) => {
@@ -203,6 +213,7 @@ impl BaseTaker {
         for m in d.markers.iter() {
             match m.kind.as_str() {
                 "registry" => self.asked = true,
+                "roles" => (self.asked, self.roles_after) = (true, Instant::now()),
                 "ddl" | "drop" | "rewrite" => {
                     (self.asked, self.new_definitions) = (true, true);
                     self.definitions_at = self.definitions_at.max(Some(m.end_lsn));
@@ -262,6 +273,10 @@ impl BaseTaker {
             let mut done = read.finish(&self.ctx, job, cut, ships, &self.progress).await?;
             let has = |p: &PendingTable| done.base.tables.iter().any(|t| t.relid == p.relid);
             done.base.pending = wanted.into_iter().filter(|p| !has(p)).collect();
+            done.base.roles = match self.roles(true).await {
+                Ok((_, objects)) => objects,
+                Err(e) => self.without_roles(e),
+            };
             self.new_definitions |= done.base.schema.is_none();
             self.record(done.base, Some(breaks)).await?;
             tracing::info!(rows = done.rows, "bases are recorded");
@@ -326,18 +341,52 @@ impl BaseTaker {
             };
             let base = Base {
                 job: Uuid::new_v4(),
-                tables: vec![],
                 cut_lsn: known.unwrap_or(marker),
-                fulls: vec![],
                 schema: Some(schema),
-                // Ships bring them, at positions of their own.
-                sequences: Vec::new(),
-                pending: vec![],
                 database: Some(job::locale(&client).await?),
+                // Ships bring the sequences, at positions of their own.
+                ..Base::default()
             };
             return self.record(base, None).await;
         }
         Ok(())
+    }
+
+    /// The roles of tenants as objects; `all` or only those that differ from what is archived. And where they were read.
+    async fn roles(&mut self, all: bool) -> Result<(Lsn, Vec<ObjectRef>)> {
+        self.roles_after = Instant::now() + ROLES;
+        let client = sql::connect(&self.ctx.dsn).await?;
+        let read = accounts::read(&client, self.ctx.config.accounts.passwords).await?;
+        let at = read.0;
+        Ok((at, accounts::archive(&self.ctx, read, self.seen.roles(), all).await?))
+    }
+
+    /// Rows are worth more than roles, which the next reading brings.
+    fn without_roles(&self, e: Error) -> Vec<ObjectRef> {
+        let message = format!("the roles of tenants are not backed up: {}", e.report());
+        tracing::warn!("{message}");
+        self.ctx.alarms.raise(alarms::ROLES_FAILED, &self.ctx.source, message);
+        Vec::new()
+    }
+
+    /// A record of the roles alone, when some changed.
+    async fn record_roles(&mut self) -> Result<()> {
+        if self.ctx.system().0 == 0 || self.roles_after > Instant::now() {
+            return Ok(());
+        }
+        let (cut_lsn, roles) = match self.roles(false).await {
+            Ok(r) => r,
+            Err(e) => {
+                self.without_roles(e);
+                return Ok(());
+            }
+        };
+        self.ctx.alarms.clear(alarms::ROLES_FAILED, &self.ctx.source);
+        if roles.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(tenants = roles.len(), "roles of tenants changed");
+        self.record(Base { job: Uuid::new_v4(), cut_lsn, roles, ..Base::default() }, None).await
     }
 
     /// Appends the record, unless the log broke off since the job began.

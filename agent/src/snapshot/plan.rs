@@ -3,7 +3,7 @@
 use crate::repository::model::{Body, LogRecord, ObjectRef};
 use crate::snapshot::catalog::Rule;
 use coffer_wire::Lsn;
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -18,6 +18,8 @@ pub struct Seen {
     unread: Vec<(Lsn, ObjectRef)>,
     /// Ships that a snapshot taken from now on may not see whole.
     ships: VecDeque<Arc<LogRecord>>,
+    /// By tenant, the newest object with its roles.
+    roles: BTreeMap<Uuid, ObjectRef>,
     /// The next record's number.
     next: u64,
     /// Counts gaps and promotions: a base that began before one is not to be recorded after it.
@@ -38,6 +40,7 @@ impl Seen {
         match &r.body {
             Body::Base(b) => {
                 self.covered.extend(b.tables.iter().map(|t| (t.relid, (t.registered_xid, t.cut_lsn))));
+                self.roles.extend(b.roles.iter().map(|o| (o.tenant, o.clone())));
             }
             Body::Ship(s) => {
                 self.ships.push_back(r.clone());
@@ -61,6 +64,10 @@ impl Seen {
     /// The number of the record that comes next.
     pub fn next(&self) -> u64 {
         self.next
+    }
+
+    pub fn roles(&self) -> &BTreeMap<Uuid, ObjectRef> {
+        &self.roles
     }
 
     pub fn breaks(&self) -> u64 {
@@ -167,6 +174,7 @@ mod tests {
             fulls: vec![],
             schema: None,
             sequences: vec![],
+            roles: vec![],
             pending: vec![],
             database: None,
         })
