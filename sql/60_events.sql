@@ -222,6 +222,19 @@ BEGIN
     END IF;
 END $$;
 
+-- Whether a DDL made or changed something in a tenant's schema that is no covered table: a view, a function, a policy.
+CREATE FUNCTION coffer._in_tenants_schema(class oid, object oid, schema text) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT EXISTS (
+        SELECT FROM coffer.schema_rules s WHERE s.nspid = coalesce(
+            (SELECT n.oid FROM pg_namespace n WHERE n.nspname = schema),
+            (SELECT c.relnamespace FROM pg_class c WHERE c.oid = CASE class
+                WHEN 'pg_policy'::regclass THEN (SELECT p.polrelid FROM pg_policy p WHERE p.oid = object)
+                WHEN 'pg_rewrite'::regclass THEN (SELECT r.ev_class FROM pg_rewrite r WHERE r.oid = object)
+                WHEN 'pg_trigger'::regclass THEN (SELECT g.tgrelid FROM pg_trigger g WHERE g.oid = object) END)))
+$$;
+
 CREATE FUNCTION coffer._on_ddl() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
@@ -285,6 +298,10 @@ BEGIN
     END LOOP;
     IF touched <> '{}' THEN
         PERFORM coffer._mark('ddl', json_build_object('tag', TG_TAG, 'objects', touched::int8[]));
+    ELSIF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() d
+                  WHERE d.objid IS NOT NULL AND coffer._in_tenants_schema(d.classid, d.objid, d.schema_name)) THEN
+        -- No row changes its meaning; the definitions that are archived are older than it, that is all.
+        PERFORM coffer._mark('definitions', json_build_object('tag', TG_TAG));
     END IF;
 EXCEPTION
     WHEN SQLSTATE 'CF001' THEN
@@ -337,6 +354,8 @@ BEGIN
         WHERE EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgparentid = 0)
           AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.parent = c.oid);
         PERFORM coffer._mark('drop', json_build_object('relids', dropped::int8[]));
+    ELSIF EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.original AND coffer._in_tenants_schema(0, 0, d.schema_name)) THEN
+        PERFORM coffer._mark('definitions', json_build_object('tag', TG_TAG));
     END IF;
     DELETE FROM coffer.exclusions e USING pg_event_trigger_dropped_objects() d
     WHERE d.classid = 'pg_class'::regclass AND d.objsubid = 0 AND e.relid = d.objid;

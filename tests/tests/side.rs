@@ -1,4 +1,4 @@
-//! What is not in the replication stream: where sequences stand, whose roles there are.
+//! What is not in the replication stream: where sequences stand, whose roles there are, what a schema has beside tables.
 
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::block_on;
@@ -11,6 +11,8 @@ on_majors! {
     sequences_of_locked_tables: sequences_of_locked_tables;
     roles: roles;
     passwords: passwords;
+    schema_of_a_tenant: schema_of_a_tenant;
+    classes: classes;
 }
 
 /// A protected database with a table whose tenants are 1 and 2, and sequences that no column owns.
@@ -243,4 +245,111 @@ fn passwords(major: u32) {
     agent.json(&args);
     assert_eq!(cluster.psql("shop", "SELECT rolpassword FROM pg_authid WHERE rolname = 'anna'"), verifier);
     assert_eq!(agent.json(&["status"])["healthy"], true);
+}
+
+/// What a tenant's schema has beside its tables.
+const OBJECTS: &str = "
+CREATE SCHEMA acme; CREATE SCHEMA other;
+CREATE TYPE acme.mood AS ENUM ('glad', 'sad');
+CREATE TABLE acme.letters (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text, mood acme.mood DEFAULT 'glad', upper_v text);
+CREATE TABLE other.letters (id int PRIMARY KEY, v text);
+CREATE FUNCTION acme.shout(t text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT upper(t)';
+CREATE FUNCTION acme.fill() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.upper_v := acme.shout(NEW.v); RETURN NEW; END';
+CREATE TRIGGER fill BEFORE INSERT OR UPDATE ON acme.letters FOR EACH ROW EXECUTE FUNCTION acme.fill();
+CREATE VIEW acme.loud AS SELECT id, acme.shout(v) AS v FROM acme.letters;
+CREATE MATERIALIZED VIEW acme.counted AS SELECT count(*) AS n FROM acme.letters;
+CREATE INDEX letters_v ON acme.letters (acme.shout(v));
+CREATE RULE quiet AS ON DELETE TO acme.loud DO INSTEAD NOTHING;
+ALTER TABLE acme.letters ENABLE ROW LEVEL SECURITY;
+CREATE POLICY visible ON acme.letters FOR SELECT TO PUBLIC USING (id > 1);
+CREATE STATISTICS acme.st ON v, mood FROM acme.letters;
+COMMENT ON FUNCTION acme.shout(text) IS 'loud';
+SELECT * FROM coffer.add_schema('acme', 'acme'); SELECT * FROM coffer.add_schema('other', 'other');
+INSERT INTO acme.letters (v) SELECT 'v' || i FROM generate_series(1, 5) i; INSERT INTO other.letters VALUES (1, 'theirs');
+";
+
+/// What a database has of it.
+const OF_OBJECTS: &str = "
+SELECT p.oid::regprocedure || md5(p.prosrc) || coalesce(obj_description(p.oid, 'pg_proc'), '') FROM pg_proc p WHERE pronamespace = 'acme'::regnamespace ORDER BY 1;
+SELECT viewname || md5(definition) FROM pg_views WHERE schemaname = 'acme';
+SELECT matviewname || ispopulated FROM pg_matviews WHERE schemaname = 'acme';
+SELECT concat(tgname, tgenabled) FROM pg_trigger WHERE NOT tgisinternal AND tgrelid = 'acme.letters'::regclass;
+SELECT concat(polname, polcmd) || pg_get_expr(polqual, polrelid) FROM pg_policy; SELECT relrowsecurity FROM pg_class WHERE oid = 'acme.letters'::regclass;
+SELECT rulename FROM pg_rules WHERE schemaname = 'acme'; SELECT stxname FROM pg_statistic_ext;
+SELECT indexname FROM pg_indexes WHERE schemaname = 'acme' ORDER BY 1;
+SELECT enumlabel FROM pg_enum ORDER BY enumsortorder;
+SELECT concat(attname, attidentity, atthasdef) FROM pg_attribute WHERE attrelid = 'acme.letters'::regclass AND attnum > 0 ORDER BY attnum;
+SELECT * FROM acme.letters ORDER BY id; SELECT * FROM acme.loud ORDER BY id;
+";
+
+fn schema_of_a_tenant(major: u32) {
+    let cluster = database(major);
+    cluster.script("shop", OBJECTS);
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["acme", "other"]);
+    cluster.script(
+        "shop",
+        "CREATE FUNCTION acme.later() RETURNS int LANGUAGE sql AS 'SELECT 42'; UPDATE acme.letters SET v = 'new' WHERE id = 3",
+    );
+    let truth = cluster.psql("shop", OF_OBJECTS);
+    cluster.psql("shop", "SELECT coffer.restore_point('whole')");
+    // Waits for the definitions, too.
+    drop(Database::restore(&agent, &cluster, "acme", "name:whole"));
+    cluster.script("shop", "DROP SCHEMA acme CASCADE");
+    let restored = Database::restore(&agent, &cluster, "acme", "name:whole");
+    assert_eq!(cluster.psql(&restored.name, OF_OBJECTS), truth);
+    assert_eq!(cluster.psql(&restored.name, "SELECT acme.later()"), "42");
+    assert_eq!(cluster.psql(&restored.name, "SELECT count(*) FROM other.letters"), "0");
+    assert_eq!(cluster.psql(&restored.name, "SELECT n FROM acme.counted"), "5");
+    let new = "INSERT INTO acme.letters (v) VALUES ('more') RETURNING id || upper_v";
+    assert_eq!(cluster.psql(&restored.name, new), "6MORE");
+}
+
+/// Restores of some classes, by every mode.
+fn classes(major: u32) {
+    let cluster = database(major);
+    cluster.script(
+        "shop",
+        "CREATE TABLE settings (tenant int, k text, v text, PRIMARY KEY (tenant, k)); CREATE TABLE people (tenant int, id int, PRIMARY KEY (tenant, id));
+         SELECT * FROM coffer.add_table('settings', 'tenant', class => 'config'); SELECT * FROM coffer.add_table('people', 'tenant', class => 'accounts');
+         INSERT INTO settings SELECT t, 'k' || i, 'v' FROM generate_series(1, 2) t, generate_series(1, 4) i;
+         INSERT INTO people SELECT t, i FROM generate_series(1, 2) t, generate_series(1, 3) i;",
+    );
+    let agent = started(&cluster);
+    cluster.psql("shop", "SELECT coffer.restore_point('good')");
+    cluster.script(
+        "shop",
+        "DELETE FROM settings WHERE tenant = 1; DELETE FROM people WHERE tenant = 1; DELETE FROM a WHERE tenant = 1",
+    );
+    let with = |mut args: Vec<&'static str>, classes: &[&'static str]| {
+        args.extend(classes.iter().flat_map(|c| ["--class", c]));
+        args
+    };
+    let relations = |said: &serde_json::Value| -> Vec<String> {
+        let tables = said["tables"].as_array().expect("tables").iter();
+        let mut names: Vec<_> = tables.map(|t| t["relation"].as_str().expect("a name").to_owned()).collect();
+        names.sort();
+        names
+    };
+    let counts = |db: &str| {
+        cluster.psql(db, "SELECT (SELECT count(*) FROM a WHERE tenant = 1), (SELECT count(*) FROM settings WHERE tenant = 1), (SELECT count(*) FROM people WHERE tenant = 1)")
+    };
+
+    let out = restored::Out::new();
+    let mut args = restored::args("1", "name:good", "files", out.arg());
+    args.extend(["--class", "config", "--class", "accounts"]);
+    assert_eq!(relations(&agent.json(&args)), ["public.people", "public.settings"]);
+    let url = cluster.url("postgres", "some");
+    let mut args = restored::args("1", "name:good", "database", &url);
+    args.extend(["--class", "config"]);
+    assert_eq!(relations(&agent.json(&args)), ["public.settings"]);
+    assert_eq!(counts("some"), "0|4|0");
+    let said = agent.json(&with(restored::in_place("1", "name:good"), &["accounts"]));
+    assert_eq!(relations(&said), ["public.people"]);
+    assert_eq!(counts("shop"), "0|0|3");
+    agent.json(&with(restored::in_place("1", "name:good"), &["data", "config"]));
+    assert_eq!(counts("shop"), "5|4|3");
+    let (exit, said) = agent.json_err(&with(restored::in_place("1", "name:good"), &["neither"]));
+    assert_eq!(exit, 2, "{said}");
 }

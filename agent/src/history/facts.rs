@@ -48,6 +48,7 @@ struct Found {
     rewrites: Vec<(u32, Lsn)>,
     drops: Vec<(u32, Lsn)>,
     ddl: Vec<Lsn>,
+    definitions: Vec<Lsn>,
     unresolved: Vec<(u32, Lsn)>,
 }
 
@@ -65,6 +66,7 @@ pub(super) async fn read(repo: &Repository, keyring: &Keyring, ships: &[ShipAt],
         facts.registry.extend(f.registry.into_iter().filter(|r| r.at <= ship.limit));
         facts.rewrites.extend(f.rewrites.into_iter().filter(|r| r.1 <= ship.limit));
         facts.ddl.extend(f.ddl.into_iter().filter(|at| *at <= ship.limit));
+        facts.definitions.extend(f.definitions.into_iter().filter(|at| *at <= ship.limit));
         facts.drops.extend(f.drops.into_iter().filter(|r| r.1 <= ship.limit));
         facts.unresolved.extend(f.unresolved.into_iter().filter(|r| r.1 <= ship.limit));
     }
@@ -186,6 +188,7 @@ fn markers(plain: &[u8], owner: &dyn Fn(&str) -> Uuid, out: &mut Found) -> Resul
                         out.drops.extend(json::<DropMarker>(m.kind, m.payload)?.relids.into_iter().map(|r| (r, at)));
                     }
                     "ddl" => out.ddl.push(at),
+                    "definitions" => out.definitions.push(at),
                     _ => {}
                 }
             }

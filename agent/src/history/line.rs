@@ -67,6 +67,8 @@ pub struct Facts {
     pub drops: Vec<(u32, Lsn)>,
     /// Where definitions of covered tables changed.
     pub ddl: Vec<Lsn>,
+    /// Where other definitions changed: no row depends on them.
+    pub definitions: Vec<Lsn>,
     /// Tables with changes that capture could not attribute.
     pub unresolved: Vec<(u32, Lsn)>,
 }

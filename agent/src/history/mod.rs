@@ -431,7 +431,8 @@ impl History {
 
     /// Whether definitions changed at or before the target and were not archived since: they may be on their way.
     pub fn definitions_pending(&self, target: &Target) -> bool {
-        let changed = self.facts.ddl.iter().filter(|d| **d <= target.lsn).max().copied().unwrap_or_default();
+        let changes = self.facts.ddl.iter().chain(&self.facts.definitions);
+        let changed = changes.filter(|d| **d <= target.lsn).max().copied().unwrap_or_default();
         let mut archived = self.line.bases.iter().map(|b| b.base()).filter(|b| b.schema.is_some()).peekable();
         archived.peek().is_some() && !archived.any(|b| b.cut_lsn >= changed)
     }

@@ -110,6 +110,7 @@ impl NewDatabase {
         let (archive, _) = phase(archive, &self.dsn, Phase::After).await?;
         let (archive, failed) = phase(archive, &self.dsn, Phase::ForeignKeys).await?;
         warnings.extend(failed.into_iter().map(|f| format!("foreign key: {f}")));
+        refresh(&client, &mut warnings).await?;
         let (_archive, failed) = phase(archive, &self.dsn, Phase::Soft).await?;
         warnings.extend(failed);
         sequences(&client, &self.beside.sequences, &mut warnings).await?;
@@ -472,6 +473,26 @@ async fn settle(mut archive: Archive, client: &SqlClient, warnings: &mut Vec<Str
         archive.without_extensions(&missing);
     }
     Ok(archive)
+}
+
+/// Fills the materialized views from the rows that came, as they were made: what one reads is made before it. The archive
+/// does not say which were filled at the source.
+async fn refresh(client: &SqlClient, warnings: &mut Vec<String>) -> Result<()> {
+    let views = client
+        .query(
+            "SELECT c.oid::pg_catalog.regclass::text FROM pg_catalog.pg_class c \
+             WHERE c.relkind = 'm' AND NOT c.relispopulated ORDER BY c.oid",
+            &[],
+        )
+        .await
+        .sql("cannot list the materialized views")?;
+    for view in views.iter().map(|r| r.get::<_, &str>(0)) {
+        if let Err(e) = client.batch_execute(&format!("REFRESH MATERIALIZED VIEW {view}")).await {
+            let e = sql::sql_error(e, format!("materialized view {view} is left empty"));
+            warnings.push(e.to_string());
+        }
+    }
+    Ok(())
 }
 
 /// Gives the database the settings that the source's had. Sessions begun from here on have them.

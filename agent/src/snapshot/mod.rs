@@ -214,7 +214,7 @@ impl BaseTaker {
             match m.kind.as_str() {
                 "registry" => self.asked = true,
                 "roles" => (self.asked, self.roles_after) = (true, Instant::now()),
-                "ddl" | "drop" | "rewrite" => {
+                "ddl" | "drop" | "rewrite" | "definitions" => {
                     (self.asked, self.new_definitions) = (true, true);
                     self.definitions_at = self.definitions_at.max(Some(m.end_lsn));
                 }
