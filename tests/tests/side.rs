@@ -294,6 +294,9 @@ fn schema_of_a_tenant(major: u32) {
     );
     let truth = cluster.psql("shop", OF_OBJECTS);
     cluster.psql("shop", "SELECT coffer.restore_point('whole')");
+    // A table of another tenant is not among this one's.
+    let tables = restored::listed(&agent, "acme")["tables"].clone();
+    assert_eq!(tables, serde_json::json!([{"relation": "acme.letters", "class": "data", "rows": 5}]));
     // Waits for the definitions, too.
     drop(Database::restore(&agent, &cluster, "acme", "name:whole"));
     cluster.script("shop", "DROP SCHEMA acme CASCADE");
@@ -335,6 +338,19 @@ fn classes(major: u32) {
     let counts = |db: &str| {
         cluster.psql(db, "SELECT (SELECT count(*) FROM a WHERE tenant = 1), (SELECT count(*) FROM settings WHERE tenant = 1), (SELECT count(*) FROM people WHERE tenant = 1)")
     };
+
+    // What there is to choose from.
+    let listed = restored::listed(&agent, "1");
+    let table = |relation: &str, class: &str, rows: u64| serde_json::json!({"relation": relation, "class": class, "rows": rows});
+    let want = serde_json::json!([
+        table("public.people", "accounts", 3),
+        table("public.settings", "config", 4),
+        table("public.a", "data", 5)
+    ]);
+    assert_eq!(listed["tables"], want);
+    let text = agent.coffer(&["list", "--tenant", "1"]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("table   public.settings (config): 4 rows in its newest base"), "{text}");
 
     let out = restored::Out::new();
     let mut args = restored::args("1", "name:good", "files", out.arg());

@@ -68,8 +68,14 @@ fn tenant(source: &str, history: &History, e: &TenantEntry) -> Value {
                 "bytes": b.bytes, "rows": b.rows, "tables": b.tables, "verified_at": null, "holds": []})
         })
         .collect();
+    let tables: Vec<_> = history
+        .holdings(e.uid)
+        .into_iter()
+        .map(|h| json!({"relation": h.relation, "class": h.class, "rows": h.rows}))
+        .collect();
     json!({"source": source, "tenant": e.tenant.key, "kind": e.tenant.kind.name(), "uid": e.uid, "state": "active",
-        "created_at": rfc3339(e.created_us), "window": history.windows(Some(e.uid)), "gaps": gaps, "backups": backups})
+        "created_at": rfc3339(e.created_us), "window": history.windows(Some(e.uid)), "gaps": gaps, "backups": backups,
+        "tables": tables})
 }
 
 fn text(d: &Value) -> String {
@@ -89,6 +95,11 @@ fn text(d: &Value) -> String {
         }
         for g in t["gaps"].as_array().into_iter().flatten() {
             out.push_str(&format!("  gap     {} to {}: {}\n", s(&g["from_lsn"]), s(&g["to_lsn"]), s(&g["reason"])));
+        }
+        for h in t["tables"].as_array().into_iter().flatten() {
+            let class = h["class"].as_str().unwrap_or("class not noted");
+            let rows = h["rows"].as_u64().map_or_else(|| "rows not noted".to_owned(), |n| format!("{n} rows"));
+            out.push_str(&format!("  table   {} ({class}): {rows} in its newest base\n", s(&h["relation"])));
         }
         for b in t["backups"].as_array().into_iter().flatten() {
             out.push_str(&format!(

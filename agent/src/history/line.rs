@@ -485,12 +485,7 @@ mod tests {
                 })
                 .collect(),
             cut_lsn: Lsn(tables.iter().map(|t| t.1).max().unwrap()),
-            fulls: vec![],
-            schema: None,
-            sequences: vec![],
-            roles: vec![],
-            pending: vec![],
-            database: None,
+            ..Base::default()
         })
     }
 

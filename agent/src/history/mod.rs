@@ -75,6 +75,16 @@ pub struct Backup {
     pub object: Option<ObjectRef>,
 }
 
+/// A table that a tenant has rows in, or may have.
+#[derive(Clone, Debug)]
+pub struct Holding {
+    pub relation: String,
+    /// `None` in records of versions that did not note it.
+    pub class: Option<String>,
+    /// Of the tenant in the table's newest base; `None` where it is not noted.
+    pub rows: Option<u64>,
+}
+
 /// See the module.
 pub struct History {
     repo: Arc<Repository>,
@@ -446,6 +456,25 @@ impl History {
                 self.line.tables_except(target.lsn, &self.facts, &closed)
             }
         }
+    }
+
+    /// The tables that are covered at the log's end, but those that the tenant had no row in.
+    pub fn holdings(&self, tenant: Uuid) -> Vec<Holding> {
+        let (lsn, time_us) = self.end();
+        let end = Target { asked: When::Latest.to_string(), lsn, time_us };
+        let mut out = Vec::new();
+        for t in self.known(&end) {
+            let Some(base) = self.line.bases.iter().rev().find(|b| b.cut(t.relid).is_some()) else { continue };
+            let base = base.base();
+            let noted = base.fulls.is_empty() || !base.holds.is_empty();
+            let relid = t.relid.to_string();
+            let rows = noted.then(|| base.holds.get(&tenant).and_then(|h| h.get(&relid)).copied().unwrap_or(0));
+            if rows != Some(0) {
+                out.push(Holding { relation: t.name, class: base.classes.get(&relid).cloned(), rows });
+            }
+        }
+        out.sort_by(|a, b| (&a.class, &a.relation).cmp(&(&b.class, &b.relation)));
+        out
     }
 
     /// The tenant's backups, oldest first.

@@ -106,17 +106,7 @@ impl World {
     async fn base(&mut self, upto: u64, cut: u64) {
         let table =
             BaseTable { relid: 1, name: "public.a".into(), cut_lsn: Lsn(cut), registered_xid: 1, rows: 0, owner: None };
-        let body = Base {
-            job: Uuid::from_u128(9),
-            tables: vec![table],
-            cut_lsn: Lsn(cut),
-            fulls: vec![],
-            schema: None,
-            sequences: vec![],
-            roles: vec![],
-            pending: vec![],
-            database: None,
-        };
+        let body = Base { job: Uuid::from_u128(9), tables: vec![table], cut_lsn: Lsn(cut), ..Base::default() };
         self.append(upto, upto, 0, Body::Base(body)).await;
     }
 

@@ -6,6 +6,7 @@
 use crate::crypto::{KeyId, ObjectKind};
 use coffer_wire::Lsn;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use uuid::Uuid;
 
 /// Version of the records' content.
@@ -159,6 +160,12 @@ pub struct Base {
     /// Roles of tenants, one object per tenant, where they were read for this record.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roles: Vec<ObjectRef>,
+    /// The classes of the tables, by OID as text (a JSON key).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub classes: BTreeMap<String, String>,
+    /// By tenant, the rows of its full in each table that has some. Empty: not noted.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub holds: BTreeMap<Uuid, BTreeMap<String, u64>>,
     /// What a new database for the tenant has to be created with.
     #[serde(default)]
     pub database: Option<DatabaseLocale>,
@@ -358,7 +365,13 @@ mod tests {
         assert_eq!(serde_json::from_str::<LogRecord>(&text).unwrap(), r);
         assert_eq!(serde_json::from_slice::<LogRecord>(text.as_bytes()).unwrap(), r);
         assert!(serde_json::from_str::<LogRecord>(&text.replace("\"ship\"", "\"removal\"")).is_err());
-        for body in [Body::Init, Body::Idle, Body::Gap { reason: "x".into() }] {
+        let uid = Uuid::from_u128(4);
+        let base = Base {
+            classes: [("16401".to_owned(), "data".to_owned())].into(),
+            holds: [(uid, [("16401".to_owned(), 3)].into())].into(),
+            ..Base::default()
+        };
+        for body in [Body::Base(base), Body::Init, Body::Idle, Body::Gap { reason: "x".into() }] {
             let text = serde_json::to_string(&LogRecord { body: body.clone(), ..r.clone() }).unwrap();
             assert_eq!(serde_json::from_str::<LogRecord>(&text).unwrap().body, body);
         }

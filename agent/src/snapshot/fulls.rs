@@ -11,7 +11,7 @@ use crate::tenant::Tenant;
 use coffer_wire::{
     KeyMode, Lsn, Relation, RunHeader, TenantKind, put_insert, put_relation, put_run_data, put_run_header,
 };
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,6 +37,12 @@ pub struct Job {
     pub progress: Arc<BaseProgress>,
 }
 
+/// A full and how many rows it has of each table that it has rows of.
+pub struct Full {
+    pub object: ObjectRef,
+    pub rows: BTreeMap<u32, u64>,
+}
+
 /// What a worker is sent.
 enum Piece {
     /// Rows of this table follow: a section of the container.
@@ -52,7 +58,7 @@ pub struct FullWriter {
     job: Arc<Job>,
     tenants: Vec<Tenant>,
     workers: Vec<std::thread::JoinHandle<()>>,
-    results: Arc<Mutex<Vec<Result<ObjectRef>>>>,
+    results: Arc<Mutex<Vec<Result<Full>>>>,
     /// Lends a place to each worker.
     places: (SyncSender<()>, Receiver<()>),
     out: Option<SyncSender<Piece>>,
@@ -95,7 +101,7 @@ impl FullWriter {
     }
 
     /// Waits for the workers. All fulls are in the stores when this returns.
-    pub fn finish(mut self) -> Result<Vec<ObjectRef>> {
+    pub fn finish(mut self) -> Result<Vec<Full>> {
         self.out = None;
         for w in std::mem::take(&mut self.workers) {
             w.join().map_err(|_| Error::other("a worker that writes fulls broke off"))?;
@@ -292,7 +298,7 @@ impl RowSink for FullWriter {
 }
 
 /// Seals one tenant's full.
-fn write_full(job: &Job, tenant: &Tenant, pieces: &Receiver<Piece>) -> Result<ObjectRef> {
+fn write_full(job: &Job, tenant: &Tenant, pieces: &Receiver<Piece>) -> Result<Full> {
     let entry = job.rt.block_on(job.keyring.ensure(job.source, tenant))?;
     let key = job.keyring.key(entry.key_id())?;
     let header = Header {
@@ -308,19 +314,27 @@ fn write_full(job: &Job, tenant: &Tenant, pieces: &Receiver<Piece>) -> Result<Ob
         key_version: entry.version,
     };
     let path = paths::full(job.source, entry.uid, job.cut, header.object);
-    let object = job.repository.seal_to(job.rt.clone(), path, &header, &key, |sealer| copy(sealer, pieces))?;
+    let mut rows = BTreeMap::new();
+    let fill = |sealer: &mut Sealer<ObjectWriter>| {
+        rows = copy(sealer, pieces)?;
+        Ok(rows.values().sum())
+    };
+    let object = job.repository.seal_to(job.rt.clone(), path, &header, &key, fill)?;
     job.progress.full_written();
     tracing::debug!(tenant_uid = %entry.uid, rows = object.rows, bytes = object.bytes, "full written");
-    Ok(object)
+    Ok(Full { object, rows })
 }
 
-fn copy(sealer: &mut Sealer<ObjectWriter>, pieces: &Receiver<Piece>) -> Result<u64> {
-    let mut rows = 0;
+fn copy(sealer: &mut Sealer<ObjectWriter>, pieces: &Receiver<Piece>) -> Result<BTreeMap<u32, u64>> {
+    let (mut rows, mut table) = (BTreeMap::new(), 0);
     loop {
         match pieces.recv() {
-            Ok(Piece::Section(relid)) => sealer.section(&relid.to_string())?,
+            Ok(Piece::Section(relid)) => {
+                table = relid;
+                sealer.section(&relid.to_string())?;
+            }
             Ok(Piece::Frames(bytes, n)) => {
-                rows += n;
+                *rows.entry(table).or_insert(0) += n;
                 sealer.write_all(&bytes).map_err(|e| Error::other("cannot seal a full").source(e))?;
             }
             Ok(Piece::End) => return Ok(rows),

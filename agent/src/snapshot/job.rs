@@ -24,7 +24,7 @@ use crate::run::AgentContext;
 use crate::schema_dump;
 use crate::sequences;
 use crate::snapshot::catalog::Rule;
-use crate::snapshot::fulls::{FullWriter, Groups, Job};
+use crate::snapshot::fulls::{Full, FullWriter, Groups, Job};
 use crate::snapshot::progress::{BaseProgress, Phase};
 use crate::snapshot::read::{self, Outcome, Rows, TableRead};
 use crate::sql::{self, SqlClient, SqlContext};
@@ -188,6 +188,7 @@ impl ReadTables {
                 owner: t.rule.owner(ctx),
             })
             .collect();
+        let classes = self.tables.iter().map(|t| (t.rule.relid.to_string(), t.rule.class.name().to_owned())).collect();
         let writing = Job {
             repository: ctx.repo.clone(),
             keyring: ctx.keyring.clone(),
@@ -217,7 +218,11 @@ impl ReadTables {
             }
         };
         failpoints::hit(failpoints::BASE_AFTER_FULLS)?;
-        let base = Base { job, tables, cut_lsn: cut, fulls, schema, sequences, database, ..Base::default() };
+        let by_text = |f: &Full| f.rows.iter().map(|(relid, n)| (relid.to_string(), *n)).collect();
+        let holds = fulls.iter().map(|f| (f.object.tenant, by_text(f))).collect();
+        let fulls = fulls.into_iter().map(|f| f.object).collect();
+        let base =
+            Base { job, tables, cut_lsn: cut, fulls, schema, sequences, classes, holds, database, ..Base::default() };
         Ok(Finished { base, rows: stats.rows })
     }
 }
@@ -292,7 +297,7 @@ fn merge_all(
     mut merge: Merge,
     mut pick: NotSeen,
     ships: &[Arc<LogRecord>],
-) -> Result<(Vec<ObjectRef>, MergeStats)> {
+) -> Result<(Vec<Full>, MergeStats)> {
     for record in ships {
         // The common object first: truncates of a ship are known before its rows.
         for object in record.objects() {

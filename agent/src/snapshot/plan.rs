@@ -171,12 +171,7 @@ mod tests {
             job: Uuid::nil(),
             tables: tables.iter().map(table).collect(),
             cut_lsn: Lsn(5),
-            fulls: vec![],
-            schema: None,
-            sequences: vec![],
-            roles: vec![],
-            pending: vec![],
-            database: None,
+            ..Base::default()
         })
     }
 
