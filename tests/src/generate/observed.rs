@@ -128,6 +128,10 @@ impl Truth {
         self.tables.values().any(|t| t.names.len() > 1)
     }
 
+    pub fn has_added_columns(&self) -> bool {
+        self.tables.values().flat_map(|t| &t.columns).any(|c| c.missing.is_some())
+    }
+
     /// How many rows there are.
     pub fn rows(&self) -> usize {
         self.tables.values().flat_map(|t| t.rows.values()).map(Vec::len).sum()
