@@ -297,7 +297,9 @@ BEGIN
         END;
     END LOOP;
     IF touched <> '{}' THEN
-        PERFORM coffer._mark('ddl', json_build_object('tag', TG_TAG, 'objects', touched::int8[]));
+        -- The plugin describes the relations that the list at the end names.
+        PERFORM coffer._mark('ddl', json_build_object('tag', TG_TAG, 'objects', touched::int8[], 'relations', (
+            SELECT array_agg(DISTINCT t.relid::int8) FROM unnest(touched) u (root) CROSS JOIN LATERAL coffer._tree(u.root) t)));
     ELSIF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() d
                   WHERE d.objid IS NOT NULL AND coffer._in_tenants_schema(d.classid, d.objid, d.schema_name)) THEN
         -- No row changes its meaning; the definitions that are archived are older than it, that is all.

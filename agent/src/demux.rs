@@ -563,13 +563,19 @@ impl Demux {
         if open.skip {
             return Ok(());
         }
-        for id in t.relation_ids() {
+        self.describe_in_common(t.relation_ids())?;
+        self.push_common(raw);
+        Ok(())
+    }
+
+    /// The common buffer names only descriptors that it holds.
+    fn describe_in_common(&mut self, ids: impl Iterator<Item = u64>) -> Result<()> {
+        for id in ids {
             if self.common_relations.insert(id) {
-                let frame = self.relations.get(&id).ok_or_else(|| malformed("TRUNCATE of an unknown descriptor"))?;
+                let frame = self.relations.get(&id).ok_or_else(|| malformed("an unknown descriptor is named"))?;
                 self.batch.memory += self.batch.common.push(frame);
             }
         }
-        self.push_common(raw);
         Ok(())
     }
 
@@ -593,6 +599,9 @@ impl Demux {
             commit_us: open.begin.commit_time_us,
             seq: m.seq,
         });
+        if m.kind == "described" {
+            self.describe_in_common(coffer_wire::relation_ids(m.payload))?;
+        }
         self.push_common(raw);
         Ok(())
     }

@@ -29,6 +29,7 @@ mod awkward;
 mod big;
 mod bytes;
 mod crash;
+mod ddl;
 mod exactness;
 mod faults;
 mod harness;

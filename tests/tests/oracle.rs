@@ -352,9 +352,7 @@ impl<'c> Case<'c> {
         let mut done = false;
         for _ in 0..3 {
             let version = self.model.version;
-            // A known defect: a column that was added before the target, and that no row of the tenant was written with up
-            // to there, counts as newer than the target and keeps its values.
-            let fits = |t: &&Truth| t.version == version && !t.has_added_columns();
+            let fits = |t: &&Truth| t.version == version;
             let fitting: Vec<_> = self.truths.iter().filter(fits).cloned().collect();
             let who: Vec<_> = self.everyone().into_iter().filter(|w| *w != Whose::Everybody).collect();
             let (Some(truth), Some(whose)) = (fitting.choose(&mut self.rng), who.choose(&mut self.rng)) else { break };
@@ -443,10 +441,6 @@ impl<'c> Case<'c> {
     }
 
     async fn in_database(&mut self, truth: &Truth, whose: &Whose) -> Vec<String> {
-        // A known defect: rows that are all older than a table's new name come back under the old one.
-        if truth.has_renamed_tables() {
-            return self.in_files(truth, whose);
-        }
         let name = format!("restored_{}_{}", self.seed, self.tally.restores);
         let made = Database::named(self.cluster, &name);
         match self.restore(whose, &truth.name, "database", &self.cluster.url("postgres", &name)) {

@@ -96,6 +96,8 @@ pub(super) struct Gathered {
     floors: HashMap<Scope, Position>,
     /// Tables (or leaves) that were dropped.
     drops: HashMap<u32, Position>,
+    /// What DDL made of tables. The rows of a ship come after its common object, so these wait for all rows.
+    described: Vec<(Position, DescId)>,
     /// (relid, epoch) in which rows changed their key and left values behind.
     pub moves: HashSet<(u32, u32)>,
     pub stats: IntakeStats,
@@ -185,6 +187,24 @@ impl Gathered {
         let leaf = t.leaves.entry(self.descriptors.relation(d).leaf).or_insert((at, d));
         if leaf.0 <= at {
             *leaf = (at, d);
+        }
+    }
+
+    /// When all changes are in: tables that no row followed after a DDL look as the DDL left them.
+    pub fn settle(&mut self) {
+        let mut described = std::mem::take(&mut self.described);
+        described.sort_by_key(|(at, _)| *at);
+        for (at, d) in described {
+            let desc = self.descriptors.get(d);
+            let (relid, leaf) = (desc.rel.relid, desc.rel.leaf);
+            let known = self.tables().get(&relid).map(|t| (t.newest.map(|n| n.0), t.leaves.get(&leaf).map(|l| l.0)));
+            let (newest, of_leaf) = known.unwrap_or_default();
+            if newest.is_none_or(|p| p <= at) {
+                self.note_newest(relid, at, d);
+                self.change_epoch(relid, &desc, d);
+            } else if of_leaf.is_none_or(|p| p <= at) {
+                self.tables().entry(relid).or_default().leaves.insert(leaf, (at, d));
+            }
         }
     }
 
@@ -459,7 +479,20 @@ impl Intake {
                 }
                 Frame::Truncate(t) => self.truncate(&t, &begun(txn)?, pick)?,
                 Frame::Marker(m) if m.kind == "drop" => self.drop_marker(&m, &begun(txn)?, pick)?,
+                Frame::Marker(m) if m.kind == "described" => self.described(&m, &begun(txn)?, pick)?,
                 Frame::Marker(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A DDL changed what tables look like, whether rows follow or not.
+    fn described(&mut self, m: &coffer_wire::Marker<'_>, txn: &Begin, pick: &mut dyn Pick) -> Result<()> {
+        let at = Position { end_lsn: txn.end_lsn, seq: m.seq, index: 0 };
+        for id in coffer_wire::relation_ids(m.payload) {
+            let d = self.gathered.descriptors.find(id)?;
+            if pick.table(txn, self.gathered.descriptors.relation(d).relid) {
+                self.gathered.described.push((at, d));
             }
         }
         Ok(())

@@ -189,7 +189,8 @@ impl Merge {
     /// Gives all rows to the sink.
     pub fn run(self, sink: &mut dyn RowSink) -> Result<MergeStats> {
         let Self { intake, fulls, rows, scratch, memory, holes, keep_leaves } = self;
-        let Intake { sorter, blobs, gathered, .. } = intake;
+        let Intake { sorter, blobs, mut gathered, .. } = intake;
+        gathered.settle();
         let sorted = sorter.finish()?;
         let full_rows = AtomicU64::new(0);
         let mut cursors = vec![sorted.cursor()?];

@@ -75,10 +75,45 @@ impl State {
 
     fn marker(&mut self, ctx: *mut pg_sys::LogicalDecodingContext, kind: &str, payload: &[u8]) -> bool {
         match self.options.format {
-            Format::Frames => self.stream.marker(kind, payload),
+            Format::Frames => {
+                self.stream.marker(kind, payload);
+                if kind == "ddl" {
+                    self.describe(payload);
+                }
+            }
             Format::Json => self.write_json_marker(ctx, kind, payload),
         }
         true
+    }
+
+    /// Says what the tables that a DDL touched look like from here on: a tenant may write no row that would say it.
+    fn describe(&mut self, payload: &[u8]) {
+        // The list of numbers that the payload ends with.
+        let list = payload.rsplit(|b| *b == b'[').next().unwrap_or_default();
+        let relids =
+            list.split(|b| !b.is_ascii_digit()).filter_map(|n| std::str::from_utf8(n).ok()?.parse::<u32>().ok());
+        let mut ids = Vec::new();
+        for relid in relids {
+            // SAFETY: the relation is closed below; a message in a transaction is read under its historic snapshot.
+            let known = unsafe {
+                let relation = pg_sys::RelationIdGetRelation(relid.into());
+                if relation.is_null() {
+                    continue;
+                }
+                let known = self.relations.get(relation, &self.options, self.source.encoding);
+                pg_sys::RelationClose(relation);
+                known
+            };
+            if let Known::Covered(covered) = known
+                && !covered.descriptor.columns.is_empty()
+            {
+                self.stream.announce(&covered);
+                ids.extend_from_slice(&covered.id.to_le_bytes());
+            }
+        }
+        if !ids.is_empty() {
+            self.stream.marker("described", &ids);
+        }
     }
 
     /// The rows of a covered table are being written anew by ALTER TABLE: what the log has of them are the new rows,

@@ -65,7 +65,7 @@ pub struct RunHeader<'a> {
 
 impl RunHeader<'_> {
     pub fn relation_ids(&self) -> impl Iterator<Item = u64> + '_ {
-        self.relations.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("chunks of eight")))
+        relation_ids(self.relations)
     }
 
     /// The id that a row's `rel` stands for.
@@ -96,12 +96,18 @@ pub struct Truncate<'a> {
 
 impl Truncate<'_> {
     pub fn relation_ids(&self) -> impl Iterator<Item = u64> + '_ {
-        self.relations.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("chunks of eight")))
+        relation_ids(self.relations)
     }
 }
 
+/// Ids of descriptors as TRUNCATE and the marker `described` list them.
+pub fn relation_ids(list: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    list.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("chunks of eight")))
+}
+
 /// A transactional message of the extension: `restore_point` (payload: its name), `base` (payload: 16 random bytes),
-/// `ddl`, `drop`, `rewrite` (payload: JSON), `heartbeat` (empty).
+/// `ddl`, `drop`, `rewrite` (payload: JSON), `described` (behind `ddl`; payload: ids of the descriptors that the DDL left,
+/// which stand before it), `heartbeat` (empty).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marker<'a> {
     pub seq: u64,

@@ -18,6 +18,7 @@ pub mod tag;
 pub use frame::{
     Begin, Commit, Frame, FrameReader, Hello, Marker, Run, RunHeader, Truncate, WIRE_VERSION, kind, put_begin,
     put_commit, put_frame, put_hello, put_marker, put_relation, put_run_data, put_run_header, put_truncate,
+    relation_ids,
 };
 pub use lsn::Lsn;
 pub use relation::{Class, Column, ColumnFlags, KeyMode, Relation, Strategy, quote_ident};

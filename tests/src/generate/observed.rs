@@ -124,14 +124,6 @@ impl Truth {
         self.tables.values().any(|t| !t.of(whose).is_empty())
     }
 
-    pub fn has_renamed_tables(&self) -> bool {
-        self.tables.values().any(|t| t.names.len() > 1)
-    }
-
-    pub fn has_added_columns(&self) -> bool {
-        self.tables.values().flat_map(|t| &t.columns).any(|c| c.missing.is_some())
-    }
-
     /// How many rows there are.
     pub fn rows(&self) -> usize {
         self.tables.values().flat_map(|t| t.rows.values()).map(Vec::len).sum()

@@ -1,0 +1,71 @@
+//! Definitions that change while nobody writes: a tenant's rows come back under the names and columns of the target.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::block_on;
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored::{self, Database};
+
+on_majors! {
+    changes_without_rows: changes_without_rows;
+}
+
+fn changes_without_rows(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE TABLE t (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id));
+             CREATE TABLE d (id int PRIMARY KEY, tenant int NOT NULL, v text);
+             CREATE TABLE parts (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id)) PARTITION BY RANGE (id);
+             CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (10);
+             CREATE TABLE parts_2 (v text, id int NOT NULL, tenant int NOT NULL);
+             ALTER TABLE parts ATTACH PARTITION parts_2 FOR VALUES FROM (10) TO (20);
+             SELECT coffer.discover('tenant', true);
+             INSERT INTO t SELECT t, i, 'x' FROM generate_series(1, 2) t, generate_series(1, 3) i;
+             INSERT INTO d SELECT i, 1 + i % 2, 'y' FROM generate_series(1, 6) i;
+             INSERT INTO parts SELECT t, i * 7, 'p' FROM generate_series(1, 2) t, generate_series(1, 2) i;",
+        );
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["1", "2"]);
+        cluster.psql("shop", "SELECT coffer.restore_point('before')");
+        cluster.script(
+            "shop",
+            "ALTER TABLE t RENAME TO renamed; ALTER TABLE renamed RENAME v TO w;
+             ALTER TABLE d ADD COLUMN n int NOT NULL DEFAULT 7; VACUUM FULL d; ALTER TABLE d ADD COLUMN o text;
+             ALTER TABLE parts ADD COLUMN q text DEFAULT 'q';",
+        );
+        cluster.psql("shop", "SELECT coffer.restore_point('after')");
+        // Rows of the one tenant only, then a move back and forth.
+        cluster.script(
+            "shop",
+            "UPDATE renamed SET w = 'later' WHERE tenant = 2; UPDATE d SET n = 8, o = 'o' WHERE tenant = 2;",
+        );
+        let rows = |db: &str, sql: &str| {
+            cluster.psql(db, &format!("SELECT string_agg(x::text, ' ' ORDER BY x) FROM ({sql}) x"))
+        };
+        for tenant in ["1", "2"] {
+            let before = Database::restore(&agent, &cluster, tenant, "name:before");
+            assert_eq!(rows(&before.name, "SELECT id, v FROM t"), "(1,x) (2,x) (3,x)");
+            assert_eq!(cluster.psql(&before.name, "SELECT count(*) FROM d WHERE v = 'y'"), "3");
+            let after = Database::restore(&agent, &cluster, tenant, "name:after");
+            assert_eq!(rows(&after.name, "SELECT id, w FROM renamed"), "(1,x) (2,x) (3,x)", "tenant {tenant}");
+            assert_eq!(cluster.psql(&after.name, "SELECT to_regclass('t') IS NULL"), "t");
+            assert_eq!(
+                cluster.psql(&after.name, "SELECT string_agg(DISTINCT concat(n, o), ' ') FROM d"),
+                "7",
+                "tenant {tenant}"
+            );
+            assert_eq!(
+                cluster.psql(&after.name, "SELECT string_agg(DISTINCT q, ' ') || count(*) FROM parts"),
+                "q2",
+                "tenant {tenant}"
+            );
+        }
+        // In place to before anybody wrote under the new columns: those of the target are the target's.
+        agent.json(&restored::in_place("2", "name:after"));
+        assert_eq!(rows("shop", "SELECT DISTINCT w FROM renamed"), "(x)");
+        assert_eq!(rows("shop", "SELECT DISTINCT n, o FROM d"), "(7,)");
+    });
+}
