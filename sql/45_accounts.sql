@@ -58,7 +58,7 @@ SELECT a.rolname AS role, e.tenant, a.rolcanlogin AS can_login, e.added_at, e.ad
 FROM coffer.tenant_role_entries e JOIN pg_catalog.pg_roles a ON a.oid = e.roleid;
 COMMENT ON VIEW coffer.tenant_roles IS 'The roles that belong to tenants.';
 
--- ALTER … SET takes a list as several values, every other value as one.
+-- ALTER ... SET takes a list as several values, every other value as one.
 CREATE FUNCTION coffer._agent_setting(config text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
