@@ -35,7 +35,7 @@ check:
 	cargo fmt --all --check
 	cargo clippy -q --all-targets --features coffer/failpoints -- -D warnings
 	PGRX_HOME=$$PWD/target/pgrx cargo clippy -q -p pg_coffer -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc -q --no-deps
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc -q --no-deps
 	cargo test -q --doc
 
 # BENCH='decode' runs the benchmarks whose name contains the word.

@@ -1,4 +1,4 @@
-//! SQL sessions of the agent: tokio-postgres over our own [`dial`](crate::dial), with every setting pinned that changes
+//! SQL sessions of the agent: tokio-postgres over our own [`dial`], with every setting pinned that changes
 //! what a value looks like or which rows a query sees.
 //!
 //! The pinned output settings are those of the output plugin, so that a base and the stream render a value alike.
