@@ -210,6 +210,9 @@ BEGIN
     END IF;
     up := format('coffer_%s', r.parent);
     of := coffer._tenant_condition(r.parent, up, tenant);
+    IF of IS NULL THEN
+        RETURN NULL;
+    END IF;
     RETURN format('(%s) IN (SELECT %s FROM %s %s WHERE %s)',
         (SELECT string_agg(format('%s.%I', row_name, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(rel, r.path_attnums)) WITH ORDINALITY u (c, ord)),
         (SELECT string_agg(format('%s.%I', up, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(r.parent, r.parent_attnums)) WITH ORDINALITY u (c, ord)),

@@ -275,6 +275,15 @@ UPDATE beds SET zone = 13 WHERE id = 11;
 SELECT * FROM differences();
 DELETE FROM zones WHERE id = 13;
 SELECT * FROM differences();
+-- A tenant's name that the column above does not take is nobody's there.
+CREATE TABLE numbered (tenant int, id int PRIMARY KEY);
+CREATE TABLE below_numbered (id int PRIMARY KEY, up int REFERENCES numbered);
+SELECT strategy FROM coffer.add_table('numbered', 'tenant');
+SELECT strategy FROM coffer.add_table('below_numbered', parent => 'numbered');
+INSERT INTO numbered VALUES (7, 1);
+INSERT INTO below_numbered VALUES (1, 1);
+SELECT count(*) FROM coffer.snapshot('7') WHERE relation ~ 'numbered';
+SELECT count(*) FROM coffer.snapshot('seven') WHERE relation ~ 'numbered';
 -- TRUNCATE reaches below.
 TRUNCATE projects CASCADE;
 SELECT * FROM differences();
