@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::{History, Target, When};
-use crate::merge::{Holes, Image, MergeStats, RowSink, TenantAt};
+use crate::merge::{Holes, Image, MergeStats, RowSink, Scratch, TenantAt};
 use crate::restore::database::{self, Beside, NewDatabase};
 use crate::restore::files::{self, Files, Format};
 use crate::restore::in_place::compare::{self, CoveredTable, TargetSink};
@@ -19,6 +19,7 @@ use coffer_wire::{Class, Relation};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
@@ -112,18 +113,45 @@ struct Report {
 
 /// Restores; the exit code.
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &RestoreArgs) -> Result<u8> {
-    let started = Instant::now();
-    let when: When = args.to.parse().map_err(|e: String| Error::usage(format!("--to: {e}")))?;
+    args.to.parse::<When>().map_err(|e| Error::usage(format!("--to: {e}")))?;
     let place = Destination::of(config, source, args).await?;
     let opened = Opened::new(config, args.from.as_deref()).await?;
     let (name, uid) = opened.source(config, source).await?;
+    let progress = Progress::new("restoring", "rows", 0, json);
+    let means =
+        Means { scratch: scratch(config)?, memory: merge_memory(config.limits.memory), rows: progress.count.clone() };
+    let (document, code) = restore(&opened, (&name, uid), args, place, means).await?;
+    drop(progress);
+    print(&document, json, args)?;
+    Ok(code)
+}
+
+/// What a restore may use, and where it says how far it is.
+pub(crate) struct Means {
+    pub scratch: Scratch,
+    /// For the merge, in bytes.
+    pub memory: usize,
+    /// Rows that were read from the repository.
+    pub rows: Arc<AtomicU64>,
+}
+
+/// Restores as `args` say; the document, and the exit code of what ended well.
+pub(crate) async fn restore(
+    opened: &Opened,
+    (name, uid): (&str, uuid::Uuid),
+    args: &RestoreArgs,
+    place: Destination,
+    means: Means,
+) -> Result<(Value, u8)> {
+    let started = Instant::now();
+    let when: When = args.to.parse().map_err(|e: String| Error::usage(format!("the target: {e}")))?;
     let tenant = match (&args.tenant, args.reserved) {
         (_, Some(r)) => r.tenant(),
         (Some(k), None) => Tenant::normal(k),
         (None, None) => return Err(Error::usage("--tenant is missing")),
     };
-    let entry = opened.tenant((&name, uid), &tenant).await?;
-    let (history, target) = wait_for(&opened, uid, &when, args).await?;
+    let entry = opened.tenant((name, uid), &tenant).await?;
+    let (history, target) = wait_for(opened, uid, &when, args).await?;
     let wanted = |qualified: &str| wanted(&args.tables, qualified);
     let tables = history.require(&target, entry.uid, &wanted)?;
     let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables));
@@ -133,31 +161,29 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         tenant: tenant.clone(),
         inputs,
         from: opened.from.clone(),
-        scratch: scratch(config)?,
-        memory: merge_memory(config.limits.memory),
+        scratch: means.scratch,
+        memory: means.memory,
         holes: if args.allow_incomplete { Holes::Null } else { Holes::Refuse },
     };
     let dry_run = args.dry_run || !args.confirm;
-    let progress = Progress::new("restoring", "rows", 0, json);
-    let counts = Counts::watched(progress.count.clone());
+    let counts = Counts::watched(means.rows);
     let report = match place {
         Destination::Live(dsn) => in_place(&dsn, &tenant, at, args, dry_run).await?,
         Destination::Folder(_) | Destination::Database(_) if dry_run => count(at, args, counts).await?,
         Destination::Folder(dir) => {
-            let roles = roles(&opened, &history, entry.uid, &target, args).await?;
+            let roles = roles(opened, &history, entry.uid, &target, args).await?;
             to_files(dir, at, args, counts, (&target, roles)).await?
         }
         Destination::Database(dsn) => {
-            let shared = shared(&opened, uid, &history, &target, &at)?;
+            let shared = shared(opened, uid, &history, &target, &at)?;
             let beside = Beside {
                 sequences: history.sequences(&target).await?,
                 settings: history.database_settings(&target).to_vec(),
-                roles: roles(&opened, &history, entry.uid, &target, args).await?,
+                roles: roles(opened, &history, entry.uid, &target, args).await?,
             };
             to_database(dsn, (shared, at), beside, args, counts).await?
         }
     };
-    drop(progress);
     let document = json!({
         "version": 1, "dry_run": dry_run, "source": name, "tenant": tenant.key, "kind": tenant.kind.name(),
         "mode": args.mode.name(),
@@ -165,8 +191,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         "tables": report.tables, "bytes": report.bytes, "seconds": started.elapsed().as_secs_f64(),
         "undo": report.undo, "warnings": report.warnings,
     });
-    print(&document, json, args)?;
-    Ok(if report.incomplete > 0 && !dry_run { Kind::Partial.exit_code() } else { 0 })
+    Ok((document, if report.incomplete > 0 && !dry_run { Kind::Partial.exit_code() } else { 0 }))
 }
 
 /// What the merge may use of `limits.memory`: readers, the other end and the process itself have the rest.
@@ -176,14 +201,14 @@ fn merge_memory(limit: u64) -> usize {
 }
 
 /// Where a restore goes, looked at before anything is read.
-enum Destination {
+pub(crate) enum Destination {
     Live(Box<Dsn>),
     Database(Box<Dsn>),
     Folder(PathBuf),
 }
 
 impl Destination {
-    async fn of(config: &Config, source: Option<&str>, args: &RestoreArgs) -> Result<Self> {
+    pub(crate) async fn of(config: &Config, source: Option<&str>, args: &RestoreArgs) -> Result<Self> {
         let need = |what: &str| {
             args.target
                 .clone()

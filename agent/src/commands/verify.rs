@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
@@ -79,9 +80,49 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Verif
     if stores.is_empty() {
         return Err(Error::usage(format!("there is no store '{}'", args.from.as_deref().unwrap_or_default())));
     }
-    let (mut objects, mut failures, mut warnings) = (HashSet::new(), Vec::new(), Vec::new());
     let sources = match source {
-        Some(_) => opened.sources(source).await?,
+        Some(_) => Some(opened.sources(source).await?),
+        None => None,
+    };
+    let document = verify(&opened, sources, &stores, args, &Tally::default(), json).await?;
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    let written = if json { writeln!(out, "{document}") } else { out.write_all(text(&document).as_bytes()) };
+    written.context(Kind::Other, "cannot write to standard output")?;
+    Ok(exit_code(&document))
+}
+
+/// How far a verification is, for whoever watches it, and whether it is to end.
+#[derive(Default)]
+pub(crate) struct Tally {
+    /// Bytes to read, as far as is known.
+    pub total: AtomicU64,
+    /// Bytes read.
+    pub done: AtomicU64,
+    pub cancelled: AtomicBool,
+}
+
+/// 0, or what the failures of a document make.
+fn exit_code(document: &Value) -> u8 {
+    match document["failures"].as_array().map_or(&[][..], Vec::as_slice) {
+        [] => 0,
+        all if all.iter().all(|f| f["kind"] == "wrong_key") => Kind::Key.exit_code(),
+        _ => Kind::Verification.exit_code(),
+    }
+}
+
+/// Verifies these stores (name, required); the document. `sources`: `None` for all that the stores have.
+pub(crate) async fn verify(
+    opened: &Opened,
+    sources: Option<Vec<(String, Uuid)>>,
+    stores: &[(String, bool)],
+    args: &VerifyArgs,
+    tally: &Tally,
+    json: bool,
+) -> Result<Value> {
+    let (mut objects, mut failures, mut warnings) = (HashSet::new(), Vec::new(), Vec::new());
+    let sources = match sources {
+        Some(named) => named,
         None => {
             // Listed with the others, so that one lost entry does not hide what else is wrong.
             let nameless = opened.nameless_sources().await?;
@@ -98,8 +139,8 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Verif
             Some(k) => Some(opened.tenant((&name, uid), &Tenant::normal(k)).await?.uid),
             None => None,
         };
-        for (store, required) in &stores {
-            match one_store(&opened, uid, store, tenant, json, &mut objects).await {
+        for (store, required) in stores {
+            match one_store(opened, (uid, tenant), store, tally, json, &mut objects).await {
                 Ok(found) => failures.extend(found),
                 // An optional store may be away; it holds copies.
                 Err(e) if !required && e.kind() == Kind::Unreachable && args.from.is_none() => {
@@ -113,25 +154,16 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Verif
         .iter()
         .map(|f| json!({"object": f.object, "tenant_uid": f.tenant_uid, "kind": f.kind, "message": f.message}))
         .collect();
-    let document = json!({"version": 1, "ok": failures.is_empty(), "objects": objects.len(), "failures": listed,
-        "stores": stores.iter().map(|s| s.0.clone()).collect::<Vec<_>>(), "warnings": warnings});
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    let written = if json { writeln!(out, "{document}") } else { out.write_all(text(&document).as_bytes()) };
-    written.context(Kind::Other, "cannot write to standard output")?;
-    Ok(match failures.as_slice() {
-        [] => 0,
-        all if all.iter().all(|f| f.kind == "wrong_key") => Kind::Key.exit_code(),
-        _ => Kind::Verification.exit_code(),
-    })
+    Ok(json!({"version": 1, "ok": failures.is_empty(), "objects": objects.len(), "failures": listed,
+        "stores": stores.iter().map(|s| s.0.clone()).collect::<Vec<_>>(), "warnings": warnings}))
 }
 
 /// Everything that one store has of a source.
 async fn one_store(
     opened: &Opened,
-    source: Uuid,
+    (source, tenant): (Uuid, Option<Uuid>),
     store: &str,
-    tenant: Option<Uuid>,
+    tally: &Tally,
     json: bool,
     seen: &mut HashSet<String>,
 ) -> Result<Vec<Failure>> {
@@ -156,6 +188,7 @@ async fn one_store(
         seen.extend((0..log.records().len() as u64).map(|n| paths::log_record(source, n)));
     }
     let total = wanted.iter().map(|o| o.bytes).sum();
+    tally.total.fetch_add(total, Ordering::Relaxed);
     let progress = Progress::new(&format!("verifying {store}"), "bytes", total, json);
     let rt = Handle::current();
     let mut checked = stream::iter(wanted)
@@ -176,6 +209,10 @@ async fn one_store(
         .buffer_unordered(PARALLEL);
     while let Some((o, r)) = checked.next().await {
         progress.add(o.bytes);
+        tally.done.fetch_add(o.bytes, Ordering::Relaxed);
+        if tally.cancelled.load(Ordering::Relaxed) {
+            return Err(Error::other("the verification was cancelled").code("cancelled"));
+        }
         match r {
             Ok(()) => {}
             Err(e) if is_finding(&e) => {
