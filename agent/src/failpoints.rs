@@ -29,6 +29,10 @@ pub const SPOOL_AFTER_WRITE: &str = "spool-after-write";
 pub const RESTORE_AFTER_FENCE: &str = "restore-after-fence";
 /// An in-place restore is about to commit.
 pub const RESTORE_BEFORE_COMMIT: &str = "restore-before-commit";
+/// A catalog's record is in the sequencer, not in the other stores.
+pub const CATALOG_AFTER_SEQUENCER: &str = "catalog-after-sequencer";
+/// A full's objects are in the stores, no record names them.
+pub const FULL_AFTER_OBJECTS: &str = "full-after-objects";
 
 /// All of them, for the tests that go through the list.
 pub const ALL: &[&str] = &[
@@ -45,6 +49,8 @@ pub const ALL: &[&str] = &[
     SPOOL_AFTER_WRITE,
     RESTORE_AFTER_FENCE,
     RESTORE_BEFORE_COMMIT,
+    CATALOG_AFTER_SEQUENCER,
+    FULL_AFTER_OBJECTS,
 ];
 
 /// Does what the environment asks for at this point. Blocking: a sleep holds the thread, as a stalled machine would.

@@ -3,6 +3,7 @@
 pub mod accounts;
 pub mod alarms;
 pub mod batch;
+pub mod catalog;
 pub mod cli;
 pub mod clock;
 pub mod commands;

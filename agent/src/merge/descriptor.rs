@@ -112,6 +112,20 @@ impl Descriptors {
         self.inner().list[d as usize].clone()
     }
 
+    /// Whether rows under the two look the same, whatever leaf of the table they are in.
+    pub(super) fn alike(&self, a: DescId, b: DescId) -> bool {
+        if a == b {
+            return true;
+        }
+        let plain = |d| {
+            let mut r = (*self.relation(d)).clone();
+            r.leaf = r.relid;
+            r.columns.iter_mut().for_each(|c| c.missing = None);
+            r
+        };
+        plain(a) == plain(b)
+    }
+
     /// The row key under `to` of an image under `from`. For whole-row relations the image must be under `to` already.
     pub(super) fn key_of(&self, d: DescId, image: image::Image<'_>) -> Result<Vec<u8>> {
         let desc = self.get(d);

@@ -208,6 +208,26 @@ impl Gathered {
         }
     }
 
+    /// Whether rows of the table, or of a leaf of it, were removed by range.
+    pub fn emptied(&self, group: u32, relid: u32) -> bool {
+        let ours = |s: &Scope| s.relid == relid && s.group.is_none_or(|g| g == group);
+        self.drops.contains_key(&relid) || self.floors.keys().any(ours)
+    }
+
+    /// Whether a table or a leaf of one was dropped.
+    pub fn dropped(&self, id: u32) -> bool {
+        self.drops.contains_key(&id)
+    }
+
+    /// Whether every change of the table has a key of this shape.
+    pub fn one_shape(&self, relid: u32, shape: &Arc<KeyShape>) -> bool {
+        let tables = self.tables();
+        let Some(t) = tables.get(&relid) else { return true };
+        let same = |s: &Option<(Arc<KeyShape>, u32)>| s.as_ref().is_none_or(|(s, _)| s == shape);
+        let epochs = t.first_shape.as_ref().map(|s| s.1) == t.shape.as_ref().map(|s| s.1);
+        epochs && same(&t.first_shape) && same(&t.shape)
+    }
+
     fn raise(&mut self, scope: Scope, at: Position) {
         let f = self.floors.entry(scope).or_insert(at);
         *f = (*f).max(at);

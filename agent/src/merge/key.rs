@@ -79,6 +79,11 @@ impl<'a> SortKey<'a> {
         &self.0[..self.0.len() - POSITION_LEN]
     }
 
+    /// The row key as it stands in the sort key: escaped, with its terminator.
+    pub fn escaped_row_key(self) -> &'a [u8] {
+        &self.row()[TABLE_LEN..]
+    }
+
     pub fn position(self) -> Position {
         read_position(&self.0[self.0.len() - POSITION_LEN..])
     }

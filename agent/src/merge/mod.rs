@@ -29,6 +29,7 @@ mod image;
 mod intake;
 mod key;
 mod moves;
+mod parts;
 mod presorted;
 mod scratch;
 mod sorter;
@@ -43,6 +44,7 @@ pub use image::{Field, Image};
 pub(crate) use intake::from_io;
 pub use intake::{IntakeStats, Pick, TXN_INDEX_FRAME, UpTo};
 pub use key::Position;
+pub use parts::KnownPart;
 pub use scratch::{BlobRef, Blobs, DEFAULT_SEGMENT_BYTES, Scratch};
 pub use sorter::{Cursor, KWay, Sorted, Sorter};
 pub use tenant::TenantAt;
@@ -117,6 +119,8 @@ pub struct Merge {
     memory: usize,
     holes: Holes,
     keep_leaves: bool,
+    /// The changes, once they are sorted.
+    sorted: Option<Sorted>,
 }
 
 impl Merge {
@@ -130,6 +134,7 @@ impl Merge {
             memory,
             holes: Holes::Refuse,
             keep_leaves: false,
+            sorted: None,
         })
     }
 
@@ -186,12 +191,27 @@ impl Merge {
         &self.intake.gathered.stats
     }
 
+    /// Of the parts of a full, in the order of (relid, first): which have rows that a change touched, or that have to be
+    /// written anew for another reason. No changes come after this.
+    pub fn touched(&mut self, group: u32, parts: &[KnownPart]) -> Result<Vec<bool>> {
+        self.intake.gathered.settle();
+        if self.sorted.is_none() {
+            let none = Sorter::new(&self.scratch, 0);
+            self.sorted = Some(std::mem::replace(&mut self.intake.sorter, none).finish()?);
+        }
+        let sorted = self.sorted.as_ref().expect("it was just sorted");
+        parts::touched(&self.intake.gathered, sorted.cursor()?, group, parts)
+    }
+
     /// Gives all rows to the sink.
     pub fn run(self, sink: &mut dyn RowSink) -> Result<MergeStats> {
-        let Self { intake, fulls, rows, scratch, memory, holes, keep_leaves } = self;
+        let Self { intake, fulls, rows, scratch, memory, holes, keep_leaves, sorted } = self;
         let Intake { sorter, blobs, mut gathered, .. } = intake;
         gathered.settle();
-        let sorted = sorter.finish()?;
+        let sorted = match sorted {
+            Some(s) => s,
+            None => sorter.finish()?,
+        };
         let full_rows = AtomicU64::new(0);
         let mut cursors = vec![sorted.cursor()?];
         for f in fulls {

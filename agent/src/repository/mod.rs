@@ -13,12 +13,13 @@ pub mod faults;
 mod io;
 mod log;
 pub mod model;
+mod numbered;
 pub mod paths;
 mod probe;
 mod replicate;
 mod store;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod url;
 
 pub use io::{ObjectRanges, ObjectReader, ObjectWriter};
@@ -65,6 +66,8 @@ struct Member {
     durable: Mutex<HashMap<Uuid, Lsn>>,
     /// The record before which it is known to have all, by source.
     complete: Mutex<HashMap<Uuid, u64>>,
+    /// Catalogs that grew since it was brought up to date, by source and tenant; `None`: any may have.
+    catalogs: Mutex<HashMap<Uuid, Option<BTreeSet<Uuid>>>>,
 }
 
 /// How a store is, for status and metrics.
@@ -140,6 +143,7 @@ impl Repository {
                     attached: AtomicBool::new(false),
                     durable: Mutex::default(),
                     complete: Mutex::default(),
+                    catalogs: Mutex::default(),
                 })
                 .collect(),
             access,
@@ -219,6 +223,10 @@ impl Repository {
         self.uid
     }
 
+    pub fn clock(&self) -> &SharedClock {
+        &self.clock
+    }
+
     pub fn keyring(&self) -> &Arc<Keyring> {
         &self.keyring
     }
@@ -294,7 +302,7 @@ impl Repository {
     }
 
     /// The stores to read from, best first: the named one alone, else required before optional.
-    fn readable(&self, from: Option<&str>) -> Result<Vec<Arc<Store>>> {
+    pub(crate) fn readable(&self, from: Option<&str>) -> Result<Vec<Arc<Store>>> {
         let Some(name) = from else {
             let mut stores: Vec<_> = self.members.iter().filter(|m| m.attached()).collect();
             stores.sort_by_key(|m| !m.store.required());

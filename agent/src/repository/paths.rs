@@ -54,6 +54,31 @@ pub fn roles(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> Stri
     format!("{}/t/{}/r/{}", source(source_uid), tenant.simple(), leaf(lsn_end, object))
 }
 
+/// The folder of the tenants' folders.
+pub fn tenants_dir(source_uid: Uuid) -> String {
+    format!("{}/t", source(source_uid))
+}
+
+/// The folder of a tenant's catalog.
+pub fn catalog_dir(source_uid: Uuid, tenant: Uuid) -> String {
+    format!("{}/{}/k", tenants_dir(source_uid), tenant.simple())
+}
+
+/// Record `n` of a tenant's catalog.
+pub fn catalog_record(source_uid: Uuid, tenant: Uuid, n: u64) -> String {
+    format!("{}/{n:0NUMBER_DIGITS$}", catalog_dir(source_uid, tenant))
+}
+
+/// Which parts of which objects a full consists of.
+pub fn manifest(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/{}/m/{}", tenants_dir(source_uid), tenant.simple(), leaf(lsn_end, object))
+}
+
+/// A tenant's incremental.
+pub fn incremental(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/{}/i/{}", tenants_dir(source_uid), tenant.simple(), leaf(lsn_end, object))
+}
+
 /// The definitions that go with a base.
 pub fn schema(source_uid: Uuid, lsn_end: Lsn, object: Uuid) -> String {
     format!("{}/schema/{}", source(source_uid), leaf(lsn_end, object))

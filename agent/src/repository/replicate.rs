@@ -68,7 +68,7 @@ impl Repository {
         self.bring_up(m, source).await
     }
 
-    async fn bring_up(&self, m: &Member, source: Uuid) -> Result<Copied> {
+    async fn bring_up(self: &Arc<Self>, m: &Member, source: Uuid) -> Result<Copied> {
         if !m.attached() {
             match self.attach(m).await {
                 Ok(()) => {}
@@ -77,7 +77,9 @@ impl Repository {
             }
         }
         let end = self.end_of_log(source).await?;
-        self.catch_up(m, source, end).await
+        let copied = self.catch_up(m, source, end).await?;
+        self.catch_up_catalogs(m, source).await?;
+        Ok(copied)
     }
 
     /// Number after the newest record: what this process appended, else what the stores have.
@@ -149,7 +151,7 @@ impl Repository {
         others.into_iter().map(|m| &m.store)
     }
 
-    async fn record_from_others(&self, target: &Member, path: &str) -> Result<bytes::Bytes> {
+    pub(super) async fn record_from_others(&self, target: &Member, path: &str) -> Result<bytes::Bytes> {
         let mut last = None;
         for store in self.others(target) {
             match store.get(path).await {
@@ -161,7 +163,7 @@ impl Repository {
     }
 
     /// Bytes copied; 0 when the store has the object.
-    async fn copy_object(&self, target: &Member, object: &ObjectRef) -> Result<u64> {
+    pub(super) async fn copy_object(&self, target: &Member, object: &ObjectRef) -> Result<u64> {
         if target.store.size(&object.path).await? == Some(object.bytes) {
             return Ok(0);
         }

@@ -10,13 +10,13 @@ use std::path::Path;
 use tokio::runtime::Handle;
 
 /// A repository in a temporary directory: `a` is the sequencer, `b` required, `c` optional.
-struct World {
+pub(crate) struct World {
     dir: tempfile::TempDir,
     config: Config,
 }
 
 impl World {
-    fn new(stores: &[(&str, bool)]) -> Self {
+    pub(crate) fn new(stores: &[(&str, bool)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().display();
         let mut text = format!(
@@ -32,23 +32,23 @@ impl World {
         Self { dir, config }
     }
 
-    fn path(&self, below: &str) -> std::path::PathBuf {
+    pub(crate) fn path(&self, below: &str) -> std::path::PathBuf {
         self.dir.path().join(below)
     }
 
-    async fn init(&self) -> Arc<Repository> {
+    pub(crate) async fn init(&self) -> Arc<Repository> {
         let clock = Arc::new(SystemClock);
         let keyring = Keyring::create(&self.config.keys, clock.clone()).await.unwrap();
         Repository::create(&self.config, keyring, clock).await.unwrap()
     }
 
-    async fn try_open(&self, access: Access) -> Result<Arc<Repository>> {
+    pub(crate) async fn try_open(&self, access: Access) -> Result<Arc<Repository>> {
         let clock = Arc::new(SystemClock);
         let keyring = Keyring::open(&self.config.keys, clock.clone()).await?;
         Repository::open(&self.config, keyring, clock, access).await
     }
 
-    async fn open(&self, access: Access) -> Arc<Repository> {
+    pub(crate) async fn open(&self, access: Access) -> Arc<Repository> {
         self.try_open(access).await.unwrap()
     }
 }
@@ -66,7 +66,7 @@ fn draft(from: u64, upto: u64, body: Body) -> Draft {
 }
 
 /// Seals an object of a tenant on a blocking thread, as workers do.
-async fn object(repo: &Arc<Repository>, source: Uuid, tenant: &str, plain: Vec<u8>) -> ObjectRef {
+pub(crate) async fn object(repo: &Arc<Repository>, source: Uuid, tenant: &str, plain: Vec<u8>) -> ObjectRef {
     let entry = repo.keyring().ensure(source, &Tenant::normal(tenant)).await.unwrap();
     let header = Header {
         kind: ObjectKind::Changeset,

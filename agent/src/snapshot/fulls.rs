@@ -1,10 +1,13 @@
-//! Writes the fulls of a base: the merge gives every tenant's rows one after another, and each tenant's are sealed and
-//! uploaded by a worker of their own, a few at a time.
+//! Writes fulls: the merge gives every tenant's rows one after another, and each tenant's are sealed and uploaded by a
+//! worker of their own, a few at a time.
+//!
+//! A base's full has one section per table. A synthetic full is cut into parts ([`Cuts`]), sections that hold a range of
+//! keys each, so that the next one can take over those that no change touched.
 
 use crate::crypto::{Codec, Header, KeySource, ObjectKind, Sealer, random};
 use crate::error::{Error, Result};
 use crate::keyring::Keyring;
-use crate::merge::{Image, RowSink};
+use crate::merge::{Image, RowSink, sort_key_of_row};
 use crate::repository::{ObjectRef, ObjectWriter, Repository, paths};
 use crate::snapshot::progress::BaseProgress;
 use crate::tenant::Tenant;
@@ -34,7 +37,7 @@ pub struct Job {
     pub system_identifier: u64,
     pub timeline: u32,
     pub cut: Lsn,
-    pub progress: Arc<BaseProgress>,
+    pub progress: Option<Arc<BaseProgress>>,
 }
 
 /// A full and how many rows it has of each table that it has rows of.
@@ -43,10 +46,34 @@ pub struct Full {
     pub rows: BTreeMap<u32, u64>,
 }
 
+/// Where a full is cut into parts.
+#[derive(Clone, Debug, Default)]
+pub struct Cuts {
+    /// Rows of a part, in bytes, after which the next one begins.
+    pub part_bytes: u64,
+    /// Keys before which a part ends, in order: there are rows elsewhere that come between. By table and
+    /// [`sort_key_of_row`].
+    pub borders: Vec<(u32, Vec<u8>)>,
+}
+
+/// A part that was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub relid: u32,
+    pub section: String,
+    /// Of its first row: [`sort_key_of_row`].
+    pub first: Vec<u8>,
+    pub rows: u64,
+    /// Of the rows, as they stand in the frames.
+    pub bytes: u64,
+    /// The descriptors that its rows are under, encoded.
+    pub relations: Vec<Vec<u8>>,
+}
+
 /// What a worker is sent.
 enum Piece {
     /// Rows of this table follow: a section of the container.
-    Section(u32),
+    Section(u32, String),
     /// Whole frames, and how many rows they hold.
     Frames(Vec<u8>, u64),
     /// The tenant is complete. Without it, nothing is recorded.
@@ -65,13 +92,23 @@ pub struct FullWriter {
     table: Option<Table>,
     frame: Vec<u8>,
     tenant: Option<Tenant>,
+    cuts: Option<Cuts>,
+    next_border: usize,
+    parts: Vec<Part>,
 }
 
 struct Table {
-    /// Descriptors that the file has already.
+    relid: u32,
+    mode: KeyMode,
+    /// Descriptors that the section has already.
     written: HashSet<u64>,
     /// Of the leaf that rows come from.
     leaf: u64,
+    encoded: Vec<u8>,
+    /// Sections of the table so far.
+    sections: usize,
+    /// Of the row before; empty before the first.
+    sort_key: Vec<u8>,
     /// Ids of the descriptors of the run, eight bytes each, and the leaf's place among them.
     run: Vec<u8>,
     place: Option<u16>,
@@ -97,6 +134,77 @@ impl FullWriter {
             table: None,
             frame: Vec::new(),
             tenant: None,
+            cuts: None,
+            next_border: 0,
+            parts: Vec::new(),
+        }
+    }
+
+    /// Cuts what is written into parts: for one tenant.
+    pub fn in_parts(mut self, cuts: Cuts) -> Self {
+        self.cuts = Some(cuts);
+        self
+    }
+
+    /// The parts written so far, in order.
+    pub fn take_parts(&mut self) -> Vec<Part> {
+        std::mem::take(&mut self.parts)
+    }
+
+    /// Begins the section that a row with this key is to be in, where it is not the one at hand.
+    fn place(&mut self, sort_key: Option<&[u8]>) -> Result<()> {
+        let (Some(cuts), Some(t)) = (&self.cuts, &self.table) else { return Ok(()) };
+        let Some(key) = sort_key else { return Ok(()) };
+        let at = (t.relid, key);
+        let mut crossed = false;
+        while let Some((relid, first)) = cuts.borders.get(self.next_border)
+            && (*relid, first.as_slice()) <= at
+        {
+            crossed = true;
+            self.next_border += 1;
+        }
+        let full = self.parts.last().is_some_and(|p| p.bytes >= cuts.part_bytes);
+        // Rows of one key stay together: a table without a key may have a row several times.
+        if t.sections == 0 || (crossed || full) && t.sort_key != key {
+            let first = key.to_vec();
+            self.section(first)?;
+        }
+        if let Some(t) = &mut self.table {
+            t.sort_key.clear();
+            t.sort_key.extend_from_slice(key);
+        }
+        Ok(())
+    }
+
+    fn section(&mut self, first: Vec<u8>) -> Result<()> {
+        self.flush()?;
+        let Some(t) = &mut self.table else { return Ok(()) };
+        let label = if t.sections == 0 { t.relid.to_string() } else { format!("{}/{}", t.relid, t.sections) };
+        t.sections += 1;
+        t.written.clear();
+        let relid = t.relid;
+        self.frame.clear();
+        self.parts.push(Part { relid, section: label.clone(), first, rows: 0, bytes: 0, relations: Vec::new() });
+        self.send(Piece::Section(relid, label))?;
+        self.describe();
+        Ok(())
+    }
+
+    /// Puts the descriptor of the leaf at hand before the run that is being filled, so before every row that refers to it.
+    fn describe(&mut self) {
+        let Some(t) = &mut self.table else { return };
+        if t.written.insert(t.leaf) {
+            put_relation(&mut self.frame, t.leaf, &t.encoded);
+            if let (Some(_), Some(p)) = (&self.cuts, self.parts.last_mut()) {
+                p.relations.push(t.encoded.clone());
+            }
+        }
+    }
+
+    fn count(&mut self, bytes: u64) {
+        if let (Some(_), Some(p)) = (&self.cuts, self.parts.last_mut()) {
+            p.rows += 1;
+            p.bytes += bytes;
         }
     }
 
@@ -148,7 +256,15 @@ impl FullWriter {
 
     /// A row that is larger than a frame: its bytes go past in pieces.
     fn large_row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        let by_key = self.table.as_ref().is_some_and(|t| t.mode == KeyMode::Key);
+        if by_key {
+            self.place(Some(key))?;
+        } else if self.cuts.is_some() && self.table.as_ref().is_some_and(|t| t.sections == 0) {
+            // The least of all: what orders it is not at hand.
+            self.section(Vec::new())?;
+        }
         self.flush()?;
+        self.count(image.len());
         let (Some(t), Some(tenant)) = (&self.table, &self.tenant) else { return Ok(()) };
         let length = u32::try_from(image.len())
             .map_err(|_| Error::other("a row is longer than 4 GiB as text: no frame can hold it"))?;
@@ -237,10 +353,17 @@ impl RowSink for FullWriter {
     }
 
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
-        self.send(Piece::Section(rel.relid))?;
+        if self.cuts.is_none() {
+            self.send(Piece::Section(rel.relid, rel.relid.to_string()))?;
+        }
         self.table = Some(Table {
+            relid: rel.relid,
+            mode: rel.key_mode,
             written: HashSet::new(),
             leaf: 0,
+            encoded: Vec::new(),
+            sections: 0,
+            sort_key: Vec::new(),
             run: Vec::new(),
             place: None,
             full_row: rel.key_mode == KeyMode::FullRow,
@@ -252,18 +375,23 @@ impl RowSink for FullWriter {
 
     fn leaf(&mut self, rel: &Arc<Relation>) -> Result<()> {
         let Some(t) = &mut self.table else { return Ok(()) };
-        let encoded = rel.encode();
-        t.leaf = Relation::id_of(&encoded);
+        t.encoded = rel.encode();
+        t.leaf = Relation::id_of(&t.encoded);
         t.place = None;
-        // Stands before the run that is being filled, so before every row that refers to it.
-        if t.written.insert(t.leaf) {
-            put_relation(&mut self.frame, t.leaf, &encoded);
+        if self.cuts.is_none() || t.sections > 0 {
+            self.describe();
         }
         Ok(())
     }
 
     fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
         let Some(line) = image.as_line().filter(|l| l.len() < RUN_BYTES) else { return self.large_row(key, image) };
+        if self.cuts.is_some() {
+            let mode = self.table.as_ref().map_or(KeyMode::Key, |t| t.mode);
+            self.place(Some(&sort_key_of_row(mode, key, line)))?;
+            self.describe();
+            self.count((key.len() + line.len()) as u64);
+        }
         let Some(t) = &mut self.table else { return Ok(()) };
         let place = match t.place {
             Some(p) => p,
@@ -320,7 +448,9 @@ fn write_full(job: &Job, tenant: &Tenant, pieces: &Receiver<Piece>) -> Result<Fu
         Ok(rows.values().sum())
     };
     let object = job.repository.seal_to(job.rt.clone(), path, &header, &key, fill)?;
-    job.progress.full_written();
+    if let Some(p) = &job.progress {
+        p.full_written();
+    }
     tracing::debug!(tenant_uid = %entry.uid, rows = object.rows, bytes = object.bytes, "full written");
     Ok(Full { object, rows })
 }
@@ -329,9 +459,9 @@ fn copy(sealer: &mut Sealer<ObjectWriter>, pieces: &Receiver<Piece>) -> Result<B
     let (mut rows, mut table) = (BTreeMap::new(), 0);
     loop {
         match pieces.recv() {
-            Ok(Piece::Section(relid)) => {
+            Ok(Piece::Section(relid, label)) => {
                 table = relid;
-                sealer.section(&relid.to_string())?;
+                sealer.section(&label)?;
             }
             Ok(Piece::Frames(bytes, n)) => {
                 *rows.entry(table).or_insert(0) += n;

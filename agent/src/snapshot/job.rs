@@ -197,7 +197,7 @@ impl ReadTables {
             system_identifier,
             timeline,
             cut,
-            progress: progress.clone(),
+            progress: Some(progress.clone()),
         };
         let pick = NotSeen {
             tables: self.tables.into_iter().map(|t| (t.rule.relid, t)).collect(),

@@ -1,0 +1,228 @@
+//! What a tenant's catalog says (FORMAT.md, "Catalog").
+//!
+//! A record is JSON inside a sealed container under the repository's key: it names uids, never a tenant's key. Fields are
+//! only added; an entry that a reader does not know is an error, because skipping it could mean removing what it holds.
+
+use crate::repository::ObjectRef;
+use crate::repository::model::{DatabaseLocale, SequenceState, lsn_text};
+use coffer_wire::Lsn;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Version of the records' content.
+pub const CATALOG_VERSION: u32 = 1;
+/// Every record with a number that this divides carries the state before it, so that readers begin there.
+pub const STATE_EVERY: u64 = 64;
+
+/// One record of a tenant's catalog.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CatalogRecord {
+    pub v: u32,
+    /// From 0, without gaps.
+    pub n: u64,
+    /// SHA-256 (hexadecimal) of the object that holds record n-1; `None` for record 0.
+    pub prev: Option<String>,
+    pub source: Uuid,
+    /// The tenant's uid.
+    pub tenant: Uuid,
+    /// The process that wrote it: random at its start.
+    pub writer: Uuid,
+    /// The writer's clock, microseconds since 1970-01-01 UTC.
+    pub at_us: i64,
+    pub body: Entry,
+    /// What the records before this one come to; in every [`STATE_EVERY`]th record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<State>,
+}
+
+/// What a record records.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Entry {
+    Full(FullEntry),
+    Incremental(IncrementalEntry),
+    /// A legal hold: nothing goes that is needed to restore to a point between the two times.
+    Hold {
+        id: Uuid,
+        /// Of `coffer.hold`; 0: from the command line.
+        number: i64,
+        reason: String,
+        from_us: Option<i64>,
+        to_us: Option<i64>,
+        by: String,
+    },
+    Release {
+        id: Uuid,
+        by: String,
+    },
+    Verified {
+        backup: Uuid,
+        ok: bool,
+        /// `read_back`, `live`, `drill`.
+        what: String,
+        message: Option<String>,
+    },
+    /// The tenant's own retention policy from here on.
+    Policy {
+        policy: serde_json::Value,
+        by: String,
+    },
+    /// These backups no longer count, and these objects go after the time: exact names, nothing else.
+    Removal {
+        backups: Vec<Uuid>,
+        objects: Vec<ObjectRef>,
+        not_before_us: i64,
+        reasons: Vec<String>,
+    },
+    /// The objects of that removal are gone from every store.
+    Removed {
+        removal: u64,
+    },
+}
+
+/// A table of a full.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FullTable {
+    pub relid: u32,
+    /// Qualified and quoted as SQL needs it.
+    pub name: String,
+    /// `None` where the log does not note it.
+    pub class: Option<String>,
+    /// Of the tenant.
+    pub rows: u64,
+}
+
+/// Every row of the tenant at one point.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FullEntry {
+    pub id: Uuid,
+    /// `schedule`, `manual`, `pre-migration`, `pre-maintenance`, `incident`, `compliance`, `archive`.
+    pub trigger: String,
+    pub reason: Option<String>,
+    /// Transactions with `end_lsn` at or below it are in.
+    #[serde(with = "lsn_text")]
+    pub point_lsn: Lsn,
+    /// The source's clock there, microseconds since 1970-01-01 UTC.
+    pub point_time_us: i64,
+    /// The newest record of the commit log that it was made from.
+    pub log_n: u64,
+    pub system_identifier: u64,
+    pub timeline: u32,
+    pub tables: Vec<FullTable>,
+    /// Which parts of which objects the rows are in; `None`: no rows.
+    pub manifest: Option<ObjectRef>,
+    /// Every object with rows that the manifest refers to, older fulls' too.
+    pub objects: Vec<ObjectRef>,
+    pub schema: Option<ObjectRef>,
+    pub roles: Option<ObjectRef>,
+    #[serde(default)]
+    pub sequences: Vec<SequenceState>,
+    pub database: Option<DatabaseLocale>,
+    pub rows: u64,
+    /// Sealed bytes that were written for it.
+    pub bytes: u64,
+    /// When it was read back and was what had been written.
+    pub read_back_us: Option<i64>,
+}
+
+impl FullEntry {
+    /// Everything in the stores that it needs.
+    pub fn needs(&self) -> impl Iterator<Item = &ObjectRef> {
+        self.objects.iter().chain(&self.manifest).chain(&self.schema).chain(&self.roles)
+    }
+}
+
+/// The net changes of a span.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IncrementalEntry {
+    pub id: Uuid,
+    /// Exclusive.
+    #[serde(with = "lsn_text")]
+    pub from_lsn: Lsn,
+    /// Inclusive; a commit boundary.
+    #[serde(with = "lsn_text")]
+    pub to_lsn: Lsn,
+    pub to_time_us: i64,
+    /// As of [`FullEntry::log_n`].
+    pub log_n: u64,
+    /// `None`: nothing changed.
+    pub object: Option<ObjectRef>,
+    pub rows: u64,
+    pub bytes: u64,
+}
+
+/// A hold that was not released.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hold {
+    pub id: Uuid,
+    pub number: i64,
+    pub reason: String,
+    pub from_us: Option<i64>,
+    pub to_us: Option<i64>,
+    pub by: String,
+    pub at_us: i64,
+}
+
+/// The newest of each kind of check of a backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    pub backup: Uuid,
+    pub what: String,
+    pub ok: bool,
+    pub message: Option<String>,
+    pub at_us: i64,
+}
+
+/// A removal whose objects may still be there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removal {
+    /// Number of its record.
+    pub n: u64,
+    pub backups: Vec<Uuid>,
+    pub objects: Vec<ObjectRef>,
+    pub not_before_us: i64,
+}
+
+/// What the records come to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// In the order in which they were recorded.
+    pub fulls: Vec<FullEntry>,
+    pub incrementals: Vec<IncrementalEntry>,
+    pub holds: Vec<Hold>,
+    pub checks: Vec<Check>,
+    pub policy: Option<serde_json::Value>,
+    pub removals: Vec<Removal>,
+}
+
+impl State {
+    /// Takes the next record in.
+    pub fn apply(&mut self, r: &CatalogRecord) {
+        match r.body.clone() {
+            Entry::Full(f) => self.fulls.push(f),
+            Entry::Incremental(i) => self.incrementals.push(i),
+            Entry::Hold { id, number, reason, from_us, to_us, by } => {
+                self.holds.retain(|h| h.id != id);
+                self.holds.push(Hold { id, number, reason, from_us, to_us, by, at_us: r.at_us });
+            }
+            Entry::Release { id, .. } => self.holds.retain(|h| h.id != id),
+            Entry::Verified { backup, ok, what, message } => {
+                self.checks.retain(|c| c.backup != backup || c.what != what);
+                self.checks.push(Check { backup, what, ok, message, at_us: r.at_us });
+            }
+            Entry::Policy { policy, .. } => self.policy = Some(policy),
+            Entry::Removal { backups, objects, not_before_us, .. } => {
+                self.fulls.retain(|f| !backups.contains(&f.id));
+                self.incrementals.retain(|i| !backups.contains(&i.id));
+                self.checks.retain(|c| !backups.contains(&c.backup));
+                self.removals.push(Removal { n: r.n, backups, objects, not_before_us });
+            }
+            Entry::Removed { removal } => self.removals.retain(|x| x.n != removal),
+        }
+    }
+
+    /// The full of this id.
+    pub fn full(&self, id: Uuid) -> Option<&FullEntry> {
+        self.fulls.iter().find(|f| f.id == id)
+    }
+}
