@@ -17,6 +17,7 @@ pub mod failpoints;
 pub mod history;
 pub mod keyring;
 pub mod merge;
+pub mod opened;
 pub mod replication;
 pub mod reporter;
 pub mod repository;

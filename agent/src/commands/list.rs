@@ -1,11 +1,11 @@
 //! `coffer list`: tenants, what each can be restored to, its backups.
 
-use super::opened::Opened;
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::History;
 use crate::keyring::TenantEntry;
+use crate::opened::Opened;
 use crate::repository::ObjectRef;
 use crate::tenant::Tenant;
 use coffer_wire::TenantKind;

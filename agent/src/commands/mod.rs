@@ -4,7 +4,6 @@ pub mod demo;
 pub mod doctor;
 pub mod init;
 pub mod list;
-pub mod opened;
 pub mod progress;
 pub mod restore;
 pub mod run;

@@ -1,10 +1,10 @@
 //! `coffer show`: one backup, or one object.
 
-use super::opened::Opened;
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::crypto::{Expect, Header, Opener};
 use crate::error::{Context, Error, Kind, Result};
+use crate::opened::Opened;
 use crate::repository::{Body, ObjectRef};
 use bytes::Bytes;
 use serde_json::{Value, json};

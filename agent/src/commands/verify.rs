@@ -4,13 +4,13 @@
 //! and SHA-256 as recorded, every chunk's authentication tag, kind, tenant and positions of the header, frames that
 //! parse, rows of one tenant, as many as recorded.
 
-use super::opened::Opened;
 use super::progress::Progress;
 use crate::config::Config;
 use crate::crypto::ObjectKind;
 use crate::error::{Context, Error, Kind, Result};
 use crate::keyring::lost;
 use crate::merge::{check, from_io};
+use crate::opened::Opened;
 use crate::repository::{Body, Log, LogRecord, ObjectRef, paths};
 use crate::tenant::Tenant;
 use futures::{StreamExt, stream};

@@ -4,7 +4,11 @@ pub mod database;
 pub mod encode;
 pub mod files;
 pub mod in_place;
+pub mod request;
+mod run;
 mod schema;
 mod sink;
 
-pub use sink::{Counts, Selected, TableRows};
+pub use request::{Means, Mode, Place, Report, Request, TableReport};
+pub use run::run;
+pub use sink::{Counts, Selected, TableRows, Watch};

@@ -1,10 +1,10 @@
 //! What stands between the merge and where the rows go: the choice of tables by class, and counts.
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::merge::{Image, RowSink};
 use coffer_wire::{Class, Lsn, Relation};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Rows of one table.
 #[derive(Clone, Debug)]
@@ -13,12 +13,46 @@ pub struct TableRows {
     pub rows: u64,
 }
 
-/// Counts what passes. `rows` and `bytes` can be watched while it works.
+/// A restore as others see it: how many rows passed, and whether it is wanted any longer. Clones are the same restore.
+#[derive(Clone, Debug, Default)]
+pub struct Watch {
+    /// Rows of the target that were read. One in place may read them twice.
+    pub rows: Arc<AtomicU64>,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Watch {
+    /// One that counts here.
+    pub fn counting(rows: Arc<AtomicU64>) -> Self {
+        Self { rows, ..Self::default() }
+    }
+
+    /// Ends the restore at its next row or step, unless its changes are committed by then.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// An error (code `cancelled`) when the restore is to end.
+    pub fn check(&self) -> Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(Error::new(Kind::Refused, "the restore was cancelled; nothing was changed").code("cancelled"));
+        }
+        Ok(())
+    }
+
+    /// A row passes.
+    pub(super) fn row(&self) -> Result<()> {
+        self.rows.fetch_add(1, Ordering::Relaxed);
+        self.check()
+    }
+}
+
+/// Counts what passes.
 #[derive(Default)]
 pub struct Counts {
     pub tables: Vec<TableRows>,
     pub bytes: u64,
-    seen: Option<Arc<AtomicU64>>,
+    watch: Watch,
 }
 
 /// Rows of tables of these classes go on to the inner sink; all are counted.
@@ -31,8 +65,8 @@ pub struct Selected<'a> {
 
 impl Counts {
     /// Counts that somebody watches.
-    pub fn watched(seen: Arc<AtomicU64>) -> Self {
-        Self { seen: Some(seen), ..Self::default() }
+    pub fn watched(watch: Watch) -> Self {
+        Self { watch, ..Self::default() }
     }
 }
 
@@ -69,9 +103,7 @@ impl RowSink for Selected<'_> {
             t.rows += 1;
         }
         self.counts.bytes += image.len() + 1;
-        if let Some(s) = &self.counts.seen {
-            s.fetch_add(1, Ordering::Relaxed);
-        }
+        self.counts.watch.row()?;
         match &mut self.inner {
             Some(i) => i.row(key, image),
             None => Ok(()),

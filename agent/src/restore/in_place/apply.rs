@@ -12,6 +12,7 @@ use crate::restore::in_place::constraints::{self, ForeignKey, Unique};
 use crate::restore::in_place::live::{LiveTable, literal};
 use crate::restore::in_place::statements::{self, TableSql};
 use crate::restore::in_place::{fence, stage};
+use crate::restore::sink::Watch;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, TenantKind};
@@ -101,6 +102,7 @@ pub struct Apply<'a> {
     pub comparison: Comparison,
     /// `coffer._agent_restore_settings` may be called.
     pub settings: bool,
+    pub watch: &'a Watch,
 }
 
 impl Apply<'_> {
@@ -145,6 +147,7 @@ impl Apply<'_> {
         uniques: &BTreeMap<u32, Vec<Unique>>,
     ) -> std::result::Result<Applied, Stop> {
         let client = self.client;
+        self.watch.check()?;
         client
             .batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}"))
             .await
@@ -170,6 +173,7 @@ impl Apply<'_> {
         }
         self.write(&mut comparison, fks, uniques).await?;
         failpoints::hit(failpoints::RESTORE_BEFORE_COMMIT)?;
+        self.watch.check()?;
         let row = client
             .query_one("SELECT pg_catalog.pg_current_wal_insert_lsn()::text", &[])
             .await

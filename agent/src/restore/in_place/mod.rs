@@ -20,6 +20,8 @@ use crate::dsn::Dsn;
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::merge::Scratch;
+use crate::restore::request::TableReport;
+use crate::restore::sink::Watch;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Class, Lsn, TenantKind, quote_ident};
@@ -43,23 +45,12 @@ pub struct Options {
 /// What a restore in place did, or would do.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    pub tables: Vec<TableCount>,
+    pub tables: Vec<TableReport>,
     /// Of the target's rows, as text.
     pub bytes: u64,
     /// A restore to here takes this one back; `None` when nothing was changed.
     pub undo: Option<Lsn>,
     pub warnings: Vec<String>,
-}
-
-/// One table of an [`Outcome`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TableCount {
-    /// `schema.name`, quoted where SQL needs it.
-    pub relation: String,
-    pub inserted: u64,
-    pub updated: u64,
-    pub deleted: u64,
-    pub unchanged: u64,
 }
 
 /// A restore in place: where, whose, and what with.
@@ -71,6 +62,8 @@ pub struct InPlace<'a> {
     /// Bytes for sorting.
     pub memory: usize,
     pub options: &'a Options,
+    /// Asked between steps until the commit; the target asks it at every row.
+    pub watch: &'a Watch,
 }
 
 impl InPlace<'_> {
@@ -123,7 +116,8 @@ impl InPlace<'_> {
         let done = match self.fence(&client, &compared).await {
             Err(e) => Err(e),
             Ok(()) => {
-                apply::Apply { client: &client, tenant: self.tenant, pass: pass(), staged, comparison: found, settings }
+                let (tenant, watch) = (self.tenant, self.watch);
+                apply::Apply { client: &client, tenant, pass: pass(), staged, comparison: found, settings, watch }
                     .run()
                     .await
             }
@@ -287,7 +281,7 @@ fn outcome(
     let tables = comparison
         .tables
         .iter()
-        .map(|t| TableCount {
+        .map(|t| TableReport {
             relation: tables[&t.relid].name(),
             inserted: t.counts.inserted,
             updated: t.counts.updated,

@@ -1,0 +1,181 @@
+//! What a restore is asked for, and what it says it did.
+
+use super::files::{self, Format};
+use crate::clock::rfc3339;
+use crate::dsn::Dsn;
+use crate::error::Result;
+use crate::history::{Target, When};
+use crate::merge::Scratch;
+use crate::opened::Opened;
+use crate::restore::database;
+use crate::restore::sink::Watch;
+use crate::tenant::Tenant;
+use coffer_wire::Class;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Which of the ways back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// Into the live database: only what differs is changed, in one transaction
+    InPlace,
+    /// Side by side, in a new schema (not in this version)
+    Schema,
+    /// Into a new database: definitions, shared tables, the tenant's rows
+    Database,
+    /// Into a folder
+    Files,
+}
+
+impl Mode {
+    /// As the command line and the documents have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InPlace => "in-place",
+            Self::Schema => "schema",
+            Self::Database => "database",
+            Self::Files => "files",
+        }
+    }
+}
+
+/// Where the rows go.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// The database with the live rows.
+    InPlace(Box<Dsn>),
+    /// A database that is absent or empty.
+    Database(Box<Dsn>),
+    /// A folder that is absent or empty.
+    Files { dir: PathBuf, format: Format },
+}
+
+impl Place {
+    pub fn mode(&self) -> Mode {
+        match self {
+            Self::InPlace(_) => Mode::InPlace,
+            Self::Database(_) => Mode::Database,
+            Self::Files { .. } => Mode::Files,
+        }
+    }
+
+    /// Refuses a place that is taken, before anything is read.
+    pub(super) async fn require_free(&self) -> Result<()> {
+        match self {
+            Self::InPlace(_) => Ok(()),
+            Self::Database(dsn) => {
+                crate::dial::install_crypto_provider();
+                database::require_absent_or_empty(dsn).await
+            }
+            Self::Files { dir, format } => {
+                format.require()?;
+                files::require_empty(dir)
+            }
+        }
+    }
+}
+
+/// A restore as it is asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub tenant: Tenant,
+    pub to: When,
+    pub place: Place,
+    /// `name` or `schema.name`; empty: all.
+    pub tables: Vec<String>,
+    /// Empty: all.
+    pub classes: Vec<Class>,
+    /// Into a database: the tenant's roles, too.
+    pub roles: bool,
+    /// How long to wait for the target to become durable; `None`: not at all.
+    pub wait: Option<Duration>,
+    /// Values that are not in the backup become NULL, instead of an error.
+    pub allow_incomplete: bool,
+    /// Counts only; nothing is changed.
+    pub dry_run: bool,
+}
+
+impl Request {
+    /// Everything of the tenant, for real.
+    pub fn new(tenant: Tenant, to: When, place: Place) -> Self {
+        Self {
+            tenant,
+            to,
+            place,
+            tables: Vec::new(),
+            classes: Vec::new(),
+            roles: false,
+            wait: None,
+            allow_incomplete: false,
+            dry_run: false,
+        }
+    }
+}
+
+/// What a restore works with.
+pub struct Means<'a> {
+    pub opened: &'a Opened,
+    /// Name and uid.
+    pub source: (&'a str, Uuid),
+    pub scratch: Scratch,
+    /// Bytes of memory for the merge ([`merge_memory`]).
+    pub memory: usize,
+    /// Followed, and cancelled, from elsewhere.
+    pub watch: Watch,
+}
+
+/// What the merge of a process that only restores may use of `limits.memory`: readers, the other end and the process
+/// itself have the rest.
+pub fn merge_memory(limit: u64) -> usize {
+    const REST: u64 = 40 << 20;
+    usize::try_from((limit.saturating_sub(REST) / 2).max(8 << 20)).unwrap_or(usize::MAX)
+}
+
+/// Rows of one table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableReport {
+    /// `schema.name`, quoted where SQL needs it.
+    pub relation: String,
+    pub inserted: u64,
+    pub updated: u64,
+    pub deleted: u64,
+    pub unchanged: u64,
+}
+
+/// What a restore did, or would do.
+#[derive(Clone, Debug)]
+pub struct Report {
+    pub dry_run: bool,
+    pub source: String,
+    pub tenant: Tenant,
+    pub mode: Mode,
+    pub target: Target,
+    pub tables: Vec<TableReport>,
+    /// Of the target's rows, as text.
+    pub bytes: u64,
+    pub seconds: f64,
+    pub undo: Option<String>,
+    pub warnings: Vec<String>,
+    /// Rows with a value that is not in the backup.
+    pub incomplete: u64,
+}
+
+impl Report {
+    /// The document of `coffer restore --json`.
+    pub fn document(&self) -> Value {
+        let row = |t: &TableReport| {
+            json!({"relation": t.relation, "inserted": t.inserted, "updated": t.updated, "deleted": t.deleted,
+                "unchanged": t.unchanged})
+        };
+        json!({
+            "version": 1, "dry_run": self.dry_run, "source": self.source, "tenant": self.tenant.key,
+            "kind": self.tenant.kind.name(), "mode": self.mode.name(),
+            "target": {"asked": self.target.asked, "lsn": self.target.lsn.to_string(),
+                "time": rfc3339(self.target.time_us)},
+            "tables": self.tables.iter().map(row).collect::<Vec<_>>(), "bytes": self.bytes, "seconds": self.seconds,
+            "undo": self.undo, "warnings": self.warnings,
+        })
+    }
+}

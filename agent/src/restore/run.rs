@@ -1,0 +1,359 @@
+//! A restore from beginning to end: the target is resolved, the tenant's inputs are gathered, and the rows go where they
+//! were asked for. The command line and the agent's jobs both come through here.
+
+use super::database::{Beside, NewDatabase};
+use super::files::{Files, Format};
+use super::in_place::compare::{self, CoveredTable, TargetSink};
+use super::in_place::{InPlace, Options};
+use super::request::{Means, Place, Report, Request, TableReport};
+use super::sink::{Counts, Selected, Watch};
+use crate::accounts::Roles;
+use crate::dsn::Dsn;
+use crate::error::{Context, Error, Kind, Result};
+use crate::history::{History, Target, When};
+use crate::merge::{Holes, Image, MergeStats, RowSink, TenantAt};
+use crate::opened::{Opened, Reserved};
+use coffer_wire::{Class, Relation};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+/// How often the log is looked at while a target is waited for.
+const POLL: Duration = Duration::from_millis(500);
+
+/// What came of the rows.
+#[derive(Default)]
+struct Outcome {
+    tables: Vec<TableReport>,
+    bytes: u64,
+    undo: Option<String>,
+    warnings: Vec<String>,
+    incomplete: u64,
+}
+
+/// Restores.
+///
+/// # Errors
+/// `OutsideWindow`: the target cannot be restored to. `Refused`: the place is taken, or the rows do not fit; nothing was
+/// changed. Code `cancelled`: [`Watch::cancel`] was called in time; nothing was changed.
+pub async fn run(means: &Means<'_>, request: &Request) -> Result<Report> {
+    let started = Instant::now();
+    request.place.require_free().await?;
+    let (opened, source) = (means.opened, means.source.1);
+    let entry = opened.tenant(means.source, &request.tenant).await?;
+    let (history, target) = wait_for(means, request).await?;
+    let tables = history.require(&target, entry.uid, &|qualified| wanted(&request.tables, qualified))?;
+    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables));
+    let at = TenantAt {
+        repo: opened.repo.clone(),
+        rt: Handle::current(),
+        tenant: request.tenant.clone(),
+        inputs,
+        from: opened.from.clone(),
+        scratch: means.scratch.clone(),
+        memory: means.memory,
+        holes: if request.allow_incomplete { Holes::Null } else { Holes::Refuse },
+    };
+    let counts = Counts::watched(means.watch.clone());
+    let done = match &request.place {
+        Place::InPlace(dsn) => in_place(dsn, at, request, &means.watch).await?,
+        Place::Files { .. } | Place::Database(_) if request.dry_run => count(at, request, counts).await?,
+        Place::Files { dir, format } => {
+            let roles = roles(opened, &history, entry.uid, &target, request).await?;
+            to_files((dir.clone(), *format), at, request, counts, (&target, roles)).await?
+        }
+        Place::Database(dsn) => {
+            let shared = shared(opened, source, &history, &target, &at)?;
+            let beside = Beside {
+                sequences: history.sequences(&target).await?,
+                settings: history.database_settings(&target).to_vec(),
+                roles: roles(opened, &history, entry.uid, &target, request).await?,
+            };
+            to_database(dsn.clone(), (shared, at), beside, request, counts).await?
+        }
+    };
+    Ok(Report {
+        dry_run: request.dry_run,
+        source: means.source.0.to_owned(),
+        tenant: request.tenant.clone(),
+        mode: request.place.mode(),
+        target,
+        tables: done.tables,
+        bytes: done.bytes,
+        seconds: started.elapsed().as_secs_f64(),
+        undo: done.undo,
+        warnings: done.warnings,
+        incomplete: done.incomplete,
+    })
+}
+
+/// Whether a table is asked for: `name`, `schema.name`, or as SQL quotes it.
+fn wanted(asked: &[String], qualified: &str) -> bool {
+    let plain = unquoted(qualified);
+    asked.is_empty()
+        || asked
+            .iter()
+            .any(|a| a == qualified || *a == plain || plain.rsplit_once('.').is_some_and(|(_, name)| a == name))
+}
+
+/// `"S"."t"` as `S.t`.
+fn unquoted(qualified: &str) -> String {
+    let mut out = String::with_capacity(qualified.len());
+    let mut chars = qualified.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c != '"' {
+            out.push(c);
+        } else if chars.peek() == Some(&'"') {
+            out.push('"');
+            chars.next();
+        }
+    }
+    out
+}
+
+/// The history in which the target is durable, and the target. For a new database, its definitions count, too: the agent
+/// archives them a moment after they changed.
+async fn wait_for(means: &Means<'_>, request: &Request) -> Result<(History, Target)> {
+    let deadline = request.wait.map(|w| Instant::now() + w);
+    let over = || deadline.is_none_or(|d| Instant::now() + POLL > d);
+    let new_database = matches!(request.place, Place::Database(_));
+    loop {
+        means.watch.check()?;
+        let history = means.opened.history(means.source.1).await?;
+        match history.resolve(&request.to).await {
+            Ok(target) if !new_database || over() || !history.definitions_pending(&target) => {
+                return Ok((history, target));
+            }
+            Ok(_) => {}
+            Err(e) => {
+                let may_come =
+                    e.is_code("not_durable") || (e.kind() == Kind::NotFound && matches!(request.to, When::Name(_)));
+                if !may_come || over() {
+                    return Err(e);
+                }
+            }
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(f).await.context(Kind::Other, "a worker thread broke off")?
+}
+
+fn counted(counts: &Counts) -> Vec<TableReport> {
+    let row = |t: &super::TableRows| TableReport {
+        relation: t.rel.qualified(),
+        inserted: t.rows,
+        updated: 0,
+        deleted: 0,
+        unchanged: 0,
+    };
+    counts.tables.iter().map(row).collect()
+}
+
+fn warnings_of(stats: &[MergeStats], warnings: &mut Vec<String>) -> u64 {
+    let sum = |f: fn(&MergeStats) -> u64| stats.iter().map(f).sum::<u64>();
+    let (incomplete, duplicates) = (sum(|s| s.incomplete), sum(|s| s.duplicates));
+    if incomplete > 0 {
+        warnings
+            .push(format!("{incomplete} rows came from another tenant with values that are not in this backup: NULL"));
+    }
+    if duplicates > 0 {
+        warnings.push(format!("{duplicates} rows of a base had the key of another row: the source's index is damaged"));
+    }
+    incomplete
+}
+
+/// Without --confirm: reads everything and counts.
+async fn count(at: TenantAt, request: &Request, mut counts: Counts) -> Result<Outcome> {
+    let classes = request.classes.clone();
+    let (stats, counts) = blocking(move || {
+        let stats = at.read(&mut Selected::new(&classes, None, &mut counts))?;
+        Ok((stats, counts))
+    })
+    .await?;
+    let mut report = Outcome { tables: counted(&counts), bytes: counts.bytes, ..Outcome::default() };
+    report.incomplete = warnings_of(&[stats], &mut report.warnings);
+    Ok(report)
+}
+
+/// The tenant's roles at the target, unless the restore is of other classes.
+async fn roles(
+    opened: &Opened,
+    history: &History,
+    tenant: Uuid,
+    target: &Target,
+    request: &Request,
+) -> Result<Option<Roles>> {
+    if !request.classes.is_empty() && !request.classes.contains(&Class::Accounts) {
+        return Ok(None);
+    }
+    let Some(object) = history.roles(tenant, target) else { return Ok(None) };
+    let plain = opened.repo.open_small(object, opened.from.as_deref()).await?;
+    let roles = Roles::decode(&plain).map_err(|e| e.during(format_args!("object {}", object.path)))?;
+    Ok((!roles.roles.is_empty()).then_some(roles))
+}
+
+async fn to_files(
+    (dir, format): (PathBuf, Format),
+    at: TenantAt,
+    request: &Request,
+    mut counts: Counts,
+    (target, roles): (&Target, Option<Roles>),
+) -> Result<Outcome> {
+    let (classes, target) = (request.classes.clone(), target.clone());
+    let (stats, counts) = blocking(move || {
+        let mut files = Files::create(&dir, format)?;
+        let stats = at.read(&mut Selected::new(&classes, Some(&mut files), &mut counts))?;
+        files.finish(&at.tenant.key, &target, roles.as_ref())?;
+        Ok((stats, counts))
+    })
+    .await?;
+    let mut report = Outcome { tables: counted(&counts), bytes: counts.bytes, ..Outcome::default() };
+    report.incomplete = warnings_of(&[stats], &mut report.warnings);
+    Ok(report)
+}
+
+/// The shared tables at the same point, when there are any.
+fn shared(
+    opened: &Opened,
+    source: Uuid,
+    history: &History,
+    target: &Target,
+    at: &TenantAt,
+) -> Result<Option<TenantAt>> {
+    let tenant = Reserved::Shared.tenant();
+    if at.tenant == tenant {
+        return Ok(None);
+    }
+    let Some(entry) = opened.keyring.find(source, &tenant) else { return Ok(None) };
+    // Which tables are shared is known from the rows alone; what is not known at the target is the tenant's, or was asked
+    // for and refused before.
+    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, history.known(target)));
+    Ok(Some(TenantAt { tenant, inputs, ..at.clone() }))
+}
+
+async fn to_database(
+    dsn: Box<Dsn>,
+    (shared, at): (Option<TenantAt>, TenantAt),
+    mut beside: Beside,
+    request: &Request,
+    counts: Counts,
+) -> Result<Outcome> {
+    let inputs = at.inputs.clone();
+    if let Some(w) = &inputs.schema_warning
+        && inputs.schema.is_some()
+    {
+        // Never a table of another moment's shape.
+        return Err(Error::new(Kind::Refused, format!("{w}: a new database would have the wrong ones"))
+            .code("definitions_unknown")
+            .hint("wait for them with --wait 60s, choose a point after the change was archived, or use --mode files"));
+    }
+    let schema = inputs.schema.clone().ok_or_else(|| {
+        Error::new(Kind::Refused, "the bases up to the target hold no definitions: a new database cannot be made")
+            .code("no_schema")
+            .hint("use --mode files; `coffer run` archives definitions with pg_dump, see its log for why it could not")
+    })?;
+    let mut warnings = Vec::new();
+    if let Some(r) = beside.roles.take_if(|_| !request.roles) {
+        let names = r.roles.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        warnings.push(format!(
+            "the tenant's roles are archived and were left alone ({names}): add --roles, or see roles.sql of --mode files"
+        ));
+    } else if request.roles && beside.roles.is_none() {
+        warnings.push("no roles are archived for this tenant at the target: coffer.add_role() ties some to it".into());
+    }
+    let done = NewDatabase {
+        dsn: *dsn,
+        // A choice of tables is of the tenant's; the shared ones come whole, as its rows refer to them.
+        rows: shared.into_iter().chain([at]).collect(),
+        classes: request.classes.clone(),
+        schema,
+        beside,
+        spool: std::env::temp_dir(),
+        counts,
+    }
+    .run()
+    .await?;
+    let mut report = Outcome {
+        tables: counted(&done.counts),
+        bytes: done.counts.bytes,
+        warnings: warnings.into_iter().chain(done.warnings).collect(),
+        ..Outcome::default()
+    };
+    report.incomplete = warnings_of(&done.stats, &mut report.warnings);
+    Ok(report)
+}
+
+/// The merge as the restore in place wants it.
+struct Merged {
+    at: TenantAt,
+    covered: Vec<CoveredTable>,
+    watch: Watch,
+}
+
+struct Adapter<'a>(&'a mut dyn TargetSink, &'a Watch);
+
+impl RowSink for Adapter<'_> {
+    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        self.0.begin_table(rel)
+    }
+
+    fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        self.1.row()?;
+        match image.as_line() {
+            Some(line) => self.0.row(key, line),
+            None => self.0.row(key, &image.to_line()?),
+        }
+    }
+
+    fn end_table(&mut self) -> Result<()> {
+        self.0.end_table()
+    }
+}
+
+impl compare::Target for Merged {
+    fn rows(&self, sink: &mut dyn TargetSink) -> Result<()> {
+        self.at.read(&mut Adapter(sink, &self.watch)).map(drop)
+    }
+
+    fn covered(&self) -> &[CoveredTable] {
+        &self.covered
+    }
+}
+
+async fn in_place(dsn: &Dsn, at: TenantAt, request: &Request, watch: &Watch) -> Result<Outcome> {
+    let covered = at.inputs.tables.iter().map(|t| CoveredTable { relid: t.relid, name: t.name.clone() }).collect();
+    let (scratch, memory) = (at.scratch.clone(), at.memory / 2);
+    let options =
+        Options { dry_run: request.dry_run, tables: request.tables.clone(), classes: request.classes.clone() };
+    let target = Arc::new(Merged { at: TenantAt { memory, ..at }, covered, watch: watch.clone() });
+    let restore = InPlace { dsn, tenant: &request.tenant, target, scratch: &scratch, memory, options: &options, watch };
+    let done = restore.run().await?;
+    Ok(Outcome {
+        tables: done.tables,
+        bytes: done.bytes,
+        undo: done.undo.map(|l| l.to_string()),
+        warnings: done.warnings,
+        incomplete: 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_named_as_people_do() {
+        let asked = |a: &str, q: &str| wanted(&[a.to_owned()], q);
+        assert!(wanted(&[], "public.a"));
+        assert!(asked("a", "public.a") && asked("public.a", "public.a"));
+        assert!(
+            asked("S.My \"t\"", "\"S\".\"My \"\"t\"\"\"") && asked("\"S\".\"My \"\"t\"\"\"", "\"S\".\"My \"\"t\"\"\"")
+        );
+        assert!(!asked("b", "public.a") && !asked("other.a", "public.a") && !asked("ublic.a", "public.a"));
+    }
+}
