@@ -6,6 +6,7 @@
 
 use crate::clock::parse_duration;
 use crate::error::{Context, Error, Kind, Result};
+use crate::schedule::Schedule;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -145,17 +146,36 @@ impl Default for RpoConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetentionConfig {
+    /// Every point of this span up to now can be restored.
     #[serde(deserialize_with = "duration")]
     pub pitr: Duration,
+    /// Of how many days, ISO weeks, months and years the last verified full is kept.
     pub daily: u32,
     pub weekly: u32,
     pub monthly: u32,
     pub annual: u32,
+    /// How long fulls of the kinds manual, pre-migration and pre-maintenance are kept.
+    #[serde(deserialize_with = "duration")]
+    pub on_demand: Duration,
+    /// How many years fulls of the kind compliance are kept.
+    pub compliance_years: u32,
+    /// Between the record of a removal and the removal: longer than any restore goes without a sign of life.
+    #[serde(deserialize_with = "duration")]
+    pub grace: Duration,
 }
 
 impl Default for RetentionConfig {
     fn default() -> Self {
-        Self { pitr: Duration::from_secs(7 * 86_400), daily: 30, weekly: 12, monthly: 12, annual: 7 }
+        Self {
+            pitr: Duration::from_secs(7 * 86_400),
+            daily: 30,
+            weekly: 12,
+            monthly: 12,
+            annual: 7,
+            on_demand: Duration::from_secs(30 * 86_400),
+            compliance_years: 7,
+            grace: Duration::from_secs(86_400),
+        }
     }
 }
 
@@ -166,11 +186,33 @@ pub struct ScheduleConfig {
     pub incremental: String,
     pub full: String,
     pub validate: String,
+    /// What retention keeps no more is removed then; best some time after the fulls.
+    pub prune: String,
 }
 
 impl Default for ScheduleConfig {
     fn default() -> Self {
-        Self { incremental: "0 * * * *".into(), full: "0 2 * * *".into(), validate: "0 4 * * 0".into() }
+        Self {
+            incremental: "0 * * * *".into(),
+            full: "0 2 * * *".into(),
+            validate: "0 4 * * 0".into(),
+            prune: "30 3 * * *".into(),
+        }
+    }
+}
+
+impl ScheduleConfig {
+    fn validate(&self) -> Result<()> {
+        let all = [
+            ("incremental", &self.incremental),
+            ("full", &self.full),
+            ("validate", &self.validate),
+            ("prune", &self.prune),
+        ];
+        for (key, expression) in all {
+            Schedule::parse(expression).map_err(|e| e.during(format_args!("[schedule] {key}")))?;
+        }
+        Ok(())
     }
 }
 
@@ -316,7 +358,9 @@ impl Config {
         need(self.ship.interval >= Duration::from_millis(100), "[ship] interval: at least 100ms")?;
         need(self.rpo.limit >= self.ship.interval, "[rpo] limit is below [ship] interval: it could never be met")?;
         need(self.limits.memory >= 64 << 20, "[limits] memory: at least 64MiB")?;
-        Ok(())
+        let policy = crate::retention::Policy::from(&self.retention).validate();
+        policy.map_err(|e| Error::usage(format!("[retention] {e}")))?;
+        self.schedule.validate()
     }
 
     /// The source a verb acts on.
@@ -407,6 +451,25 @@ mod tests {
         assert!(load(&MINIMAL.replace("name = \"a\"", "name = \"a\"\nlock = \"none\""), &[]).is_ok());
         assert!(load(&MINIMAL.replace("name = \"a\"", "name = \"a\"\nlock = \"compliance\""), &[]).is_err());
         assert!(load(&MINIMAL.replace("name = \"a\"", "name = \"a\"\nrequired = false"), &[]).is_err());
+    }
+
+    #[test]
+    fn retention_and_schedules_are_the_designs_and_checked() {
+        let c = load(MINIMAL, &[]).unwrap();
+        let r = &c.retention;
+        assert_eq!((r.pitr.as_secs(), r.daily, r.weekly, r.monthly, r.annual), (7 * 86_400, 30, 12, 12, 7));
+        assert!(load(MINIMAL, &[("COFFER_SCHEDULE__FULL", "*/10 * * * *")]).is_ok());
+        for (key, value, says) in [
+            ("COFFER_SCHEDULE__FULL", "every day", "[schedule] full"),
+            ("COFFER_SCHEDULE__PRUNE", "0 0 31 4 *", "never comes"),
+            ("COFFER_SCHEDULE__FULLS", "0 2 * * *", "fulls"),
+            ("COFFER_RETENTION__PITR", "40000d", "[retention] pitr"),
+            ("COFFER_RETENTION__DAILY", "-1", "daily"),
+            ("COFFER_RETENTION__HOURLY", "24", "hourly"),
+        ] {
+            let e = load(MINIMAL, &[(key, value)]).unwrap_err();
+            assert!(e.to_string().contains(says), "{key}={value}: {e}");
+        }
     }
 
     #[test]

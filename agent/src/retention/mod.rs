@@ -1,0 +1,162 @@
+//! What of a tenant's backups is kept, and why: a planner without I/O, with the time injected.
+//!
+//! [`Input`] is what the catalog and the log say of one tenant, [`plan`] the verdict on each item. Acting on it is
+//! [`crate::prune`]'s.
+//!
+//! Invariants (each is a property in the tests):
+//! - every item has a verdict, every verdict a reason;
+//! - every point of the recovery window, and of every hold, that could be restored before can be restored after;
+//! - the last good full is never removed; an object goes only when no item that is kept, and no record of the log,
+//!   names it;
+//! - the same input gives the same plan; planning what a plan left removes nothing more; a policy that asks for more
+//!   removes no more;
+//! - what is dated in the future is left alone: a clock was wrong, and which one nobody knows.
+//!
+//! The rules of calendar periods are those that users of restic know (`restic forget`): periods of UTC, the newest
+//! verified full of each, counted over the periods that have one, and the oldest full while a rule has found fewer
+//! than it asks for.
+
+mod calendar;
+mod plan;
+mod policy;
+mod reason;
+#[cfg(test)]
+mod tests;
+
+pub use plan::{Plan, Verdict, plan};
+pub use policy::Policy;
+pub use reason::{Reason, Rule};
+
+use crate::repository::ObjectRef;
+use coffer_wire::Lsn;
+use uuid::Uuid;
+
+/// A point further in the future than this is not believed, in microseconds.
+pub const FUTURE_US: i64 = 5 * 60 * 1_000_000;
+
+/// Why a full was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Trigger {
+    /// By schedule, or because a base was needed.
+    Schedule,
+    /// Complete by itself: it stands for its month and year before others.
+    Archive,
+    Manual,
+    PreMigration,
+    PreMaintenance,
+    /// Held until it is released.
+    Incident,
+    /// Kept for the years of the policy.
+    Compliance,
+}
+
+impl Trigger {
+    /// As the catalog writes it. What is not known is treated like a scheduled one: the rules keep it.
+    pub fn parse(s: &str) -> Self {
+        match s {
+            "archive" => Self::Archive,
+            "manual" => Self::Manual,
+            "pre-migration" => Self::PreMigration,
+            "pre-maintenance" => Self::PreMaintenance,
+            "incident" => Self::Incident,
+            "compliance" => Self::Compliance,
+            _ => Self::Schedule,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Schedule => "schedule",
+            Self::Archive => "archive",
+            Self::Manual => "manual",
+            Self::PreMigration => "pre-migration",
+            Self::PreMaintenance => "pre-maintenance",
+            Self::Incident => "incident",
+            Self::Compliance => "compliance",
+        }
+    }
+
+    /// Asked for by somebody, with a retention of its own.
+    fn on_demand(self) -> bool {
+        !matches!(self, Self::Schedule | Self::Archive)
+    }
+}
+
+/// What is known of a full's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Read back, authenticated, equal.
+    Verified,
+    /// Not read back yet.
+    Unchecked,
+    /// Found damaged: it stands for nothing.
+    Failed,
+}
+
+/// A full of the catalog.
+#[derive(Clone, Debug)]
+pub struct Full {
+    pub id: Uuid,
+    pub point: Lsn,
+    /// By the source's clock, microseconds since 1970-01-01 UTC.
+    pub point_us: i64,
+    pub check: Check,
+    pub trigger: Trigger,
+    /// Somebody released it: a trigger that holds does so no more.
+    pub released: bool,
+    /// All that it refers to, objects of older fulls among them.
+    pub objects: Vec<ObjectRef>,
+}
+
+/// What kind of changes a [`Changes`] holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangesKind {
+    /// Of the catalog.
+    Incremental,
+    /// Of a record of the log.
+    Changeset,
+}
+
+/// The tenant's changes after one position, up to and including another.
+#[derive(Clone, Debug)]
+pub struct Changes {
+    pub id: Uuid,
+    pub kind: ChangesKind,
+    pub from: Lsn,
+    pub to: Lsn,
+    /// The source's clock at `to`.
+    pub to_us: i64,
+    pub objects: Vec<ObjectRef>,
+}
+
+/// A legal hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    pub id: Uuid,
+    pub reason: String,
+    /// Every point between the two stays; without one, there is no end on that side.
+    pub from_us: Option<i64>,
+    pub to_us: Option<i64>,
+}
+
+/// A restore that may be reading anything of the tenant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Running {
+    pub id: Uuid,
+    pub until_us: i64,
+}
+
+/// What a plan is made from.
+#[derive(Clone, Debug)]
+pub struct Input {
+    pub now_us: i64,
+    pub policy: Policy,
+    pub fulls: Vec<Full>,
+    pub changes: Vec<Changes>,
+    pub holds: Vec<Hold>,
+    pub running: Vec<Running>,
+    /// Records of the log that end at or below it are no longer read; `None`: all are.
+    pub log_floor: Option<Lsn>,
+    /// Paths that records of the log name, and readers of it expect.
+    pub named_by_log: std::collections::HashSet<String>,
+}
