@@ -108,23 +108,6 @@ CREATE UNLOGGED TABLE coffer.agent_state (
     reported_at   timestamptz NOT NULL
 ) WITH (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 
-CREATE TABLE coffer.job_queue (
-    job           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    kind          text NOT NULL,
-    tenant        text,
-    state         text NOT NULL DEFAULT 'queued'
-                  CHECK (state IN ('queued', 'running', 'done', 'failed', 'cancelled')),
-    args          jsonb NOT NULL DEFAULT '{}',
-    progress      float8,
-    message       text,
-    requested_by  text NOT NULL DEFAULT session_user,
-    requested_at  timestamptz NOT NULL DEFAULT now(),
-    started_at    timestamptz,
-    finished_at   timestamptz,
-    result        jsonb,
-    error         text
-);
-
 CREATE TABLE coffer.audit_entries (
     entry             bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at                timestamptz NOT NULL DEFAULT clock_timestamp(),

@@ -37,16 +37,6 @@ WHERE c.relkind IN ('r', 'p', 'f') AND NOT c.relispartition AND c.relpersistence
 COMMENT ON VIEW coffer.coverage IS
 'Every table of the database and how it is covered. Partitions are covered with their root, which stands for them.';
 
-CREATE VIEW coffer.tenants AS
-SELECT tenant, uid, kind, state, display_name, registered_at, last_seen FROM coffer.tenant_entries;
-COMMENT ON VIEW coffer.tenants IS
-'The tenants that the agent has seen, by their key. New keys register themselves.';
-
-CREATE VIEW coffer.jobs AS
-SELECT job, kind, tenant, state, progress, message, requested_by, requested_at, started_at, finished_at, result, error
-FROM coffer.job_queue;
-COMMENT ON VIEW coffer.jobs IS 'What the agent was asked to do, and what became of it.';
-
 CREATE VIEW coffer.audit_log AS
 SELECT entry, at, actor, client_addr, application_name, action, object, detail FROM coffer.audit_entries;
 COMMENT ON VIEW coffer.audit_log IS 'Who changed what in the registry, from where. Append-only.';

@@ -51,6 +51,10 @@ BEGIN
     IF coalesce(btrim(name), '') = '' THEN
         RAISE EXCEPTION 'a restore point needs a name' USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    IF name ~ '^backup-[0-9]+$' THEN
+        RAISE EXCEPTION 'restore points like % are those of coffer.backup()', quote_literal(name) USING ERRCODE = 'reserved_name',
+            HINT = 'Choose another name.';
+    END IF;
     IF EXISTS (SELECT FROM coffer.restore_points r WHERE r.name = $1) THEN
         RAISE EXCEPTION 'restore point % exists already', quote_literal(name) USING ERRCODE = 'duplicate_object',
             HINT = 'A name stands for one point, for ever; choose another.';

@@ -26,14 +26,19 @@ GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fill(), coffer._fence() TO PUBL
 GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) TO PUBLIC;
 
 GRANT SELECT ON coffer.coverage, coffer.tenants, coffer.jobs, coffer.audit_log, coffer.status, coffer.restore_points,
-    coffer.tenant_roles
+    coffer.tenant_roles, coffer.backups, coffer.recovery_window, coffer.policies, coffer.holds, coffer.verifications
     TO coffer_auditor;
-GRANT EXECUTE ON FUNCTION coffer.doctor(), coffer.changes(text, pg_lsn, int), coffer.snapshot(text) TO coffer_auditor;
-GRANT EXECUTE ON FUNCTION coffer.wait_durable(pg_lsn, interval), coffer.restore_point(text) TO coffer_operator;
+GRANT EXECUTE ON FUNCTION coffer.doctor(), coffer.changes(text, pg_lsn, int), coffer.snapshot(text),
+    coffer.wait(bigint, interval), coffer._is_uncommitted(bigint), coffer._silence() TO coffer_auditor;
+GRANT EXECUTE ON FUNCTION coffer.wait_durable(pg_lsn, interval), coffer.restore_point(text),
+    coffer.backup(text, text, text), coffer.restore(text, text, text, bool), coffer._restore_beside(text, text, bool),
+    coffer.verify(text), coffer.cancel(bigint) TO coffer_operator;
 GRANT EXECUTE ON FUNCTION
     coffer.add_table(regclass, name, regclass, text), coffer.add_shared(regclass), coffer.exclude(regclass, text),
     coffer.remove_table(regclass), coffer.add_schema(name, text, text), coffer.add_schema_pattern(text), coffer.remove_schema(name),
-    coffer.add_role(name, text), coffer.remove_role(name), coffer.discover(name, bool), coffer.setup_agent(name), coffer._try(text), coffer._setup_agent(name)
+    coffer.add_role(name, text), coffer.remove_role(name), coffer.discover(name, bool), coffer.setup_agent(name), coffer._try(text), coffer._setup_agent(name),
+    coffer._restore_in_place(text, text, bool), coffer.hold(text, text, timestamptz, timestamptz), coffer.release(bigint),
+    coffer.set_policy(text, jsonb), coffer.grant_tenant(text, name), coffer.revoke_tenant(text, name)
     TO coffer_admin;
 
 INSERT INTO coffer.secret (mac_key) VALUES (coffer._random(16));
