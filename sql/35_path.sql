@@ -229,7 +229,7 @@ AS $$
     SELECT r.parent, c.relowner, coffer._column_names(rel, r.path_attnums), k.names, r.parent_attnums, o.names, p.strategy = 2,
            EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = r.parent AND a.attname = ANY (o.names)
                    AND coffer._base_type(a.atttypid) <> ALL (ARRAY['int2', 'int4', 'int8', 'text', 'varchar', 'uuid', 'bool']::regtype[])),
-           format('SELECT %s FROM %s p WHERE %s FOR KEY SHARE OF p',
+           format('SELECT %s FROM %s p WHERE %s',
                   (SELECT string_agg(format('p.%I::text', x), ', ' ORDER BY ord) FROM unnest(o.names) WITH ORDINALITY u (x, ord)),
                   coffer._from(r.parent),
                   (SELECT string_agg(format('p.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY ord)

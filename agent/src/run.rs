@@ -102,12 +102,15 @@ pub async fn run(config: Config) -> Result<()> {
     if config.source.is_empty() {
         return Err(Error::usage("the configuration has no [source.NAME] section"));
     }
+    // First: whoever stops an agent that has just been started gets an orderly end as well.
+    let mut signals = Signals::new()?;
     dial::install_crypto_provider();
     let clock: SharedClock = Arc::new(SystemClock);
     let config = Arc::new(config);
     let recorder = status::install_metrics();
-    let keyring = Keyring::open(&config.keys, clock.clone()).await?;
-    let repo = Repository::open(&config, keyring.clone(), clock.clone(), Access::Write).await?;
+    let Some(keyring) = signals.before(Keyring::open(&config.keys, clock.clone())).await? else { return Ok(()) };
+    let opening = Repository::open(&config, keyring.clone(), clock.clone(), Access::Write);
+    let Some(repo) = signals.before(opening).await? else { return Ok(()) };
     let alarms = Arc::new(Alarms::default());
     let pool = Arc::new(SealPool::new()?);
     let (stop_tx, stop) = watch::channel(false);
@@ -116,7 +119,7 @@ pub async fn run(config: Config) -> Result<()> {
     for (name, source) in &config.source {
         let dsn = Dsn::parse(&source.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
         let source_uid = keyring.ensure_source(name).await?;
-        let mut log = Log::open(&repo, source_uid, None).await?;
+        let Some(mut log) = signals.before(Log::open(&repo, source_uid, None)).await? else { return Ok(()) };
         keyring.require(log.records().iter().flat_map(|r| r.objects()).map(|o| o.key()))?;
         let status = SourceStatus::new(name, &source.slot_name(name));
         let mut system = System::default();
@@ -154,7 +157,6 @@ pub async fn run(config: Config) -> Result<()> {
     for ctx in contexts {
         sources.spawn(source::run(ctx, pool.clone()));
     }
-    let mut signals = Signals::new()?;
     let mut first_error = None;
     loop {
         tokio::select! {
@@ -198,6 +200,18 @@ impl Signals {
             term: signal(SignalKind::terminate()).context(Kind::Other, what)?,
             int: signal(SignalKind::interrupt()).context(Kind::Other, what)?,
         })
+    }
+
+    /// What `f` gives, or nothing when a signal comes before that.
+    async fn before<T>(&mut self, f: impl Future<Output = Result<T>>) -> Result<Option<T>> {
+        tokio::select! {
+            biased;
+            name = self.next() => {
+                tracing::info!("{name}: nothing was begun yet");
+                Ok(None)
+            }
+            done = f => done.map(Some),
+        }
     }
 
     async fn next(&mut self) -> &'static str {

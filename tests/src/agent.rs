@@ -198,6 +198,10 @@ impl Agent {
     /// SIGTERM, then waits; the exit code.
     pub fn stop(&mut self) -> Option<i32> {
         let mut child = self.child.take().expect("a running agent");
+        // A process that has not come to its own first line yet dies of any signal, and there is nothing to be seen in that.
+        wait_for("the agent to listen for signals", 60, || {
+            (listens_for_term(child.id()) || child.try_wait().expect("our child").is_some()).then_some(())
+        });
         // SAFETY: a plain signal to our own child.
         unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
         let code = wait_for("the agent to stop", 60, || child.try_wait().expect("our child"));
@@ -238,6 +242,13 @@ impl Agent {
     pub fn keep(&mut self) {
         self.keep = true;
     }
+}
+
+/// Whether a process has a handler for SIGTERM (signal 15), as the kernel says.
+fn listens_for_term(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let caught = status.lines().find_map(|l| l.strip_prefix("SigCgt:"));
+    caught.and_then(|m| u64::from_str_radix(m.trim(), 16).ok()).is_some_and(|m| m & (1 << 14) != 0)
 }
 
 impl Drop for Agent {

@@ -49,8 +49,9 @@ fn random(major: u32) {
         run += 1;
     }
     println!("PostgreSQL {major}: {run} cases, {all:?}");
-    // A refusal is an honest answer, but one that everything gets would hide what is wrong.
-    assert!(all.refused * 10 <= all.restores.max(40), "{} of {} restores were refused", all.refused, all.restores);
+    // A refusal is an honest answer, but one that everything gets would hide what is wrong. A single case may well be one in
+    // which a base waits for a transaction that stays open.
+    assert!(run < 20 || all.refused * 10 <= all.restores, "{} of {} restores were refused", all.refused, all.restores);
 }
 
 /// What a case came to.
@@ -93,6 +94,8 @@ struct Case<'c> {
     observer: Client,
     agent: Agent,
     truths: Vec<Truth>,
+    /// Every table can be restored to what comes now.
+    settled: bool,
     tally: Tally,
 }
 
@@ -119,6 +122,7 @@ impl<'c> Case<'c> {
             observer,
             agent,
             truths: Vec::new(),
+            settled: false,
             tally: Tally::default(),
         };
         case.through().await
@@ -239,6 +243,7 @@ impl<'c> Case<'c> {
             let to = tenants.filter_map(|t| t["window"].as_array()?.last()?["to_lsn"].as_str()).next()?.to_owned();
             (self.cluster.psql(&self.db, &format!("{}'{to}'", seen())) == "t").then_some(())
         });
+        self.settled = true;
     }
 
     /// Kills the agent, or stops it, and starts it again; or lets it be.
@@ -268,6 +273,7 @@ impl<'c> Case<'c> {
             if !a.bare && self.rng.random_bool(0.3) {
                 a.steps.push(a.after.change(&mut self.rng));
             }
+            self.settled = false;
             if sessions.alone(&a.steps, a.bare, &mut self.script).await {
                 self.model = a.after;
                 self.tally.altered += 1;
@@ -284,7 +290,8 @@ impl<'c> Case<'c> {
     async fn point(&mut self, sessions: &mut Sessions, name: &str) {
         for attempt in 0.. {
             match self.try_point(name).await {
-                Ok(truth) => {
+                Ok(mut truth) => {
+                    truth.promised = self.settled;
                     self.script.say(format!("-- {name}"));
                     self.truths.push(truth);
                     return;
@@ -424,6 +431,8 @@ impl<'c> Case<'c> {
         match code {
             // Whoever never had a row is not known.
             3 if !truth.has(whose) => Vec::new(),
+            // Nothing that asks for a base happened between a moment of which that was so and this one.
+            4 if truth.promised => vec![format!("{whose:?} at {}, which was promised: {said}", truth.name)],
             4 => {
                 self.tally.refused += 1;
                 Vec::new()

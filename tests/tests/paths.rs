@@ -11,6 +11,7 @@ use tokio_postgres::Client;
 on_majors! {
     behind_foreign_keys: behind_foreign_keys;
     writers_race_with_moves: writers_race_with_moves;
+    lookups_that_waited: lookups_that_waited;
 }
 
 const DDL: &str = "
@@ -209,5 +210,76 @@ fn writers_race_with_moves(major: u32) {
             }
         }
         assert!(wrong.is_empty(), "{wrong:#?}");
+    });
+}
+
+/// What of a tenant is in the log, as the plugin says it.
+fn decoded(cluster: &Cluster, tenant: &str) -> String {
+    cluster.psql(
+        "shop",
+        &format!(
+            "SELECT data FROM pg_logical_slot_peek_changes('look', NULL, NULL, 'format', 'json', 'tenant', '{tenant}')"
+        ),
+    )
+}
+
+/// A parent that moves, or is replaced, while somebody waits to put a row below it: the row is of whom the parent is then.
+fn lookups_that_waited(major: u32) {
+    const WAITED: [(&str, &str, &str); 6] = [
+        ("", "UPDATE orgs SET tenant = 'b' WHERE id = 1", "INSERT INTO notes VALUES (1, 'moved')"),
+        (
+            "",
+            "WITH d AS (DELETE FROM orgs WHERE id = 2 RETURNING id) INSERT INTO orgs SELECT id, 'b' FROM d",
+            "INSERT INTO notes VALUES (2, 'replaced')",
+        ),
+        (
+            "",
+            "UPDATE orgs SET tenant = 'b' WHERE id = 3",
+            "UPDATE notes SET org = 3, body = 'led there' WHERE org = 20",
+        ),
+        (
+            "ISOLATION LEVEL REPEATABLE READ",
+            "UPDATE orgs SET tenant = 'b' WHERE id = 4",
+            "INSERT INTO notes VALUES (4, 'repeatable')",
+        ),
+        ("", "UPDATE lists SET org = 11 WHERE id = 5", "INSERT INTO items VALUES (5, 'list moved')"),
+        ("", "UPDATE orgs SET tenant = 'b' WHERE id = 6", "INSERT INTO items VALUES (6, 'above the list')"),
+    ];
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE TABLE orgs (id int PRIMARY KEY, tenant text NOT NULL);
+             CREATE TABLE notes (org int NOT NULL REFERENCES orgs, body text);
+             CREATE TABLE lists (id int PRIMARY KEY, org int NOT NULL REFERENCES orgs);
+             CREATE TABLE items (list int NOT NULL REFERENCES lists, body text);
+             SELECT coffer.discover('tenant', true);
+             INSERT INTO orgs SELECT i, 'a' FROM generate_series(1, 10) i UNION ALL SELECT 11, 'b' UNION ALL SELECT 20, 'c';
+             INSERT INTO notes VALUES (20, 'of c');
+             INSERT INTO lists VALUES (5, 10), (6, 6);
+             DO $$BEGIN IF EXISTS (SELECT FROM pg_settings WHERE name = 'output_plugin_libraries') THEN
+                 EXECUTE 'ALTER ROLE postgres SET output_plugin_libraries = pg_coffer'; END IF; END$$;",
+        );
+        cluster.psql("shop", "SELECT pg_create_logical_replication_slot('look', 'pg_coffer')");
+        let (mover, waiter) = (cluster.connect("shop").await, std::sync::Arc::new(cluster.connect("shop").await));
+        for (isolation, change, waits) in WAITED {
+            mover.batch_execute("BEGIN").await.expect("begin");
+            mover.batch_execute(change).await.expect(change);
+            let script = format!("BEGIN {isolation}; {waits}; COMMIT");
+            let waiting = tokio::spawn({
+                let waiter = waiter.clone();
+                async move { waiter.batch_execute(&script).await }
+            });
+            let waiters = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+            coffer_tests::wait_for("the other to wait", 20, || (cluster.psql("shop", waiters) == "1").then_some(()));
+            mover.batch_execute("COMMIT").await.expect("commit");
+            waiting.await.expect("a task").expect(waits);
+        }
+        let (a, b) = (decoded(&cluster, "a"), decoded(&cluster, "b"));
+        for (_, change, waits) in WAITED {
+            let body = waits.split('\'').nth(1).expect("a body");
+            assert!(!a.contains(body) && b.contains(body), "{change} against {waits}:\na:\n{a}\nb:\n{b}");
+        }
     });
 }

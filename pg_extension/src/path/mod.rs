@@ -5,7 +5,7 @@
 //! below it are written anew, as moved, by an UPDATE that changes nothing.
 //!
 //! What makes it exact:
-//! - a parent is read under FOR KEY SHARE, kept until the transaction ends; who moves a parent locks it FOR UPDATE before
+//! - a parent is locked FOR KEY SHARE, kept until the transaction ends, and read once the lock is there; who moves a parent locks it FOR UPDATE before
 //!   it looks for the rows below. So either the child's transaction is seen by the move, or the move by the child;
 //! - the old tenant of a row is the one it was archived under. While a parent changes, `begin` to `end`, that is what the
 //!   parent was before; after it was deleted by this transaction, what its last version said;

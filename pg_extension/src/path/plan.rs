@@ -24,7 +24,10 @@ pub struct Edge {
     pub leads_on: bool,
     /// The results' texts depend on settings.
     pub needs_settings: bool,
-    pub lookup: Plan,
+    /// Locks the parent's row, and says what the version that the lock was asked for had.
+    lock: Plan,
+    /// Says what the newest committed version has.
+    read: Plan,
     /// Where the parent's rows are, each with an index on the key.
     pub leaves: Vec<(pg_sys::Oid, pg_sys::Oid)>,
 }
@@ -83,23 +86,53 @@ impl Edge {
         news.concerns(self.parent)
     }
 
+    /// What the parent's row with this key says, which stays so until the transaction ends.
+    ///
+    /// A lock FOR KEY SHARE waits for whoever moves the parent and then answers with the version from before: the key is
+    /// the same. And a row that somebody deleted meanwhile is no answer, even when another was put in its place. So the
+    /// row is locked first and read afterwards, until both find it or neither does.
+    pub fn lookup(&self, key: &[Vec<u8>]) -> Option<Vec<Value>> {
+        loop {
+            let locked = self.lock.first(key).is_some();
+            let row = self.read.first(key);
+            if locked == row.is_some() {
+                return row;
+            }
+        }
+    }
+
     /// The way from a table; `None` when its rule has none.
     pub fn load(child: u32) -> Option<Self> {
         let row = ask(
             "SELECT parent::text, owner::text, array_to_string(columns, E'\\x01'), array_to_string(parent_columns, E'\\x01'), \
-             array_to_string(attnums, ','), array_to_string(results, E'\\x01'), leads_on::text, needs_settings::text, lookup, \
+             array_to_string(attnums, ','), array_to_string(results, E'\\x01'), leads_on::text, needs_settings::text, lookup || ' FOR KEY SHARE OF p', lookup, \
              array_to_string(leaves, E'\\x01'), array_to_string(indexes, E'\\x01') FROM coffer._edge($1::oid)",
             &[child.to_string().into_bytes()],
         )
         .pop()?;
-        let [parent, owner, columns, parent_columns, attnums, results, leads_on, settings, lookup, leaves, indexes] =
-            <[Value; 11]>::try_from(row).ok()?;
+        let [
+            parent,
+            owner,
+            columns,
+            parent_columns,
+            attnums,
+            results,
+            leads_on,
+            settings,
+            lookup,
+            read,
+            leaves,
+            indexes,
+        ] = <[Value; 12]>::try_from(row).ok()?;
         let (parent, owner): (u32, u32) = (number(&parent)?, number(&owner)?);
         let columns = list(columns);
+        let plan = |statement: &[u8]| Plan::new(statement, columns.len(), owner.into());
+        let (lock, read) = (plan(&lookup?), plan(&read?));
         let oids = |v: Value| list(v).into_iter().filter_map(|o| number::<u32>(&Some(o))).map(pg_sys::Oid::from);
         Some(Self {
             parent,
-            lookup: Plan::new(&lookup?, columns.len(), owner.into()),
+            lock,
+            read,
             columns,
             parent_columns: list(parent_columns),
             prefix: prefix(parent, &attnums?),

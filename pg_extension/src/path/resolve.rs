@@ -105,7 +105,7 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
     if let Some(known) = state::with(|s| s.cached(&id)) {
         return (known, Holds::Long);
     }
-    if let Some(row) = with_settings(edge, || edge.lookup.first(key)) {
+    if let Some(row) = with_settings(edge, || edge.lookup(key)) {
         let (owner, holds) = follow(edge, row, side);
         if holds == Holds::Long {
             state::with(|s| s.remember(id, owner.clone()));

@@ -57,6 +57,8 @@ pub struct Truth {
     pub name: String,
     /// The model's, then.
     pub version: usize,
+    /// A restore to it may not be refused.
+    pub promised: bool,
     tables: BTreeMap<usize, Observed>,
 }
 
@@ -79,9 +81,9 @@ fn rows(copy: &str) -> Vec<Row> {
 pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, tokio_postgres::Error> {
     let mut tables = BTreeMap::new();
     for t in model.tables.values() {
-        let columns: Vec<_> = t.columns.iter().map(|c| format!("t.{}", c.name())).collect();
-        let whose = model.owner_expression(t.id, "t");
-        let lines = copy_out(db, &format!("SELECT {whose}, {} FROM {} t", columns.join(", "), t.from())).await?;
+        let mut columns = vec![model.owner_expression(t.id, "t")];
+        columns.extend(t.columns.iter().map(|c| format!("t.{}", c.name())));
+        let lines = copy_out(db, &format!("SELECT {} FROM {} t", columns.join(", "), t.from())).await?;
         let mut rows: BTreeMap<Whose, Vec<Row>> = BTreeMap::new();
         for mut row in lines {
             let whose = match row.remove(0) {
@@ -109,7 +111,7 @@ pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, to
         };
         tables.insert(t.id, observed);
     }
-    Ok(Truth { name: name.to_owned(), version: model.version, tables })
+    Ok(Truth { name: name.to_owned(), version: model.version, promised: false, tables })
 }
 
 impl Observed {
@@ -169,6 +171,9 @@ impl Truth {
             let names: Vec<_> = t.columns.iter().map(|c| quote_ident(c.names.last().expect("a name"))).collect();
             match copy_out(db, &format!("SELECT {} FROM {}", names.join(", "), t.from)).await {
                 Ok(mut have) => {
+                    if names.is_empty() {
+                        have.iter_mut().for_each(Vec::clear);
+                    }
                     have.sort_unstable();
                     let everybodys = t.rows.contains_key(&Whose::Everybody);
                     let want = t.of(if everybodys { &Whose::Everybody } else { whose });
