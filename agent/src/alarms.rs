@@ -41,6 +41,8 @@ pub const SOURCE_CLOCK: &str = "source_clock";
 pub const REPORTING_FAILED: &str = "reporting_failed";
 /// Bases fail.
 pub const BASE_FAILED: &str = "base_failed";
+/// Jobs from SQL cannot be claimed.
+pub const JOBS_FAILED: &str = "jobs_failed";
 /// The roles of tenants cannot be read or archived.
 pub const ROLES_FAILED: &str = "roles_failed";
 

@@ -46,6 +46,8 @@ pub enum Verb {
     Status,
     /// Every precondition, with the statement or the setting that repairs it; exit code 11 when one is not met
     Doctor,
+    /// A full backup of one tenant, as of now, made by the running agent; kept by its kind
+    Backup(commands::backup::BackupArgs),
     /// Bring one tenant back to a point: into the live database, a new one, or files
     Restore(commands::restore::RestoreArgs),
     /// Tenants, what each can be restored to, and its backups

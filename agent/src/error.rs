@@ -38,6 +38,21 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Every kind, by exit code.
+    pub const ALL: [Self; 11] = [
+        Self::Other,
+        Self::Usage,
+        Self::NotFound,
+        Self::OutsideWindow,
+        Self::Verification,
+        Self::Fenced,
+        Self::Key,
+        Self::Unreachable,
+        Self::Partial,
+        Self::Refused,
+        Self::Unhealthy,
+    ];
+
     pub fn exit_code(self) -> u8 {
         self as u8
     }

@@ -34,6 +34,11 @@ pub const CATALOG_AFTER_SEQUENCER: &str = "catalog-after-sequencer";
 /// A full's objects are in the stores, no record names them.
 pub const FULL_AFTER_OBJECTS: &str = "full-after-objects";
 
+/// A job from SQL is claimed, nothing is done.
+pub const JOB_AFTER_CLAIM: &str = "job-after-claim";
+/// A job is done, its row does not say so.
+pub const JOB_BEFORE_FINISH: &str = "job-before-finish";
+
 /// All of them, for the tests that go through the list.
 pub const ALL: &[&str] = &[
     SHIP_AFTER_OBJECTS,
@@ -49,6 +54,8 @@ pub const ALL: &[&str] = &[
     SPOOL_AFTER_WRITE,
     RESTORE_AFTER_FENCE,
     RESTORE_BEFORE_COMMIT,
+    JOB_AFTER_CLAIM,
+    JOB_BEFORE_FINISH,
     CATALOG_AFTER_SEQUENCER,
     FULL_AFTER_OBJECTS,
 ];

@@ -15,6 +15,7 @@ pub mod dsn;
 pub mod error;
 pub mod failpoints;
 pub mod history;
+pub mod jobs;
 pub mod keyring;
 pub mod merge;
 pub mod opened;

@@ -65,6 +65,7 @@ fn with_configuration(cli: &Cli, verb: &Verb) -> Result<u8> {
             Verb::Run => commands::run::run(config).await.map(done),
             Verb::Status => commands::status::run(&config, source, cli.json).await.map(health),
             Verb::Doctor => commands::doctor::run(&config, source, cli.json).await.map(health),
+            Verb::Backup(args) => commands::backup::run(&config, source, cli.json, args).await.map(done),
             Verb::Restore(args) => commands::restore::run(&config, source, cli.json, args).await,
             Verb::List(args) => commands::list::run(&config, source, cli.json, args).await.map(done),
             Verb::Show(args) => commands::show::run(&config, source, cli.json, args).await.map(done),

@@ -109,7 +109,7 @@ impl Reporter {
     }
 
     async fn session(&mut self, client: &SqlClient) -> Result<()> {
-        self.same_system(client).await?;
+        require_same_system(&self.ctx, client).await?;
         let look = client.prepare(LOOK).await.sql("cannot read the source's state")?;
         self.last_report = None;
         self.look(client, &look).await?;
@@ -155,19 +155,6 @@ impl Reporter {
                 }
             }
         }
-    }
-
-    /// Another cluster at the same address must not be told that what it commits is durable.
-    async fn same_system(&self, client: &SqlClient) -> Result<()> {
-        let row = client
-            .query_one("SELECT system_identifier FROM pg_catalog.pg_control_system()", &[])
-            .await
-            .sql("cannot ask which system the source is")?;
-        let (theirs, ours) = (row.get::<_, i64>(0).cast_unsigned(), self.ctx.system().0);
-        if theirs == ours {
-            return Ok(());
-        }
-        Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")))
     }
 
     async fn look(&mut self, client: &SqlClient, look: &Statement) -> Result<()> {
@@ -259,6 +246,19 @@ impl Reporter {
             self.rpo_told = c.execute("SELECT pg_catalog.pg_notify('coffer_alarm', $1)", &[&message]).await.is_ok();
         }
     }
+}
+
+/// Another cluster at the same address must not be told that what it commits is durable, nor have its jobs done.
+pub(crate) async fn require_same_system(ctx: &AgentContext, client: &SqlClient) -> Result<()> {
+    let row = client
+        .query_one("SELECT system_identifier FROM pg_catalog.pg_control_system()", &[])
+        .await
+        .sql("cannot ask which system the source is")?;
+    let (theirs, ours) = (row.get::<_, i64>(0).cast_unsigned(), ctx.system().0);
+    if theirs == ours {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")))
 }
 
 /// The insert position may stand behind a page header that no record has reached; no record ends between the page's

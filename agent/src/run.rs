@@ -27,13 +27,15 @@ pub struct MemoryShares {
     pub stream: u64,
     /// Sorting and merging of bases.
     pub base: u64,
+    /// Merging of one job from SQL; two may run at a time.
+    pub job: usize,
 }
 
 impl MemoryShares {
     /// The shares of one of `sources` sources.
     pub fn of(memory: u64, sources: usize) -> Self {
         let each = memory / sources.max(1) as u64;
-        Self { stream: each / 5, base: each / 4 }
+        Self { stream: each / 5, base: each / 4, job: usize::try_from(each / 10).unwrap_or(usize::MAX) }
     }
 }
 

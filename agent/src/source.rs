@@ -9,6 +9,7 @@ use crate::alarms;
 use crate::demux::{self, Flow, Intake, Limits, ShipItem};
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
+use crate::jobs;
 use crate::replication::client::{Identity, ReplicationClient};
 use crate::replication::sink::Durable;
 use crate::replication::stream::{self, Pace, Phase};
@@ -33,6 +34,8 @@ const CREATE_LOCK_TIMEOUT: &str = "SET lock_timeout = '20s'";
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 /// A stream that held for so long makes the next wait the first again.
 const STEADY: Duration = Duration::from_secs(60);
+/// How long a stop waits for jobs to end at their next step; the next agent finishes those that did not.
+const JOBS_WAIT: Duration = Duration::from_secs(10);
 /// How long a stop waits for what is complete to become durable. Nothing is lost after that: the source still has it.
 const STOP_WAIT: Duration = Duration::from_secs(25);
 
@@ -77,7 +80,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
     };
     let mut shipping = tokio::spawn(shipper.run(items_rx));
     let helpers = [
-        tokio::spawn(Reporter::new(ctx.clone(), flow, anchors.clone(), tenants_rx, durable.clone()).run()),
+        tokio::spawn(Reporter::new(ctx.clone(), flow.clone(), anchors.clone(), tenants_rx, durable.clone()).run()),
         tokio::spawn({
             let ctx = ctx.clone();
             async move { ctx.repo.replicate_optional(ctx.source_uid).await }
@@ -85,6 +88,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         tokio::spawn(clear_gaps(ctx.clone())),
         tokio::spawn(sequences::watch(ctx.clone(), sequences)),
     ];
+    let mut served = tokio::spawn(jobs::run(ctx.clone(), flow));
     let mut bases = tokio::spawn(take_bases(ctx.clone()));
     let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable };
     let ended = |r: Result<Result<()>, tokio::task::JoinError>| match r {
@@ -105,6 +109,10 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
             },
         },
     };
+    // A restore that has begun to write takes its fences away before it ends.
+    if result.is_err() || tokio::time::timeout(JOBS_WAIT, &mut served).await.is_err() {
+        served.abort();
+    }
     for h in helpers {
         h.abort();
     }

@@ -35,6 +35,7 @@ mod faults;
 mod harness;
 mod independence;
 mod isolation;
+mod jobs;
 mod layouts;
 mod names;
 mod oracle;

@@ -42,6 +42,28 @@ impl Progress {
         Self { count, bar, task: Some(task) }
     }
 
+    /// A bar of something whose parts are not counted: [`Self::part`] says how much of it is done.
+    pub fn of_parts(what: &str, json: bool) -> Self {
+        let count = Arc::new(AtomicU64::new(0));
+        if json || !std::io::stderr().is_terminal() {
+            return Self { count, bar: ProgressBar::hidden(), task: None };
+        }
+        let bar = ProgressBar::new(1000);
+        if let Ok(style) =
+            ProgressStyle::with_template(&format!("{what} [{{bar:30}}] {{percent}} % {{msg}}, {{elapsed}}"))
+        {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(TICK);
+        Self { count, bar, task: None }
+    }
+
+    /// How much is done, 0 to 1, and in words.
+    pub fn part(&self, done: f64, message: &str) {
+        self.bar.set_position((done.clamp(0.0, 1.0) * 1000.0) as u64);
+        self.bar.set_message(message.to_owned());
+    }
+
     pub fn add(&self, n: u64) {
         self.count.fetch_add(n, Ordering::Relaxed);
     }

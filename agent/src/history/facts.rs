@@ -54,8 +54,9 @@ struct Found {
 
 /// Reads the facts of these ships.
 pub(super) async fn read(repo: &Repository, keyring: &Keyring, ships: &[ShipAt], from: Option<&str>) -> Result<Facts> {
-    let found: Vec<(&ShipAt, Result<Found>)> = stream::iter(ships)
-        .map(|s| async move { (s, one(repo, keyring, s, from).await) })
+    // By their places: a closure over references would make a future that cannot be sent to another thread.
+    let found: Vec<(&ShipAt, Result<Found>)> = stream::iter(0..ships.len())
+        .map(|i| async move { (&ships[i], one(repo, keyring, &ships[i], from).await) })
         .buffered(PARALLEL)
         .collect()
         .await;

@@ -1,0 +1,201 @@
+//! What each kind of job does.
+
+use super::claim::{Claimed, error_text};
+use super::mirror::Mirror;
+use super::step::Step;
+use crate::catalog::{Catalog, Entry};
+use crate::commands::verify::{self, VerifyArgs};
+use crate::demux::Flow;
+use crate::error::{Error, Kind, Result};
+use crate::keyring::TenantEntry;
+use crate::opened::{Opened, scratch};
+use crate::restore::{self, Means, Place, Request};
+use crate::retention::Policy;
+use crate::run::AgentContext;
+use crate::tenant::Tenant;
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// How often the durable position is looked at while it is waited for.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What came of a job.
+pub struct Done {
+    pub result: Value,
+    /// It was carried out, and what it found is bad.
+    pub error: Option<String>,
+}
+
+/// What every kind needs.
+struct Work<'a> {
+    ctx: &'a Arc<AgentContext>,
+    flow: &'a Flow,
+    mirror: &'a Mirror,
+    job: &'a Claimed,
+    step: &'a Step,
+}
+
+/// Carries a job out.
+pub async fn carry_out(
+    ctx: &Arc<AgentContext>,
+    flow: &Flow,
+    mirror: &Mirror,
+    job: &Claimed,
+    step: &Step,
+) -> Result<Done> {
+    let work = Work { ctx, flow, mirror, job, step };
+    let result = match job.kind.as_str() {
+        "restore" => work.restore().await?,
+        "verify" => return work.verify().await,
+        "hold" => work.hold().await?,
+        "release" => work.release().await?,
+        "policy" => work.policy().await?,
+        other => return Err(Error::new(Kind::Refused, format!("this agent knows no job of kind '{other}'"))),
+    };
+    Ok(Done { result, error: None })
+}
+
+impl Work<'_> {
+    fn opened(&self) -> Opened {
+        Opened { keyring: self.ctx.keyring.clone(), repo: self.ctx.repo.clone(), from: None }
+    }
+
+    async fn tenant(&self) -> Result<TenantEntry> {
+        let source = (self.ctx.source.as_str(), self.ctx.source_uid);
+        self.opened().tenant(source, &Tenant::normal(&self.job.tenant)).await
+    }
+
+    async fn catalog(&self, tenant: Uuid) -> Result<Catalog> {
+        Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await
+    }
+
+    /// Waits until the job's own commit is durable, and everything before it.
+    async fn own_commit(&self) -> Result<()> {
+        loop {
+            self.flow.want(self.job.goal);
+            let (durable, _) = self.ctx.status.durable();
+            if durable >= self.job.goal {
+                return Ok(());
+            }
+            let goal = self.job.goal;
+            self.step.begin(0.0, 0.1, format!("waiting until {goal} is durable; so far it is {durable}"))?;
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn restore(&self) -> Result<Value> {
+        let to = self.job.text("target").unwrap_or_default().parse();
+        let to = to.map_err(|e: String| Error::usage(format!("the target: {e}")))?;
+        let place = match self.job.text("mode") {
+            Some("in-place") => Place::InPlace(Box::new(self.ctx.dsn.clone())),
+            mode => return Err(Error::new(Kind::Refused, format!("this agent cannot restore in mode {mode:?}"))),
+        };
+        self.own_commit().await?;
+        let tenant = self.tenant().await?;
+        self.step.begin(0.1, 1.0, "reading the history")?;
+        let opened = self.opened();
+        let rows = self.expected_rows(&opened, tenant.uid).await?;
+        self.step.expected.store(rows, Ordering::Relaxed);
+        let dry_run = self.job.args["dry_run"] != false;
+        let request = Request { dry_run, ..Request::new(tenant.tenant, to, place) };
+        let means = Means {
+            opened: &opened,
+            source: (&self.ctx.source, self.ctx.source_uid),
+            scratch: scratch(&self.ctx.config)?,
+            memory: self.ctx.memory.job,
+            watch: self.step.watch.clone(),
+        };
+        self.step.begin(0.1, 1.0, if dry_run { "comparing" } else { "restoring" })?;
+        Ok(restore::run(&means, &request).await?.document())
+    }
+
+    /// About as many rows as the tenant has.
+    async fn expected_rows(&self, opened: &Opened, tenant: Uuid) -> Result<u64> {
+        let history = opened.history(self.ctx.source_uid).await?;
+        Ok(history.holdings(tenant).iter().filter_map(|h| h.rows).sum())
+    }
+
+    async fn verify(&self) -> Result<Done> {
+        let tenant = self.tenant().await?;
+        self.step.begin(0.0, 1.0, "reading the log")?;
+        let opened = self.opened();
+        let stores: Vec<(String, bool)> = opened.repo.stores().map(|s| (s.name().to_owned(), s.required())).collect();
+        let args = VerifyArgs { tenant: Some(self.job.tenant.clone()), against_live: false, from: None };
+        let sources = Some(vec![(self.ctx.source.clone(), self.ctx.source_uid)]);
+        self.step.begin(0.0, 1.0, "reading back")?;
+        let result = verify::verify(&opened, sources, &stores, &args, &self.step.tally, true).await?;
+        let failures = result["failures"].as_array().cloned().unwrap_or_default();
+        let message = failures.first().map(|f| {
+            let more = if failures.len() > 1 { format!(" and {} more", failures.len() - 1) } else { String::new() };
+            format!("{}: {}{more}", f["kind"].as_str().unwrap_or_default(), f["message"].as_str().unwrap_or_default())
+        });
+        self.record_check(tenant.uid, message.clone()).await?;
+        let error = message.map(|m| {
+            let e = Error::new(Kind::Verification, format!("not everything is as it was written: {m}"));
+            error_text(&e.hint("the job's result names every object; see also coffer verify"))
+        });
+        Ok(Done { result, error })
+    }
+
+    /// Notes with the newest full what reading everything back found.
+    async fn record_check(&self, tenant: Uuid, message: Option<String>) -> Result<()> {
+        let mut catalog = self.catalog(tenant).await?;
+        let newest = catalog.state().fulls.iter().max_by_key(|f| f.point_lsn).map(|f| f.id);
+        let backup = match newest {
+            Some(id) => Some(id),
+            None => self.opened().history(self.ctx.source_uid).await?.backups(tenant).last().map(|b| b.id),
+        };
+        if let Some(backup) = backup {
+            let ok = message.is_none();
+            catalog.append(Entry::Verified { backup, ok, what: "read_back".into(), message }).await?;
+            self.mirror.tenant_changed(tenant);
+        }
+        Ok(())
+    }
+
+    async fn hold(&self) -> Result<Value> {
+        let tenant = self.tenant().await?;
+        let id = self.uuid("id")?;
+        let entry = Entry::Hold {
+            id,
+            number: self.job.args["hold"].as_i64().unwrap_or(0),
+            reason: self.job.text("reason").unwrap_or_default().to_owned(),
+            from_us: self.job.args["from_us"].as_i64(),
+            to_us: self.job.args["to_us"].as_i64(),
+            by: self.job.requested_by.clone(),
+        };
+        let mut catalog = self.catalog(tenant.uid).await?;
+        catalog.append_if(entry, |s| s.holds.iter().all(|h| h.id != id)).await?;
+        self.mirror.tenant_changed(tenant.uid);
+        Ok(json!({"hold": self.job.args["hold"], "id": id}))
+    }
+
+    async fn release(&self) -> Result<Value> {
+        let tenant = self.tenant().await?;
+        let id = self.uuid("id")?;
+        let mut catalog = self.catalog(tenant.uid).await?;
+        let entry = Entry::Release { id, by: self.job.requested_by.clone() };
+        catalog.append_if(entry, |s| s.holds.iter().any(|h| h.id == id)).await?;
+        self.mirror.tenant_changed(tenant.uid);
+        Ok(json!({"hold": self.job.args["hold"], "id": id}))
+    }
+
+    async fn policy(&self) -> Result<Value> {
+        let policy = self.job.args["policy"].clone();
+        let whole = Policy::parse(&policy, &Policy::from(&self.ctx.config.retention))?;
+        let tenant = self.tenant().await?;
+        let mut catalog = self.catalog(tenant.uid).await?;
+        let entry = Entry::Policy { policy: policy.clone(), by: self.job.requested_by.clone() };
+        catalog.append_if(entry, |s| s.policy.as_ref() != Some(&policy)).await?;
+        self.mirror.tenant_changed(tenant.uid);
+        Ok(json!({"policy": whole.to_json()}))
+    }
+
+    fn uuid(&self, name: &str) -> Result<Uuid> {
+        let text = self.job.text(name).unwrap_or_default();
+        Uuid::try_parse(text).map_err(|e| Error::other(format!("job {}: {name} '{text}': {e}", self.job.job)))
+    }
+}

@@ -1,0 +1,243 @@
+//! Jobs from SQL against a running agent: what psql sees of them, and what becomes of them when the agent dies.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored;
+use coffer_tests::truth::{self, Watched};
+use coffer_tests::{block_on, wait_for};
+
+on_majors! {
+    restore_and_verify: restore_and_verify;
+    an_agent_that_dies: an_agent_that_dies;
+    words: words;
+    without_an_agent: without_an_agent;
+}
+
+fn tables() -> Vec<Watched> {
+    ["a", "b"].map(|t| Watched::new(t, "tenant")).to_vec()
+}
+
+fn database(major: u32) -> Cluster {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+         CREATE TABLE b (id int PRIMARY KEY, tenant int NOT NULL, v text);
+         SELECT * FROM coffer.add_table('a', 'tenant');
+         SELECT * FROM coffer.add_table('b', 'tenant');
+         INSERT INTO a SELECT t, i, 'a' || i FROM generate_series(1, 3) t, generate_series(1, 200) i;
+         INSERT INTO b SELECT i, 1 + i % 3, 'b' || i FROM generate_series(1, 90) i;",
+    );
+    cluster
+}
+
+fn agent(cluster: &Cluster) -> Agent {
+    let mut agent = Agent::new(&Setup::of(cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2", "3"]);
+    registered(cluster);
+    agent
+}
+
+/// The agent tells the source of the tenants that it met.
+fn registered(cluster: &Cluster) {
+    wait_for("the tenants to register themselves", 60, || {
+        (cluster.psql("shop", "SELECT count(*) FROM coffer.tenants WHERE kind = 'normal'") == "3").then_some(())
+    });
+}
+
+/// Asks in one transaction, waits in the next; what the job's row says.
+fn job(cluster: &Cluster, call: &str, columns: &str) -> String {
+    let n = cluster.psql("shop", &format!("SELECT coffer.{call}"));
+    cluster.psql("shop", &format!("SELECT {columns} FROM coffer.wait({n}, '2min')"))
+}
+
+fn restore_and_verify(major: u32) {
+    block_on(async {
+        let cluster = database(major);
+        let agent = agent(&cluster);
+        let mut db = cluster.connect("shop").await;
+        cluster.psql("shop", "UPDATE a SET v = v || '!' WHERE id % 3 = 0");
+        let good = truth::take(&mut db, &tables(), "good").await;
+        cluster.script("shop", "DELETE FROM a WHERE tenant = 2 AND id < 50; UPDATE b SET v = 'lost' WHERE tenant = 2;");
+        let bad = truth::take(&mut db, &tables(), "bad").await;
+
+        // A dry run is what is asked for unless said otherwise.
+        let columns = "state, result ->> 'dry_run', result ->> 'mode', result #>> '{tables,0,inserted}', progress";
+        assert_eq!(job(&cluster, "restore('2', 'name:good')", columns), "done|true|in-place|49|1");
+        assert!(bad.differences(&db, &tables(), "2").await.is_empty(), "a dry run changed something");
+        assert_eq!(job(&cluster, "restore('2', 'name:good', dry_run => false)", columns), "done|false|in-place|49|1");
+        let wrong = good.differences(&db, &tables(), "2").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        for t in ["1", "3"] {
+            assert!(bad.differences(&db, &tables(), t).await.is_empty(), "tenant {t} was touched");
+        }
+        let left = cluster.psql("shop", "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'aaa_coffer_fence%'");
+        assert_eq!(left, "0", "the fence is still there");
+
+        // A point that is not there, and one before everything.
+        let n = cluster.psql("shop", "SELECT coffer.restore('2', 'name:never')");
+        let said = cluster.psql_err("shop", &format!("SELECT coffer.wait({n})"));
+        assert!(said.contains("there is no durable restore point 'never'") && said.contains("HINT"), "{said}");
+        assert_eq!(
+            cluster
+                .psql("shop", &format!("SELECT state, result #>> '{{error,exit}}' FROM coffer.jobs WHERE job = {n}")),
+            "failed|3"
+        );
+
+        // What is read back is noted, and seen as soon as the views are brought up to date.
+        assert_eq!(
+            job(&cluster, "verify('2')", "state, result ->> 'ok', (result ->> 'objects')::int > 1"),
+            "done|true|t"
+        );
+        wait_for("the verification to be listed", 30, || {
+            let seen = cluster.psql("shop", "SELECT tenant, ok, what FROM coffer.verifications");
+            (seen == "2|t|read_back").then_some(())
+        });
+        assert_eq!(
+            cluster.psql(
+                "shop",
+                "SELECT bool_and(restorable), count(*), bool_and(to_lsn = (SELECT durable_lsn FROM coffer.status)) \
+                 FROM coffer.recovery_window"
+            ),
+            "t|3|t"
+        );
+        assert_eq!(
+            cluster.psql(
+                "shop",
+                "SELECT count(DISTINCT tenant), bool_and(rows > 0), bool_and(as_of IS NOT NULL) FROM coffer.backups"
+            ),
+            "3|t|t"
+        );
+
+        // Of what is damaged the job says so.
+        let object = wait_for("an object", 5, || {
+            let folder = agent.repository();
+            find_largest(&folder)
+        });
+        std::fs::write(&object, b"not what it was").expect("our store");
+        let failing = ["1", "2", "3"].iter().filter(|t| {
+            let n = cluster.psql("shop", &format!("SELECT coffer.verify('{t}')"));
+            wait_for("the job to end", 60, || {
+                let state = cluster.psql("shop", &format!("SELECT state FROM coffer.jobs WHERE job = {n}"));
+                (state == "done" || state == "failed").then_some(state)
+            }) == "failed"
+        });
+        assert_eq!(failing.count(), 1, "one tenant's object is damaged");
+        let said = cluster.psql(
+            "shop",
+            "SELECT error LIKE '%not everything is as it was written%', result ->> 'ok' FROM coffer.jobs WHERE state = 'failed' AND kind = 'verify'",
+        );
+        assert_eq!(said, "t|false");
+        let _ = agent;
+    });
+}
+
+/// The largest file below a folder that is a tenant's.
+fn find_largest(folder: &std::path::Path) -> Option<std::path::PathBuf> {
+    let mut best: Option<(u64, std::path::PathBuf)> = None;
+    let mut folders = vec![folder.to_owned()];
+    while let Some(f) = folders.pop() {
+        for e in std::fs::read_dir(f).ok()?.flatten() {
+            let meta = e.metadata().ok()?;
+            if meta.is_dir() {
+                folders.push(e.path());
+            } else if e.path().components().any(|c| c.as_os_str() == "t")
+                && best.as_ref().is_none_or(|(n, _)| meta.len() > *n)
+            {
+                best = Some((meta.len(), e.path()));
+            }
+        }
+    }
+    best.map(|(_, p)| p)
+}
+
+fn an_agent_that_dies(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    cluster.psql("shop", "SELECT coffer.restore_point('good')");
+    cluster.psql("shop", "DELETE FROM a WHERE tenant = 3");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
+    agent.stop();
+    for (n, point) in ["job-after-claim", "restore-after-fence", "job-before-finish"].iter().enumerate() {
+        let job = cluster.psql("shop", "SELECT coffer.restore('3', 'name:good', dry_run => false)");
+        agent.env = vec![("COFFER_FAILPOINTS".into(), format!("{point}=abort"))];
+        agent.start();
+        agent.wait_end(60);
+        let of_job =
+            |columns: &str| cluster.psql("shop", &format!("SELECT {columns} FROM coffer.jobs WHERE job = {job}"));
+        assert_eq!(of_job("state"), "running", "at {point}");
+        agent.env.clear();
+        agent.start();
+        assert_eq!(
+            cluster.psql("shop", &format!("SELECT state FROM coffer.wait({job}, '1min')")),
+            "done",
+            "at {point}"
+        );
+        assert_eq!(cluster.psql("shop", "SELECT count(*) FROM a WHERE tenant = 3"), "200", "at {point}");
+        let left = cluster.psql("shop", "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'aaa_coffer_fence%'");
+        assert_eq!(left, "0", "the fence is still there, after {point}");
+        agent.stop();
+        cluster.psql("shop", &format!("DELETE FROM a WHERE tenant = 3 AND id > {n}"));
+    }
+    // One that is stopped at a job gives it back.
+    let job = cluster.psql("shop", "SELECT coffer.verify('1')");
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim=sleep(1500)".into())];
+    agent.start();
+    let attempts = format!("SELECT state, attempts FROM coffer.job_entries WHERE job = {job}");
+    wait_for("the job to begin", 30, || (cluster.psql("shop", &attempts) == "running|1").then_some(()));
+    assert_eq!(agent.stop(), Some(0));
+    assert_eq!(cluster.psql("shop", &attempts), "queued|0");
+}
+
+fn words(major: u32) {
+    let cluster = database(major);
+    let agent = agent(&cluster);
+    let hold = cluster.psql("shop", "SELECT coffer.hold('1', 'lawsuit', from_time => '2020-01-01Z')");
+    let state = format!("SELECT state, from_time = '2020-01-01Z', to_time FROM coffer.holds WHERE hold = {hold}");
+    wait_for("the hold to be in force", 30, || (cluster.psql("shop", &state) == "held|t|").then_some(()));
+    wait_for("the backups to be held", 30, || {
+        let held = "SELECT bool_and(holds = ARRAY[1::bigint]) FROM coffer.backups WHERE tenant = '1'";
+        (cluster.psql("shop", held) == "t").then_some(())
+    });
+    cluster.psql("shop", &format!("SELECT coffer.release({hold})"));
+    wait_for("the hold to be released", 30, || cluster.psql("shop", &state).starts_with("released").then_some(()));
+    cluster.psql("shop", "SELECT coffer.set_policy('1', '{\"daily\": 90, \"pitr\": \"14d\"}')");
+    wait_for("the policy to be in force", 30, || {
+        (cluster.psql("shop", "SELECT state, policy ->> 'daily' FROM coffer.policies") == "in force|90").then_some(())
+    });
+    let all = cluster.psql("shop", "SELECT string_agg(kind || ' ' || state, ', ' ORDER BY job) FROM coffer.jobs");
+    assert_eq!(all, "hold done, release done, policy done");
+    drop(agent);
+}
+
+fn without_an_agent(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    agent.stop();
+    let job = cluster.psql("shop", "SELECT coffer.verify('1')");
+    cluster.psql("shop", "UPDATE coffer.agent_state SET reported_at = now() - interval '40 s'");
+    let said = cluster.psql_err("shop", &format!("SELECT coffer.wait({job}, '2 s')"));
+    assert!(said.contains("NOTICE") && said.contains("no agent has reported for 4"), "{said}");
+    assert!(said.contains("is not done after") && said.contains("It is queued. No agent has reported for 4"), "{said}");
+    cluster.psql("shop", &format!("SELECT coffer.cancel({job})"));
+    agent.start();
+    let said = cluster.psql_err("shop", &format!("SELECT coffer.wait({job})"));
+    assert!(said.contains("was cancelled"), "{said}");
+    // Who restores in place is an administrator; a tenant's administrator sees its own.
+    cluster.script(
+        "shop",
+        "CREATE ROLE op LOGIN IN ROLE coffer_operator; CREATE ROLE one LOGIN; SELECT coffer.grant_tenant('1', 'one');",
+    );
+    let said = cluster.psql_err("shop", "SET ROLE op; SELECT coffer.restore('1', 'latest')");
+    assert!(said.contains("permission denied to restore in place"), "{said}");
+    let n = cluster.psql("shop", "SELECT coffer.verify('2')");
+    cluster.psql("shop", &format!("SELECT state FROM coffer.wait({n}, '1min')"));
+    let seen = cluster.psql(
+        "shop",
+        "SET ROLE one; SELECT (SELECT string_agg(DISTINCT tenant, ',') FROM coffer.jobs), \
+         (SELECT string_agg(DISTINCT tenant, ',') FROM coffer.backups)",
+    );
+    assert!(seen.ends_with("1|1"), "{seen}");
+}
