@@ -45,6 +45,8 @@ pub const BASE_FAILED: &str = "base_failed";
 pub const JOBS_FAILED: &str = "jobs_failed";
 /// The roles of tenants cannot be read or archived.
 pub const ROLES_FAILED: &str = "roles_failed";
+/// What retention keeps no more cannot be removed.
+pub const PRUNE_FAILED: &str = "prune_failed";
 
 /// All standing alarms.
 #[derive(Debug, Default)]

@@ -56,6 +56,12 @@ pub enum Verb {
     Show(commands::show::ShowArgs),
     /// Read back and authenticate everything that the log names; exit code 5 or 7 when something is not as written
     Verify(commands::verify::VerifyArgs),
+    /// What retention keeps and what goes, with a reason for each; removes with --confirm
+    Prune(commands::prune::PruneArgs),
+    /// Keep what a tenant's points of a span are restored from, whatever the retention policy says
+    Hold(commands::hold::HoldArgs),
+    /// End a hold
+    Release(commands::hold::ReleaseArgs),
     /// A private cluster, real traffic, a disaster, one tenant restored to a point in time, proof
     Demo(commands::demo::DemoArgs),
     /// Print a completion script for a shell

@@ -15,8 +15,28 @@ pub struct SystemClock;
 
 impl Clock for SystemClock {
     fn now_us(&self) -> i64 {
-        jiff::Timestamp::now().as_microsecond()
+        jiff::Timestamp::now().as_microsecond().saturating_add(skew_us())
     }
+}
+
+/// By how much `COFFER_TEST_CLOCK` (a duration, `30d`; `-30d` for the past) sets this process's clock ahead of the
+/// machine's, in microseconds. Only in builds with the feature `failpoints`.
+#[cfg(feature = "failpoints")]
+pub fn skew_us() -> i64 {
+    static SKEW: std::sync::LazyLock<i64> = std::sync::LazyLock::new(|| {
+        let Ok(text) = std::env::var("COFFER_TEST_CLOCK") else { return 0 };
+        let (sign, span) = text.strip_prefix('-').map_or((1, text.as_str()), |rest| (-1, rest));
+        let us = parse_duration(span).ok().and_then(|d| i64::try_from(d.as_micros()).ok());
+        sign * us.unwrap_or_else(|| panic!("COFFER_TEST_CLOCK: '{text}' is not a duration"))
+    });
+    *SKEW
+}
+
+/// By how much this process's clock is ahead of the machine's: not at all in this build.
+#[cfg(not(feature = "failpoints"))]
+#[inline]
+pub fn skew_us() -> i64 {
+    0
 }
 
 pub type SharedClock = Arc<dyn Clock>;

@@ -290,6 +290,15 @@ pub fn parse_bytes(s: &str) -> Result<u64, String> {
     n.checked_mul(unit).ok_or_else(bad)
 }
 
+/// The shortest time between a removal's record and its deletions: a restore that began before the record has put its
+/// lease by then. Tests need not wait.
+const MIN_GRACE: Duration = if cfg!(feature = "failpoints") { Duration::ZERO } else { Duration::from_secs(3600) };
+
+/// Why a grace is refused, if it is.
+pub fn check_grace(grace: Duration) -> Result<(), String> {
+    if grace >= MIN_GRACE { Ok(()) } else { Err("at least 1h: restores that run may still read what goes".into()) }
+}
+
 impl Config {
     /// Reads the file, applies the environment, validates.
     pub fn load(path: &Path) -> Result<Self> {
@@ -360,6 +369,7 @@ impl Config {
         need(self.limits.memory >= 64 << 20, "[limits] memory: at least 64MiB")?;
         let policy = crate::retention::Policy::from(&self.retention).validate();
         policy.map_err(|e| Error::usage(format!("[retention] {e}")))?;
+        check_grace(self.retention.grace).map_err(|e| Error::usage(format!("[retention] grace: {e}")))?;
         self.schedule.validate()
     }
 

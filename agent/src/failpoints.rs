@@ -33,6 +33,12 @@ pub const RESTORE_BEFORE_COMMIT: &str = "restore-before-commit";
 pub const CATALOG_AFTER_SEQUENCER: &str = "catalog-after-sequencer";
 /// A full's objects are in the stores, no record names them.
 pub const FULL_AFTER_OBJECTS: &str = "full-after-objects";
+/// A removal is recorded, nothing is deleted.
+pub const PRUNE_AFTER_RECORD: &str = "prune-after-record";
+/// One object of a removal is deleted in every store.
+pub const PRUNE_AFTER_DELETE: &str = "prune-after-delete";
+/// Every object of a removal is deleted, no record says so.
+pub const PRUNE_BEFORE_REMOVED: &str = "prune-before-removed";
 
 /// A job from SQL is claimed, nothing is done.
 pub const JOB_AFTER_CLAIM: &str = "job-after-claim";

@@ -70,6 +70,9 @@ fn with_configuration(cli: &Cli, verb: &Verb) -> Result<u8> {
             Verb::List(args) => commands::list::run(&config, source, cli.json, args).await.map(done),
             Verb::Show(args) => commands::show::run(&config, source, cli.json, args).await.map(done),
             Verb::Verify(args) => commands::verify::run(&config, source, cli.json, args).await,
+            Verb::Prune(args) => commands::prune::run(&config, source, cli.json, args).await,
+            Verb::Hold(args) => commands::hold::hold(&config, source, cli.json, args).await.map(done),
+            Verb::Release(args) => commands::hold::release(&config, source, cli.json, args).await.map(done),
             Verb::Demo(_) | Verb::Completions { .. } | Verb::Man => Ok(0),
         }
     })

@@ -44,10 +44,19 @@ pub struct Opened {
 impl Opened {
     /// Opens what the configuration names. `from`: the one store to read from.
     pub async fn new(config: &Config, from: Option<&str>) -> Result<Self> {
+        Self::with(config, from, Access::Read).await
+    }
+
+    /// The same for a verb that writes: every required store has to answer.
+    pub async fn for_writing(config: &Config) -> Result<Self> {
+        Self::with(config, None, Access::Write).await
+    }
+
+    async fn with(config: &Config, from: Option<&str>, access: Access) -> Result<Self> {
         dial::install_crypto_provider();
         let clock = Arc::new(SystemClock);
         let keyring = Keyring::open(&config.keys, clock.clone()).await?;
-        let repo = Repository::open(config, keyring.clone(), clock, Access::Read).await?;
+        let repo = Repository::open(config, keyring.clone(), clock, access).await?;
         Ok(Self { keyring, repo, from: from.map(str::to_owned) })
     }
 

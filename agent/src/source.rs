@@ -86,6 +86,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
             async move { ctx.repo.replicate_optional(ctx.source_uid).await }
         }),
         tokio::spawn(clear_gaps(ctx.clone())),
+        tokio::spawn(crate::prune::watch(ctx.clone())),
         tokio::spawn(sequences::watch(ctx.clone(), sequences)),
     ];
     let mut served = tokio::spawn(jobs::run(ctx.clone(), flow));

@@ -337,6 +337,11 @@ fn describe() {
     describe_gauge!("coffer_uncovered_tables", "Tables without a rule");
     describe_gauge!("coffer_buffer_bytes", "Memory of the stream's buffers");
     describe_gauge!("coffer_spool_bytes", "Bytes in the spool");
+    describe_gauge!("coffer_last_prune_timestamp_seconds", "When what retention keeps no more was last removed");
+    describe_counter!("coffer_pruned_backups_total", "Backups that retention keeps no more");
+    describe_counter!("coffer_pruned_objects_total", "Objects deleted");
+    describe_counter!("coffer_pruned_bytes_total", "Bytes of objects deleted, in each store");
+    describe_counter!("coffer_prune_runs_total", "Runs of pruning by schedule");
     describe_gauge!("coffer_alarms", "Alarms that stand");
     describe_gauge!("coffer_last_full_timestamp_seconds", "When the last full was complete");
     describe_gauge!("coffer_last_validation_timestamp_seconds", "When the last validation passed");

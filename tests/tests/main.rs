@@ -40,6 +40,7 @@ mod layouts;
 mod names;
 mod oracle;
 mod paths;
+mod retention;
 mod side;
 mod thread;
 mod types;

@@ -181,6 +181,9 @@ pub struct Removal {
     pub backups: Vec<Uuid>,
     pub objects: Vec<ObjectRef>,
     pub not_before_us: i64,
+    /// When it was recorded.
+    #[serde(default)]
+    pub at_us: i64,
 }
 
 /// What the records come to.
@@ -193,6 +196,9 @@ pub struct State {
     pub checks: Vec<Check>,
     pub policy: Option<serde_json::Value>,
     pub removals: Vec<Removal>,
+    /// Fulls that somebody released: what their trigger alone would hold goes like any other.
+    #[serde(default)]
+    pub released: Vec<Uuid>,
 }
 
 impl State {
@@ -205,7 +211,7 @@ impl State {
                 self.holds.retain(|h| h.id != id);
                 self.holds.push(Hold { id, number, reason, from_us, to_us, by, at_us: r.at_us });
             }
-            Entry::Release { id, .. } => self.holds.retain(|h| h.id != id),
+            Entry::Release { id, .. } => self.release(id),
             Entry::Verified { backup, ok, what, message } => {
                 self.checks.retain(|c| c.backup != backup || c.what != what);
                 self.checks.push(Check { backup, what, ok, message, at_us: r.at_us });
@@ -215,10 +221,22 @@ impl State {
                 self.fulls.retain(|f| !backups.contains(&f.id));
                 self.incrementals.retain(|i| !backups.contains(&i.id));
                 self.checks.retain(|c| !backups.contains(&c.backup));
-                self.removals.push(Removal { n: r.n, backups, objects, not_before_us });
+                self.released.retain(|id| !backups.contains(id));
+                self.removals.push(Removal { n: r.n, backups, objects, not_before_us, at_us: r.at_us });
             }
             Entry::Removed { removal } => self.removals.retain(|x| x.n != removal),
         }
+    }
+
+    /// Ends a hold; with one of a bounded span, what incidents documented in it. The id may be an incident's full itself.
+    fn release(&mut self, id: Uuid) {
+        let span = self.holds.iter().find(|h| h.id == id).and_then(|h| Some(h.from_us?..=h.to_us?));
+        self.holds.retain(|h| h.id != id);
+        let inside = |f: &&FullEntry| f.id == id || span.as_ref().is_some_and(|s| s.contains(&f.point_time_us));
+        let incidents = self.fulls.iter().filter(|f| f.trigger == "incident").filter(inside).map(|f| f.id);
+        self.released.extend(incidents);
+        self.released.sort_unstable();
+        self.released.dedup();
     }
 
     /// The full of this id.

@@ -1,5 +1,7 @@
 //! `coffer list`: tenants, what each can be restored to, its backups.
 
+use super::hold;
+use crate::catalog::{Catalog, Hold, State};
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::error::{Context, Error, Kind, Result};
@@ -10,6 +12,7 @@ use crate::repository::ObjectRef;
 use crate::tenant::Tenant;
 use coffer_wire::TenantKind;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 #[derive(clap::Args, Debug)]
 pub struct ListArgs {
@@ -31,13 +34,16 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ListA
             tracing::warn!("the list is not whole: {e}");
         }
         for e in opened.keyring.tenants(uid) {
-            if e.tenant.kind == TenantKind::Normal {
-                if args.tenant.as_ref().is_none_or(|t| *t == e.tenant.key) {
-                    tenants.push(tenant(&name, &history, &e));
-                }
-            } else if args.tenant.is_none() {
-                reserved.push(tenant(&name, &history, &e));
+            let wanted = match e.tenant.kind {
+                TenantKind::Normal => args.tenant.as_ref().is_none_or(|t| *t == e.tenant.key),
+                _ => args.tenant.is_none(),
+            };
+            if !wanted {
+                continue;
             }
+            let catalog = Catalog::open(&opened.repo, uid, e.uid, args.from.as_deref()).await?;
+            let list = if e.tenant.kind == TenantKind::Normal { &mut tenants } else { &mut reserved };
+            list.push(tenant(&name, &history, &e, catalog.state()));
         }
     }
     if let (Some(t), true) = (&args.tenant, tenants.is_empty()) {
@@ -54,7 +60,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ListA
     written.context(Kind::Other, "cannot write to standard output")
 }
 
-fn tenant(source: &str, history: &History, e: &TenantEntry) -> Value {
+fn tenant(source: &str, history: &History, e: &TenantEntry, state: &State) -> Value {
     let gaps: Vec<_> = history
         .gaps(Some(e.uid))
         .into_iter()
@@ -65,7 +71,7 @@ fn tenant(source: &str, history: &History, e: &TenantEntry) -> Value {
         .into_iter()
         .map(|b| {
             json!({"id": b.id, "kind": "full", "point_lsn": b.point.to_string(), "point_time": rfc3339(b.time_us),
-                "bytes": b.bytes, "rows": b.rows, "tables": b.tables, "verified_at": null, "holds": []})
+                "bytes": b.bytes, "rows": b.rows, "tables": b.tables, "verified_at": null, "holds": holding(state, b.time_us)})
         })
         .collect();
     let tables: Vec<_> = history
@@ -75,7 +81,13 @@ fn tenant(source: &str, history: &History, e: &TenantEntry) -> Value {
         .collect();
     json!({"source": source, "tenant": e.tenant.key, "kind": e.tenant.kind.name(), "uid": e.uid, "state": "active",
         "created_at": rfc3339(e.created_us), "window": history.windows(Some(e.uid)), "gaps": gaps, "backups": backups,
-        "tables": tables})
+        "tables": tables, "holds": state.holds.iter().map(hold::to_json).collect::<Vec<_>>()})
+}
+
+/// The holds whose span a backup's point is in.
+fn holding(state: &State, point_us: i64) -> Vec<Uuid> {
+    let covers = |h: &&Hold| h.from_us.is_none_or(|f| f <= point_us) && h.to_us.is_none_or(|t| point_us <= t);
+    state.holds.iter().filter(covers).map(|h| h.id).collect()
 }
 
 fn text(d: &Value) -> String {
@@ -100,6 +112,11 @@ fn text(d: &Value) -> String {
             let class = h["class"].as_str().unwrap_or("class not noted");
             let rows = h["rows"].as_u64().map_or_else(|| "rows not noted".to_owned(), |n| format!("{n} rows"));
             out.push_str(&format!("  table   {} ({class}): {rows} in its newest base\n", s(&h["relation"])));
+        }
+        for h in t["holds"].as_array().into_iter().flatten() {
+            let end = |k: &str, none: &str| h[k].as_str().unwrap_or(none).to_owned();
+            let (from, to) = (end("from", "the beginning"), end("to", "whatever comes"));
+            out.push_str(&format!("  hold    {} from {from} to {to}: {}\n", s(&h["hold"]), s(&h["reason"])));
         }
         for b in t["backups"].as_array().into_iter().flatten() {
             out.push_str(&format!(

@@ -3,9 +3,11 @@
 pub mod backup;
 pub mod demo;
 pub mod doctor;
+pub mod hold;
 pub mod init;
 pub mod list;
 pub mod progress;
+pub mod prune;
 pub mod restore;
 pub mod run;
 pub mod show;

@@ -43,6 +43,8 @@ pub enum ObjectKind {
     Descriptor = 9,
     /// The roles of one tenant, as SQL.
     Roles = 10,
+    /// Says that somebody reads or writes; it ends by itself.
+    Lease = 12,
 }
 
 impl ObjectKind {
@@ -58,6 +60,7 @@ impl ObjectKind {
             8 => Self::Spool,
             9 => Self::Descriptor,
             10 => Self::Roles,
+            12 => Self::Lease,
             _ => return None,
         })
     }

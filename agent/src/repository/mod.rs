@@ -16,6 +16,7 @@ pub mod model;
 mod numbered;
 pub mod paths;
 mod probe;
+mod remove;
 mod replicate;
 mod store;
 #[cfg(test)]

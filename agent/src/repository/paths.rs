@@ -84,6 +84,39 @@ pub fn schema(source_uid: Uuid, lsn_end: Lsn, object: Uuid) -> String {
     format!("{}/schema/{}", source(source_uid), leaf(lsn_end, object))
 }
 
+/// The folder of a source's leases.
+pub fn leases_dir(source_uid: Uuid) -> String {
+    format!("{}/lease", source(source_uid))
+}
+
+/// A lease: never a record's, and gone when it is over.
+pub fn lease(source_uid: Uuid, object: Uuid) -> String {
+    format!("{}/{}", leases_dir(source_uid), object.simple())
+}
+
+/// The folder of what concerns every tenant.
+pub fn commons_dir(source_uid: Uuid) -> String {
+    format!("{}/common", source(source_uid))
+}
+
+/// The folder of definitions.
+pub fn schemas_dir(source_uid: Uuid) -> String {
+    format!("{}/schema", source(source_uid))
+}
+
+/// The folder of a tenant.
+pub fn tenant_dir(source_uid: Uuid, tenant: Uuid) -> String {
+    format!("{}/{}", tenants_dir(source_uid), tenant.simple())
+}
+
+/// End of the range and uid of an object by its name; `None` for a name of another shape.
+pub fn parse_leaf(name: &str) -> Option<(Lsn, Uuid)> {
+    let (lsn, object) = name.rsplit('/').next()?.split_once('-')?;
+    let lsn = (lsn.len() == 16).then(|| u64::from_str_radix(lsn, 16).ok())??;
+    let (lsn, object) = (Lsn(lsn), Uuid::try_parse(object).ok()?);
+    name.ends_with(&leaf(lsn, object)).then_some((lsn, object))
+}
+
 /// The folder of everything that a source has in a store.
 pub fn source_dir(source_uid: Uuid) -> String {
     source(source_uid)
@@ -142,6 +175,11 @@ mod tests {
         assert_eq!(roles(s, t, lsn, o), format!("s/{s_}/t/{t_}/r/00000016b374d848-{o_}"));
         assert_eq!(common(s, lsn, o), format!("s/{s_}/common/00000016b374d848-{o_}"));
         assert_eq!(schema(s, lsn, o), format!("s/{s_}/schema/00000016b374d848-{o_}"));
+        assert_eq!(lease(s, o), format!("s/{s_}/lease/{o_}"));
+        assert_eq!(parse_leaf(&full(s, t, lsn, o)), Some((lsn, o)));
+        for bad in [log_record(s, 12), lease(s, o), full(s, t, lsn, o).to_uppercase(), full(s, t, lsn, o) + "#1"] {
+            assert_eq!(parse_leaf(&bad), None, "{bad}");
+        }
         assert_eq!(parse_key_entry(&key_entry(t, 12)), Some((t, 12)));
         assert_eq!(parse_key_entry("k/00000000000000000000000000000002/1"), None);
         assert_eq!(key_entry(t, 1), format!("k/{t_}/0000000001"));

@@ -238,6 +238,35 @@ impl Store {
         Ok(all)
     }
 
+    /// Names and lengths of the objects in a folder and below, with when the store says that they were written, in
+    /// microseconds since 1970-01-01 UTC.
+    pub async fn list_dated(&self, folder: &str) -> Result<Vec<(String, u64, i64)>> {
+        self.check_there()?;
+        let prefix = Path::from(folder);
+        let list = || {
+            let listed = self.inner.list(Some(&prefix));
+            listed
+                .map_ok(|m| (m.location.to_string(), m.size, m.last_modified.timestamp_micros()))
+                .try_collect::<Vec<_>>()
+        };
+        match self.steadily(list).await {
+            Ok(all) => Ok(all),
+            Err(object_store::Error::NotFound { .. }) if self.root.is_some() => Ok(Vec::new()),
+            Err(e) => Err(self.error("list", folder, e)),
+        }
+    }
+
+    /// The store's clock, in microseconds since 1970-01-01 UTC: what it says of an object that is written to `path` now
+    /// and removed again.
+    pub async fn clock_us(&self, path: &str) -> Result<i64> {
+        self.put(path, Bytes::new()).await?;
+        let location = Path::from(path);
+        let head = self.steadily(|| self.inner.head(&location)).await;
+        let us = head.map(|m| m.last_modified.timestamp_micros()).map_err(|e| self.error("look for", path, e));
+        self.delete(path).await?;
+        us
+    }
+
     /// Names of the folders directly in a folder.
     pub async fn folders(&self, folder: &str) -> Result<Vec<String>> {
         self.check_there()?;

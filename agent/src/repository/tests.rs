@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 /// A repository in a temporary directory: `a` is the sequencer, `b` required, `c` optional.
 pub(crate) struct World {
     dir: tempfile::TempDir,
-    config: Config,
+    pub(crate) config: Config,
 }
 
 impl World {
@@ -53,7 +53,7 @@ impl World {
     }
 }
 
-fn draft(from: u64, upto: u64, body: Body) -> Draft {
+pub(crate) fn draft(from: u64, upto: u64, body: Body) -> Draft {
     Draft {
         system_identifier: 77,
         timeline: 1,
@@ -109,7 +109,7 @@ async fn read_back(repo: &Arc<Repository>, r: &ObjectRef, from: Option<&str>) ->
     .unwrap()
 }
 
-fn ship(objects: Vec<ObjectRef>) -> Body {
+pub(crate) fn ship(objects: Vec<ObjectRef>) -> Body {
     Body::Ship(Ship { txns: 1, objects, ..Ship::default() })
 }
 
@@ -119,7 +119,7 @@ fn noise(n: usize) -> Vec<u8> {
     b
 }
 
-fn files_below(p: &Path) -> Vec<std::path::PathBuf> {
+pub(crate) fn files_below(p: &Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     for e in std::fs::read_dir(p).into_iter().flatten().flatten() {
         match e.path().is_dir() {

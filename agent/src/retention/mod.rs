@@ -158,5 +158,5 @@ pub struct Input {
     /// Records of the log that end at or below it are no longer read; `None`: all are.
     pub log_floor: Option<Lsn>,
     /// Paths that records of the log name, and readers of it expect.
-    pub named_by_log: std::collections::HashSet<String>,
+    pub named_by_log: std::sync::Arc<std::collections::HashSet<String>>,
 }

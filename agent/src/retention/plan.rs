@@ -172,13 +172,11 @@ impl Planner<'_> {
         for (reasons, f) in self.fulls.iter_mut().zip(&self.input.fulls) {
             let until_us = match f.trigger {
                 Trigger::Schedule | Trigger::Archive => continue,
-                Trigger::Incident => {
-                    if !f.released {
-                        reasons.push(Reason::Incident);
-                    }
+                Trigger::Incident if !f.released => {
+                    reasons.push(Reason::Incident);
                     continue;
                 }
-                Trigger::Manual | Trigger::PreMigration | Trigger::PreMaintenance => {
+                Trigger::Manual | Trigger::PreMigration | Trigger::PreMaintenance | Trigger::Incident => {
                     f.point_us.saturating_add(micros(policy.on_demand))
                 }
                 Trigger::Compliance => years_later(f.point_us, policy.compliance_years),

@@ -71,7 +71,7 @@ fn input(now: &str, policy: Policy, fulls: Vec<Full>) -> Input {
         holds: Vec::new(),
         running: Vec::new(),
         log_floor: None,
-        named_by_log: HashSet::new(),
+        named_by_log: std::sync::Arc::default(),
     }
 }
 
@@ -247,7 +247,7 @@ fn a_running_restore_and_the_log_keep_what_they_read() {
     i.running[0].until_us = i.now_us;
     assert_eq!(kept(&i), ["2026-01-03"]);
     // Objects of fulls that records name stay, though the fulls go.
-    i.named_by_log = [i.fulls[0].objects[0].path.clone()].into();
+    i.named_by_log = std::sync::Arc::new([i.fulls[0].objects[0].path.clone()].into());
     let p = plan(&i);
     assert_eq!(
         p.objects.iter().map(|o| &o.path).collect::<Vec<_>>(),
@@ -406,7 +406,7 @@ fn any_input() -> impl Strategy<Value = Input> {
                     .into_iter()
                     .collect(),
                 log_floor: None,
-                named_by_log: named.into_iter().map(|n| object(n).path).collect(),
+                named_by_log: std::sync::Arc::new(named.into_iter().map(|n| object(n).path).collect()),
             }
         })
 }

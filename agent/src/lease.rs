@@ -1,0 +1,295 @@
+//! Leases: small objects that say that somebody is reading a tenant's backups, or writing objects that no record names
+//! yet. Removals wait for them.
+//!
+//! A lease ends by itself, so one of a process that died holds nothing up for long; one that is held is renewed under a
+//! new name, since nothing is ever overwritten. Leases only save what is in use from being removed early: where none
+//! can be put (a store that may only be read), the grace of removals protects as it always does.
+
+use crate::clock::rfc3339;
+use crate::crypto::{Codec, Expect, Header, ObjectKind, Opener, Sealer, random};
+use crate::error::{Context, Error, Kind, Result};
+use crate::repository::{Repository, Store, paths};
+use bytes::Bytes;
+use coffer_wire::Lsn;
+use futures::future::join_all;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+/// How long a lease holds without a renewal.
+pub const LEASE: Duration = Duration::from_secs(15 * 60);
+/// How often it is renewed.
+const RENEW: Duration = Duration::from_secs(4 * 60);
+/// By how much the clock of the machine that put it may be behind, in microseconds.
+const CLOCKS_US: i64 = 5 * 60 * 1_000_000;
+/// One that is over for so long is removed by whoever prunes, in microseconds.
+const LITTER_US: i64 = 3600 * 1_000_000;
+/// How often a folder is listed anew because a lease in it was renewed meanwhile.
+const LISTINGS: usize = 5;
+
+/// What a lease is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Purpose {
+    /// Somebody reads the tenant's backups.
+    Restore,
+    /// Somebody writes objects that are to be recorded.
+    Write,
+}
+
+/// The content of a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    v: u32,
+    /// The same through all renewals.
+    pub id: Uuid,
+    /// Whose; `None`: every tenant's.
+    pub tenant: Option<Uuid>,
+    pub purpose: Purpose,
+    /// Microseconds since 1970-01-01 UTC, by the clock of who holds it.
+    pub since_us: i64,
+    pub until_us: i64,
+}
+
+/// A lease that is held. It ends with [`Lease::release`], soon after it is dropped, or, when the process dies, by itself.
+pub struct Lease {
+    id: Uuid,
+    end: Option<oneshot::Sender<()>>,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Lease {
+    /// Says that somebody reads a tenant's backups, for as long as this is held.
+    pub async fn take(repo: &Arc<Repository>, source: Uuid, tenant: Uuid) -> Result<Self> {
+        Self::hold(repo, source, Some(tenant), Purpose::Restore).await
+    }
+
+    /// Says that somebody writes objects that no record names yet, for as long as this is held.
+    pub async fn intent(repo: &Arc<Repository>, source: Uuid) -> Result<Self> {
+        Self::hold(repo, source, None, Purpose::Write).await
+    }
+
+    async fn hold(repo: &Arc<Repository>, source: Uuid, tenant: Option<Uuid>, purpose: Purpose) -> Result<Self> {
+        let since_us = repo.clock().now_us();
+        let held = Held { v: 1, id: random::uuid(), tenant, purpose, since_us, until_us: 0 };
+        let id = held.id;
+        let mut holder = Holder { repo: repo.clone(), source, held, path: None };
+        holder.renew().await?;
+        let (end, ended) = oneshot::channel();
+        let task = tokio::spawn(holder.keep(ended));
+        Ok(Self { id, end: Some(end), task: Some(task) })
+    }
+
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Ends it, and waits until it is gone.
+    pub async fn release(mut self) {
+        drop(self.end.take());
+        if let Some(task) = self.task.take() {
+            // What a task that broke off leaves behind ends by itself.
+            let _ = task.await;
+        }
+    }
+}
+
+/// Keeps one lease alive.
+struct Holder {
+    repo: Arc<Repository>,
+    source: Uuid,
+    held: Held,
+    /// Where it is now.
+    path: Option<String>,
+}
+
+impl Holder {
+    async fn keep(mut self, mut ended: oneshot::Receiver<()>) {
+        while tokio::time::timeout(RENEW, &mut ended).await.is_err() {
+            if let Err(e) = self.renew().await {
+                tracing::warn!("a lease could not be renewed, and ends {}: {e}", rfc3339(self.held.until_us));
+            }
+        }
+        if let Some(path) = self.path.take() {
+            self.discard(&path).await;
+        }
+    }
+
+    /// Puts it under a new name, then removes the old one.
+    async fn renew(&mut self) -> Result<()> {
+        let now_us = self.repo.clock().now_us();
+        let held = Held { until_us: now_us.saturating_add(LEASE.as_micros() as i64), ..self.held.clone() };
+        let object = random::uuid();
+        let (path, bytes) = (paths::lease(self.source, object), seal(&self.repo, self.source, object, &held)?);
+        let put = join_all(self.repo.attached_stores().map(|s| s.put(&path, bytes.clone()))).await;
+        let failed: Vec<Error> =
+            put.iter().filter_map(|r| r.as_ref().err()).map(|e| Error::other(e.to_string())).collect();
+        if failed.len() == put.len() {
+            // A store that may only be read is a way to restore, too.
+            let why = failed.first().map_or_else(|| "no store answers".to_owned(), ToString::to_string);
+            tracing::warn!("no store takes a lease: a removal that is due now would not wait ({why})");
+            return Ok(());
+        }
+        self.held = held;
+        if let Some(old) = self.path.replace(path) {
+            self.discard(&old).await;
+        }
+        Ok(())
+    }
+
+    async fn discard(&self, path: &str) {
+        for e in join_all(self.repo.attached_stores().map(|s| s.delete(path))).await.into_iter().filter_map(Result::err)
+        {
+            tracing::debug!("a lease stays until it ends by itself: {e}");
+        }
+    }
+}
+
+fn seal(repo: &Repository, source: Uuid, object: Uuid, held: &Held) -> Result<Bytes> {
+    let key = repo.keyring().repository_key();
+    let header = Header {
+        kind: ObjectKind::Lease,
+        codec: Codec::None,
+        tenant: repo.uid(),
+        object,
+        source,
+        system_identifier: 0,
+        timeline: 0,
+        lsn_start: Lsn::ZERO,
+        lsn_end: Lsn::ZERO,
+        key_version: key.id.version,
+    };
+    let mut sealer = Sealer::new(Vec::new(), &header, &key)?;
+    let text = serde_json::to_vec(held).context(Kind::Other, "cannot encode a lease")?;
+    sealer.write_all(&text).context(Kind::Other, "cannot seal a lease")?;
+    Ok(sealer.finish()?.0.into())
+}
+
+/// The leases of a source that are held, of all stores that answer.
+///
+/// # Errors
+/// `Unreachable`: a required store does not answer, and could have others. `Verification`: one cannot be read, so nobody
+/// knows whose it is.
+pub async fn live(repo: &Repository, source: Uuid) -> Result<Vec<Held>> {
+    let now_us = repo.clock().now_us();
+    let mut found: BTreeMap<Uuid, Held> = BTreeMap::new();
+    for store in repo.attached_stores() {
+        match of_store(repo, store, source, now_us).await {
+            Ok(all) => found.extend(all.into_iter().map(|h| (h.id, h))),
+            Err(e) if e.kind() == Kind::Unreachable && !store.required() => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(found.into_values().collect())
+}
+
+async fn of_store(repo: &Repository, store: &Store, source: Uuid, now_us: i64) -> Result<Vec<Held>> {
+    'listing: for _ in 0..LISTINGS {
+        let mut held = Vec::new();
+        for (path, _) in store.list(&paths::leases_dir(source)).await? {
+            // Gone since it was listed: it ended, or it was renewed under another name.
+            let Some(bytes) = store.get_opt(&path).await? else { continue 'listing };
+            held.push(open(repo, source, &path, &bytes)?);
+        }
+        held.retain(|h| h.until_us.saturating_add(CLOCKS_US) > now_us);
+        return Ok(held);
+    }
+    Err(Error::other(format!("the leases of store {} change faster than they can be read", store.name())))
+}
+
+fn open(repo: &Repository, source: Uuid, path: &str, bytes: &[u8]) -> Result<Held> {
+    let expect = Expect { tenant: Some(repo.uid()), source: Some(source), ..Expect::kind(ObjectKind::Lease) };
+    let during = |e: Error| e.during(format_args!("lease {path}"));
+    let text = Opener::new(bytes, &**repo.keyring(), &expect).and_then(Opener::read_all).map_err(during)?;
+    serde_json::from_slice(&text).context(Kind::Verification, format_args!("lease {path} is not readable"))
+}
+
+/// Removes leases that ended long ago. What cannot be reached or read stays; it holds nothing up.
+pub async fn sweep(repo: &Repository, source: Uuid) {
+    let now_us = repo.clock().now_us();
+    for store in repo.attached_stores() {
+        if let Err(e) = sweep_store(repo, store, source, now_us).await {
+            tracing::debug!("leases that are over stay for now: {e}");
+        }
+    }
+}
+
+async fn sweep_store(repo: &Repository, store: &Store, source: Uuid, now_us: i64) -> Result<()> {
+    for (path, _) in store.list(&paths::leases_dir(source)).await? {
+        let Some(bytes) = store.get_opt(&path).await? else { continue };
+        if open(repo, source, &path, &bytes)?.until_us.saturating_add(LITTER_US) < now_us {
+            store.delete(&path).await?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::Access;
+    use crate::repository::tests::World;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_lease_is_seen_by_others_until_it_is_released() {
+        let w = World::new(&[("a", true), ("b", false)]);
+        let repo = w.init().await;
+        let source = repo.keyring().ensure_source("shop").await.unwrap();
+        let tenant = Uuid::from_u128(7);
+        let other = w.open(Access::Read).await;
+        assert_eq!(live(&other, source).await.unwrap(), []);
+        let lease = Lease::take(&repo, source, tenant).await.unwrap();
+        let intent = Lease::intent(&repo, source).await.unwrap();
+        let mut seen = live(&other, source).await.unwrap();
+        seen.sort_by_key(|h| h.tenant.is_none());
+        assert_eq!((seen[0].id, seen[0].tenant, seen[0].purpose), (lease.id(), Some(tenant), Purpose::Restore));
+        assert_eq!((seen[1].id, seen[1].tenant, seen[1].purpose), (intent.id(), None, Purpose::Write));
+        lease.release().await;
+        assert_eq!(live(&other, source).await.unwrap().len(), 1);
+        // Dropped: gone soon.
+        drop(intent);
+        while !live(&other, source).await.unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_renewed_lease_is_one_and_one_that_is_over_holds_nothing() {
+        let w = World::new(&[("a", true)]);
+        let repo = w.init().await;
+        let source = repo.keyring().ensure_source("shop").await.unwrap();
+        let held =
+            Held { v: 1, id: Uuid::from_u128(1), tenant: None, purpose: Purpose::Write, since_us: 5, until_us: 0 };
+        let mut holder = Holder { repo: repo.clone(), source, held: held.clone(), path: None };
+        for _ in 0..3 {
+            holder.renew().await.unwrap();
+            let seen = live(&repo, source).await.unwrap();
+            assert_eq!((seen.len(), seen[0].id, seen[0].since_us), (1, held.id, 5));
+        }
+        let object = random::uuid();
+        let path = paths::lease(source, object);
+        let bytes = seal(&repo, source, object, &held).unwrap();
+        let store = repo.attached_stores().next().unwrap();
+        store.put(&path, bytes).await.unwrap();
+        assert_eq!(live(&repo, source).await.unwrap().len(), 1);
+        sweep(&repo, source).await;
+        assert_eq!(store.size(&path).await.unwrap(), None);
+        // One that cannot be read could be anybody's.
+        store.put(&path, Bytes::from_static(b"no lease")).await.unwrap();
+        assert!(live(&repo, source).await.is_err());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn where_none_can_be_put_there_is_a_warning_only() {
+        let w = World::new(&[("a", true)]);
+        let repo = w.init().await;
+        let source = repo.keyring().ensure_source("shop").await.unwrap();
+        std::fs::rename(w.path("a"), w.path("away")).unwrap();
+        Lease::take(&repo, source, Uuid::from_u128(7)).await.unwrap().release().await;
+    }
+}

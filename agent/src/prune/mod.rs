@@ -1,0 +1,182 @@
+//! Removing what retention keeps no more: plan, record, wait, delete, record.
+//!
+//! Invariants:
+//! - nothing is deleted that a removal record in the tenant's catalog does not name exactly, and not before the grace
+//!   that the record states is over;
+//! - right before it is deleted, an object is looked up once more in everything that counts: what the log, or a backup
+//!   that stands, names is passed over, whoever recorded it since;
+//! - a process that dies at any moment leaves a record that the next one carries out, or objects that nobody names;
+//! - what one tenant's catalog says stops nobody else's removals.
+//!
+//! An object of a tenant is removed by a record of that tenant's catalog; what concerns every tenant, by one of the
+//! reserved tenant `shared`.
+
+mod clocks;
+mod orphans;
+pub mod report;
+mod tenant;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+pub use report::{Orphan, Report, TenantReport};
+pub use watch::watch;
+
+use crate::catalog;
+use crate::dsn::Dsn;
+use crate::error::{Kind, Result};
+use crate::keyring::{Keyring, TenantEntry};
+use crate::lease::{self, Held, Purpose};
+use crate::repository::{Log, Repository};
+use crate::retention::Policy;
+use crate::tenant::Tenant;
+use coffer_wire::TenantKind;
+use futures::{StreamExt, stream};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Tenants looked at at a time.
+const PARALLEL: usize = 8;
+
+/// What is pruned, and how.
+pub struct Pruner {
+    pub repo: Arc<Repository>,
+    pub keyring: Arc<Keyring>,
+    /// The source's name and uid.
+    pub source: (String, Uuid),
+    /// To compare clocks with; `None`: the source is no more.
+    pub dsn: Option<Dsn>,
+    /// For tenants without one of their own.
+    pub policy: Policy,
+    /// Between a removal's record and its deletions.
+    pub grace: Duration,
+    /// Only this tenant.
+    pub tenant: Option<TenantEntry>,
+    /// Whether anything is done.
+    pub confirm: bool,
+}
+
+/// What holds for all tenants of a source, read before any of them is looked at.
+struct Survey {
+    now_us: i64,
+    /// Paths of objects that records of the log name.
+    log: Arc<HashSet<String>>,
+    /// By tenant, how many of them there are and how long they are together.
+    log_sums: HashMap<Uuid, (u64, u64)>,
+    restores: Vec<Held>,
+    /// Since when somebody writes objects that are not recorded yet.
+    writing_since_us: Option<i64>,
+}
+
+impl Pruner {
+    /// Plans and, if it is confirmed, acts.
+    ///
+    /// # Errors
+    /// `Refused`: clocks differ too much. `Unreachable`: a required store or the source does not answer. What goes wrong
+    /// with one tenant stands in its report.
+    pub async fn run(&self) -> Result<Report> {
+        if self.confirm {
+            clocks::require_equal(&self.repo, self.dsn.as_ref()).await?;
+        }
+        self.run_unchecked().await
+    }
+
+    /// The same whatever the clocks say.
+    async fn run_unchecked(&self) -> Result<Report> {
+        let mut report = Report::new(&self.source.0, self.confirm);
+        report.warnings.extend(self.repo.stores_away().into_iter().map(|s| {
+            format!("store {s} does not answer: what is removed stays there until it does, and a later run removes it")
+        }));
+        let survey = self.survey().await?;
+        let tenants = self.tenants().await?;
+        let mut orphans = self.orphans(&survey, &tenants).await?;
+        report.orphans = orphans.values().flatten().cloned().collect();
+        report.orphans.sort_by(|a, b| a.path.cmp(&b.path));
+        let work: Vec<(Uuid, Vec<Orphan>)> =
+            tenants.iter().map(|uid| (*uid, orphans.remove(uid).unwrap_or_default())).collect();
+        let survey = &survey;
+        let each: Vec<_> = work.into_iter().map(|(uid, orphans)| self.one(survey, uid, orphans)).collect();
+        let mut done = stream::iter(each).buffer_unordered(PARALLEL);
+        while let Some(tenant) = done.next().await {
+            report.tenants.push(tenant);
+        }
+        drop(done);
+        report.tenants.sort_by(|a, b| (&a.tenant, a.uid).cmp(&(&b.tenant, b.uid)));
+        if self.confirm {
+            lease::sweep(&self.repo, self.source.1).await;
+        }
+        Ok(report)
+    }
+
+    async fn one(&self, survey: &Survey, uid: Uuid, orphans: Vec<Orphan>) -> TenantReport {
+        let mut report = TenantReport::new(uid, self.keyring.by_uid(uid).map(|t| t.tenant));
+        if let Err(e) = self.tenant(survey, &orphans, &mut report).await {
+            tracing::warn!("tenant {uid} is not pruned: {e}");
+            report.error = Some(e);
+        }
+        report
+    }
+
+    async fn survey(&self) -> Result<Survey> {
+        let source = self.source.1;
+        // Leases first: a restore that begins after this reads a catalog that is at least as new as ours.
+        let held = lease::live(&self.repo, source).await?;
+        let log = Log::open(&self.repo, source, None).await?;
+        let mut survey = Survey {
+            now_us: self.repo.clock().now_us(),
+            log: Arc::default(),
+            log_sums: HashMap::new(),
+            restores: held.iter().filter(|h| h.purpose == Purpose::Restore).cloned().collect(),
+            writing_since_us: held.iter().filter(|h| h.purpose == Purpose::Write).map(|h| h.since_us).min(),
+        };
+        let mut names = HashSet::new();
+        for o in log.records().iter().flat_map(|r| r.objects()) {
+            if names.insert(o.path.clone()) {
+                let sum = survey.log_sums.entry(o.tenant).or_default();
+                *sum = (sum.0 + 1, sum.1 + o.bytes);
+            }
+        }
+        survey.log = Arc::new(names);
+        Ok(survey)
+    }
+
+    /// Whose catalogs are looked at.
+    async fn tenants(&self) -> Result<Vec<Uuid>> {
+        if let Some(t) = &self.tenant {
+            return Ok(vec![t.uid]);
+        }
+        let mut uids: Vec<Uuid> = self.keyring.tenants(self.source.1).into_iter().map(|t| t.uid).collect();
+        uids.extend(catalog::tenants(&self.repo, self.source.1, None).await?.into_keys());
+        uids.push(self.shared());
+        uids.sort_unstable();
+        uids.dedup();
+        Ok(uids)
+    }
+
+    /// Who stands for what concerns every tenant.
+    fn shared(&self) -> Uuid {
+        self.keyring.tenant_uid(self.source.1, &Tenant::reserved(TenantKind::Shared))
+    }
+
+    async fn orphans(&self, survey: &Survey, tenants: &[Uuid]) -> Result<BTreeMap<Uuid, Vec<Orphan>>> {
+        let mut found: BTreeMap<Uuid, Vec<Orphan>> = BTreeMap::new();
+        for o in orphans::find(self, survey, tenants).await? {
+            found.entry(o.tenant).or_default().push(o);
+        }
+        Ok(found)
+    }
+}
+
+impl Survey {
+    /// The restores that may be reading a tenant's backups.
+    fn restores_of(&self, tenant: Uuid) -> impl Iterator<Item = &Held> {
+        self.restores.iter().filter(move |h| h.tenant.is_none_or(|t| t == tenant))
+    }
+}
+
+/// Whether an error is of a store that may answer later.
+fn is_passing(e: &crate::error::Error) -> bool {
+    e.kind() == Kind::Unreachable
+}

@@ -1,0 +1,247 @@
+//! One tenant: its plan from its catalog, the record of what goes, and the deletions whose grace is over.
+
+use super::orphans::needed;
+use super::report::{Backup, Pending, Removed, TenantReport};
+use super::{Orphan, Pruner, Survey};
+use crate::catalog::{Catalog, Entry, FullEntry, State, model::Removal};
+use crate::error::{Error, Result};
+use crate::failpoints;
+use crate::repository::{ObjectRef, paths};
+use crate::retention::{Changes, ChangesKind, Check, Full, Hold, Input, Plan, Policy, Running, Trigger, plan};
+use futures::{StreamExt, TryStreamExt, stream};
+use std::collections::HashSet;
+use uuid::Uuid;
+
+/// Objects deleted at a time.
+const PARALLEL: usize = 8;
+/// How often a plan is made anew because somebody wrote to the catalog meanwhile.
+const ATTEMPTS: usize = 5;
+
+impl Pruner {
+    /// Plans one tenant and, if it is confirmed, acts.
+    pub(super) async fn tenant(&self, survey: &Survey, orphans: &[Orphan], report: &mut TenantReport) -> Result<()> {
+        let mut catalog = Catalog::open(&self.repo, self.source.1, report.uid, None).await?;
+        (report.log_objects, report.log_bytes) = survey.log_sums.get(&report.uid).copied().unwrap_or_default();
+        for _ in 0..ATTEMPTS {
+            let state = catalog.state().clone();
+            let input = self.input(survey, report.uid, &state)?;
+            let plan = plan(&input);
+            report.policy = Some(input.policy.clone());
+            report.backups = backups(&state, &plan);
+            report.locked = self.is_locked(&input, &plan, &state);
+            report.pending = state.removals.iter().map(|r| self.pending(survey, report.uid, &state, r)).collect();
+            let recorded = !self.confirm || self.record(&mut catalog, &input, &plan, orphans, report).await?;
+            if recorded {
+                return if self.confirm { self.carry_out(&mut catalog, survey, report).await } else { Ok(()) };
+            }
+        }
+        Err(Error::other(format!("the catalog of tenant {} changes faster than it can be planned for", report.uid)))
+    }
+
+    /// What the planner is told.
+    fn input(&self, survey: &Survey, tenant: Uuid, state: &State) -> Result<Input> {
+        let policy = match &state.policy {
+            Some(own) => Policy::parse(own, &self.policy)?,
+            None => self.policy.clone(),
+        };
+        let incremental = |i: &crate::catalog::IncrementalEntry| Changes {
+            id: i.id,
+            kind: ChangesKind::Incremental,
+            from: i.from_lsn,
+            to: i.to_lsn,
+            to_us: i.to_time_us,
+            objects: i.object.iter().cloned().collect(),
+        };
+        let hold =
+            |h: &crate::catalog::Hold| Hold { id: h.id, reason: h.reason.clone(), from_us: h.from_us, to_us: h.to_us };
+        Ok(Input {
+            now_us: survey.now_us,
+            policy,
+            fulls: state.fulls.iter().map(|f| full(f, state)).collect(),
+            changes: state.incrementals.iter().map(incremental).collect(),
+            holds: state.holds.iter().map(hold).collect(),
+            running: survey.restores_of(tenant).map(|h| Running { id: h.id, until_us: i64::MAX }).collect(),
+            log_floor: None,
+            named_by_log: survey.log.clone(),
+        })
+    }
+
+    /// Whether a running restore is all that keeps something.
+    fn is_locked(&self, input: &Input, with: &Plan, state: &State) -> bool {
+        if input.running.is_empty() {
+            return false;
+        }
+        let without = plan(&Input { running: Vec::new(), ..input.clone() });
+        without != *with && !without.is_empty() || state.removals.iter().any(|r| r.not_before_us <= input.now_us)
+    }
+
+    fn pending(&self, survey: &Survey, tenant: Uuid, state: &State, r: &Removal) -> Pending {
+        let waits_for = if let Some(h) = survey.restores_of(tenant).next() {
+            Some(format!("restore {} is running", h.id))
+        } else if let Some(h) = held_since(state, r) {
+            Some(format!("hold {h} was placed since"))
+        } else {
+            None
+        };
+        Pending {
+            removal: r.n,
+            backups: r.backups.len() as u64,
+            objects: r.objects.len() as u64,
+            bytes: r.objects.iter().map(|o| o.bytes).sum(),
+            not_before_us: r.not_before_us,
+            due: r.not_before_us <= survey.now_us && waits_for.is_none(),
+            waits_for,
+        }
+    }
+
+    /// Records what goes. False: somebody wrote to the catalog meanwhile, and the plan is to be made anew.
+    async fn record(
+        &self,
+        catalog: &mut Catalog,
+        input: &Input,
+        plan: &Plan,
+        orphans: &[Orphan],
+        report: &mut TenantReport,
+    ) -> Result<bool> {
+        let gone = |b: &&Backup| !b.keep;
+        let backups: Vec<Uuid> = report.backups.iter().filter(gone).map(|b| b.id).collect();
+        let mut reasons: Vec<String> =
+            report.backups.iter().filter(gone).flat_map(|b| &b.reasons).map(ToString::to_string).collect();
+        let mut objects = plan.objects.clone();
+        if input.running.is_empty() && !orphans.is_empty() {
+            objects.extend(orphans.iter().map(Orphan::object));
+            reasons.push("objects that no record names".into());
+        }
+        objects.retain(|o| self.is_ours(report.uid, o));
+        if backups.is_empty() && objects.is_empty() {
+            return Ok(true);
+        }
+        reasons.sort();
+        reasons.dedup();
+        let grace_us = i64::try_from(self.grace.as_micros()).unwrap_or(i64::MAX);
+        let planned = catalog.state().clone();
+        let removed = Removed {
+            backups: backups.len() as u64,
+            objects: objects.len() as u64,
+            bytes: objects.iter().map(|o| o.bytes).sum(),
+        };
+        let not_before_us = input.now_us.saturating_add(grace_us);
+        let entry = Entry::Removal { backups, objects, not_before_us, reasons };
+        // Another backup, hold or policy may keep what this one thought was free.
+        let recorded = catalog.append_if(entry, |state| *state == planned).await?;
+        if recorded.is_some() {
+            report.recorded = removed;
+            failpoints::hit(failpoints::PRUNE_AFTER_RECORD)?;
+        }
+        Ok(recorded.is_some())
+    }
+
+    /// Deletes what removals name whose grace is over.
+    async fn carry_out(&self, catalog: &mut Catalog, survey: &Survey, report: &mut TenantReport) -> Result<()> {
+        // Somebody may have begun to read since the survey.
+        if crate::lease::live(&self.repo, self.source.1)
+            .await?
+            .iter()
+            .any(|h| h.purpose == crate::lease::Purpose::Restore && h.tenant.is_none_or(|t| t == report.uid))
+        {
+            return Ok(());
+        }
+        catalog.refresh().await?;
+        let due: Vec<Removal> = catalog.state().removals.clone();
+        for removal in due {
+            let state = catalog.state();
+            if removal.not_before_us > self.repo.clock().now_us() || held_since(state, &removal).is_some() {
+                continue;
+            }
+            let needed: HashSet<&str> = needed(state).map(|o| o.path.as_str()).collect();
+            let free = |o: &&ObjectRef| {
+                self.is_ours(report.uid, o) && !needed.contains(o.path.as_str()) && !survey.log.contains(&o.path)
+            };
+            let objects: Vec<&ObjectRef> = removal.objects.iter().filter(free).collect();
+            let (bytes, count) = (objects.iter().map(|o| o.bytes).sum::<u64>(), objects.len() as u64);
+            let each: Vec<_> = objects.into_iter().map(|o| self.delete(o.path.clone())).collect();
+            let away: Vec<Vec<String>> = stream::iter(each).buffer_unordered(PARALLEL).try_collect().await?;
+            report.deleted.objects += count;
+            report.deleted.bytes += bytes;
+            // A store that was away, or is not attached, may still have them: the removal stays until it answers.
+            if away.iter().all(Vec::is_empty) {
+                failpoints::hit(failpoints::PRUNE_BEFORE_REMOVED)?;
+                let n = removal.n;
+                catalog.append_if(Entry::Removed { removal: n }, |s| s.removals.iter().any(|r| r.n == n)).await?;
+                report.deleted.backups += removal.backups.len() as u64;
+            }
+        }
+        let state = catalog.state().clone();
+        report.pending = state.removals.iter().map(|r| self.pending(survey, report.uid, &state, r)).collect();
+        Ok(())
+    }
+
+    /// Deletes an object everywhere; the names of optional stores that did not answer.
+    async fn delete(&self, path: String) -> Result<Vec<String>> {
+        let away = self.repo.remove(&path).await?;
+        failpoints::hit(failpoints::PRUNE_AFTER_DELETE)?;
+        Ok(away)
+    }
+
+    /// Whether an object is one that this tenant's catalog may remove: in the tenant's folder and of a name of ours. The
+    /// reserved tenant `shared` answers for what concerns all.
+    fn is_ours(&self, tenant: Uuid, o: &ObjectRef) -> bool {
+        let source = self.source.1;
+        let within = |folder: String| o.path.strip_prefix(&folder).is_some_and(|rest| rest.starts_with('/'));
+        let own = within(paths::tenant_dir(source, tenant));
+        let common =
+            tenant == self.shared() && (within(paths::commons_dir(source)) || within(paths::schemas_dir(source)));
+        (own || common) && paths::parse_leaf(&o.path).is_some()
+    }
+}
+
+/// A hold that was placed after a removal was recorded: it stops what is not deleted yet.
+fn held_since(state: &State, r: &Removal) -> Option<Uuid> {
+    state.holds.iter().find(|h| h.at_us >= r.at_us).map(|h| h.id)
+}
+
+fn full(f: &FullEntry, state: &State) -> Full {
+    let of = |ok: bool| state.checks.iter().any(|c| c.backup == f.id && c.ok == ok);
+    // What was found damaged once is not trusted because another look found nothing.
+    let check = match (of(false), of(true) || f.read_back_us.is_some()) {
+        (true, _) => Check::Failed,
+        (false, true) => Check::Verified,
+        (false, false) => Check::Unchecked,
+    };
+    Full {
+        id: f.id,
+        point: f.point_lsn,
+        point_us: f.point_time_us,
+        check,
+        trigger: Trigger::parse(&f.trigger),
+        released: state.released.contains(&f.id),
+        objects: f.needs().cloned().collect(),
+    }
+}
+
+/// The verdicts as a report has them.
+fn backups(state: &State, plan: &Plan) -> Vec<Backup> {
+    let fulls = state.fulls.iter().zip(&plan.fulls).map(|(f, v)| Backup {
+        id: f.id,
+        kind: if f.trigger == "archive" { "archive" } else { "full" },
+        trigger: Some(f.trigger.clone()),
+        point: f.point_lsn,
+        time_us: f.point_time_us,
+        bytes: f.bytes,
+        keep: v.keep,
+        reasons: v.reasons.clone(),
+    });
+    let incrementals = state.incrementals.iter().zip(&plan.changes).map(|(i, v)| Backup {
+        id: i.id,
+        kind: "incremental",
+        trigger: None,
+        point: i.to_lsn,
+        time_us: i.to_time_us,
+        bytes: i.bytes,
+        keep: v.keep,
+        reasons: v.reasons.clone(),
+    });
+    let mut all: Vec<Backup> = fulls.chain(incrementals).collect();
+    all.sort_by_key(|b| (b.time_us, b.point, b.kind));
+    all
+}
