@@ -7,10 +7,12 @@
 //!
 //! Every [`model::STATE_EVERY`]th record carries what the ones before it come to, so that a reader reads few.
 
+pub mod manifest;
 pub mod model;
 #[cfg(test)]
 mod tests;
 
+pub use manifest::PartAt;
 pub use model::{CatalogRecord, Entry, FullEntry, FullTable, Hold, IncrementalEntry, State};
 
 use crate::crypto::{Codec, Expect, Header, ObjectKind, Opener, Sealer, hex, random, sha256};

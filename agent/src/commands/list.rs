@@ -1,7 +1,7 @@
 //! `coffer list`: tenants, what each can be restored to, its backups.
 
 use super::hold;
-use crate::catalog::{Catalog, Hold, State};
+use crate::catalog::{Hold, State};
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::error::{Context, Error, Kind, Result};
@@ -29,7 +29,8 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ListA
     let opened = Opened::new(config, args.from.as_deref()).await?;
     let (mut tenants, mut reserved) = (Vec::new(), Vec::new());
     for (name, uid) in opened.sources(source).await? {
-        let history = opened.history(uid).await?;
+        let mut history = opened.history(uid).await?;
+        history.load_catalogs().await?;
         if let Err(e) = opened.keyring.require(history.records().iter().flat_map(|r| r.objects()).map(ObjectRef::key)) {
             tracing::warn!("the list is not whole: {e}");
         }
@@ -41,9 +42,10 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ListA
             if !wanted {
                 continue;
             }
-            let catalog = Catalog::open(&opened.repo, uid, e.uid, args.from.as_deref()).await?;
+            let none = State::default();
+            let state = history.catalog(e.uid).unwrap_or(&none);
             let list = if e.tenant.kind == TenantKind::Normal { &mut tenants } else { &mut reserved };
-            list.push(tenant(&name, &history, &e, catalog.state()));
+            list.push(tenant(&name, &history, &e, state));
         }
     }
     if let (Some(t), true) = (&args.tenant, tenants.is_empty()) {
@@ -70,8 +72,9 @@ fn tenant(source: &str, history: &History, e: &TenantEntry, state: &State) -> Va
         .backups(e.uid)
         .into_iter()
         .map(|b| {
-            json!({"id": b.id, "kind": "full", "point_lsn": b.point.to_string(), "point_time": rfc3339(b.time_us),
-                "bytes": b.bytes, "rows": b.rows, "tables": b.tables, "verified_at": null, "holds": holding(state, b.time_us)})
+            json!({"id": b.id, "kind": b.kind, "trigger": b.trigger, "reason": b.reason,
+                "point_lsn": b.point.to_string(), "point_time": rfc3339(b.time_us), "bytes": b.bytes, "rows": b.rows,
+                "tables": b.tables, "verified_at": b.verified_us.map(rfc3339), "holds": holding(state, b.time_us)})
         })
         .collect();
     let tables: Vec<_> = history
@@ -120,9 +123,10 @@ fn text(d: &Value) -> String {
         }
         for b in t["backups"].as_array().into_iter().flatten() {
             out.push_str(&format!(
-                "  {}    {} at {} ({}), {} rows, {} bytes\n",
+                "  {:<7} {} ({}) at {} ({}), {} rows, {} bytes\n",
                 s(&b["kind"]),
                 s(&b["id"]),
+                s(&b["trigger"]),
                 s(&b["point_time"]),
                 s(&b["point_lsn"]),
                 b["rows"],

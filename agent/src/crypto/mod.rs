@@ -29,7 +29,7 @@ pub use header::{CHUNK_BYTES, Expect, HEADER_BYTES, Header, ObjectKind};
 pub use key::{DataKey, KeyId, KeySource, SecretBytes};
 pub use open::Opener;
 pub use seal::{Sealed, Sealer};
-pub use sections::{RangeRead, Section, SectionReader};
+pub use sections::{RangeRead, Section, SectionRead, SectionReader};
 
 /// Lower-case hexadecimal, as hashes and names are written everywhere.
 pub fn hex(bytes: &[u8]) -> String {

@@ -5,7 +5,9 @@ use super::key::KeySource;
 use super::open::{ChunkHead, Chunks, corrupt};
 use super::seal::CHUNK_HEAD;
 use crate::error::{Error, Result};
+use std::borrow::BorrowMut;
 use std::io::{self, Read};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 pub(super) const TRAILER_BYTES: usize = 16;
@@ -191,7 +193,17 @@ impl<R: RangeRead> SectionReader<R> {
     }
 
     /// The plaintext of the `n`-th section, authenticated as it is read.
-    pub fn open(&mut self, n: usize) -> Result<impl Read + '_> {
+    pub fn open(&mut self, n: usize) -> Result<SectionRead<&mut Self, R>> {
+        SectionRead::new(self, n)
+    }
+
+    /// The same for who keeps it; [`SectionRead::into_reader`] gives the reader back.
+    pub fn into_section(self, n: usize) -> Result<SectionRead<Self, R>> {
+        SectionRead::new(self, n)
+    }
+
+    /// Where the `n`-th section is, and its chunks: from, to, first, end.
+    fn bounds(&mut self, n: usize) -> Result<(u64, u64, u32, u32)> {
         let s = self.index.sections.get(n).ok_or_else(|| Error::other("there is no such section"))?;
         let (end, end_chunk) = match self.index.sections.get(n + 1) {
             Some(next) => (next.offset, next.chunk),
@@ -199,22 +211,14 @@ impl<R: RangeRead> SectionReader<R> {
         };
         let (at, chunk) = (s.offset, s.chunk);
         self.chunks.seek(chunk);
-        Ok(SectionRead {
-            owner: self,
-            at,
-            end,
-            chunk,
-            end_chunk,
-            buf: Vec::new(),
-            used: 0,
-            plain: Vec::new(),
-            given: 0,
-        })
+        Ok((at, end, chunk, end_chunk))
     }
 }
 
-struct SectionRead<'a, R: RangeRead> {
-    owner: &'a mut SectionReader<R>,
+/// A section being read.
+pub struct SectionRead<O: BorrowMut<SectionReader<R>>, R: RangeRead> {
+    owner: O,
+    of: PhantomData<R>,
     /// Next byte to fetch.
     at: u64,
     end: u64,
@@ -227,7 +231,28 @@ struct SectionRead<'a, R: RangeRead> {
     given: usize,
 }
 
-impl<R: RangeRead> SectionRead<'_, R> {
+impl<O: BorrowMut<SectionReader<R>>, R: RangeRead> SectionRead<O, R> {
+    fn new(mut owner: O, n: usize) -> Result<Self> {
+        let (at, end, chunk, end_chunk) = owner.borrow_mut().bounds(n)?;
+        Ok(Self {
+            owner,
+            of: PhantomData,
+            at,
+            end,
+            chunk,
+            end_chunk,
+            buf: Vec::new(),
+            used: 0,
+            plain: Vec::new(),
+            given: 0,
+        })
+    }
+
+    /// The reader, for another section.
+    pub fn into_reader(self) -> O {
+        self.owner
+    }
+
     /// Makes at least `n` unread bytes available.
     fn need(&mut self, n: usize) -> Result<()> {
         while self.buf.len() - self.used < n {
@@ -237,7 +262,7 @@ impl<R: RangeRead> SectionRead<'_, R> {
             let to = self.end.min(self.at + FETCH_BYTES);
             self.buf.drain(..self.used);
             self.used = 0;
-            let more = self.owner.source.read_range(self.at..to)?;
+            let more = self.owner.borrow_mut().source.read_range(self.at..to)?;
             self.buf.extend_from_slice(&more);
             self.at = to;
         }
@@ -249,13 +274,13 @@ impl<R: RangeRead> SectionRead<'_, R> {
             return Ok(false);
         }
         self.need(CHUNK_HEAD)?;
-        let head = ChunkHead::parse(&self.buf[self.used..], self.owner.chunks.limit())?;
+        let head = ChunkHead::parse(&self.buf[self.used..], self.owner.borrow().chunks.limit())?;
         if head.last {
             return Err(corrupt("the index comes too early"));
         }
         self.need(CHUNK_HEAD + head.sealed_len)?;
         let from = self.used + CHUNK_HEAD;
-        self.owner.chunks.open(&head, &mut self.buf[from..from + head.sealed_len], &mut self.plain)?;
+        self.owner.borrow_mut().chunks.open(&head, &mut self.buf[from..from + head.sealed_len], &mut self.plain)?;
         self.used = from + head.sealed_len;
         self.chunk += 1;
         self.given = 0;
@@ -263,7 +288,7 @@ impl<R: RangeRead> SectionRead<'_, R> {
     }
 }
 
-impl<R: RangeRead> Read for SectionRead<'_, R> {
+impl<O: BorrowMut<SectionReader<R>>, R: RangeRead> Read for SectionRead<O, R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         while self.given >= self.plain.len() {
             if !self.next_chunk().map_err(io::Error::other)? {

@@ -135,8 +135,8 @@ pub struct Line {
     pub gaps: Vec<(Lsn, Lsn, String)>,
     /// Records in order, for times.
     pub times: Vec<TimeAt>,
-    /// Spans of abandoned timelines: from, to.
-    pub abandoned: Vec<(Lsn, Lsn)>,
+    /// Spans of abandoned timelines: from, to, the record that left them.
+    pub abandoned: Vec<(Lsn, Lsn, u64)>,
 }
 
 impl Line {
@@ -153,7 +153,7 @@ impl Line {
                 Body::Base(_) => line.bases.push(BaseAt { record: r.clone() }),
                 Body::Idle => {}
                 Body::Gap { reason } => line.gaps.push((line.end, r.upto_lsn, reason.clone())),
-                Body::Timeline { at, .. } => line.abandon(*at),
+                Body::Timeline { at, .. } => line.abandon(*at, r.n),
             }
             if let Body::Timeline { at, .. } = &r.body {
                 line.end = line.end.min(*at).max(r.upto_lsn.min(*at));
@@ -172,9 +172,9 @@ impl Line {
     }
 
     /// Cuts off what was archived beyond `at`.
-    fn abandon(&mut self, at: Lsn) {
+    fn abandon(&mut self, at: Lsn, n: u64) {
         if self.end > at {
-            self.abandoned.push((at, self.end));
+            self.abandoned.push((at, self.end, n));
         }
         self.ships.retain(|s| s.record.from_lsn < at);
         for s in &mut self.ships {
@@ -186,6 +186,11 @@ impl Line {
         self.gaps.retain(|g| g.0 < at);
         self.times.retain(|t| t.lsn <= at);
         self.end = self.end.min(at);
+    }
+
+    /// Whether what was made of the records up to `log_n`, at this position, is on the line still.
+    pub fn goes_through(&self, at: Lsn, log_n: u64) -> bool {
+        !self.abandoned.iter().any(|(left, _, n)| *n > log_n && at > *left)
     }
 
     /// Drops facts of abandoned timelines: a ship's facts count up to its limit.
@@ -639,7 +644,8 @@ mod tests {
             record(6, 60, 60, timeline),
             record(7, 60, 85, ship()),
         ]);
-        assert_eq!(l.abandoned, [(Lsn(60), Lsn(90))]);
+        assert_eq!(l.abandoned, [(Lsn(60), Lsn(90), 6)]);
+        assert!(l.goes_through(Lsn(60), 5) && !l.goes_through(Lsn(61), 5) && l.goes_through(Lsn(61), 6));
         assert_eq!(l.bases.len(), 1);
         let ships: Vec<_> = l.ships.iter().map(|s| (s.record.n, s.limit)).collect();
         assert_eq!(ships, [(2, Lsn::MAX), (3, Lsn(60)), (7, Lsn::MAX)]);

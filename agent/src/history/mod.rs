@@ -13,12 +13,14 @@ mod when;
 
 pub use when::When;
 
+use crate::catalog::{self, Catalog, FullEntry, PartAt, State, manifest};
 use crate::clock::rfc3339;
 use crate::error::{Error, Kind, Result, WindowSpan};
 use crate::keyring::Keyring;
-use crate::repository::model::SequenceState;
+use crate::repository::model::{DatabaseLocale, SequenceState};
 use crate::repository::{Log, LogRecord, ObjectRef, Repository};
 use coffer_wire::Lsn;
+use futures::{StreamExt, stream};
 use line::{Closed, Facts, Line, ShipAt, TableAt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,6 +28,8 @@ use uuid::Uuid;
 
 /// By how much a source's clock may step back before the times between become ambiguous, in microseconds.
 const CLOCK_STEP_US: i64 = 1_000_000;
+/// Catalogs read at a time.
+const CATALOGS_AHEAD: usize = 16;
 
 /// A position to restore to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,8 +57,12 @@ pub struct Inputs {
     pub target: Lsn,
     /// Every table that is covered there, whether the tenant has rows in it or not.
     pub tables: Vec<TableAt>,
-    /// Fulls and the tables that are read from each.
+    /// Fulls of bases and the tables that are read from each.
     pub fulls: Vec<(ObjectRef, BTreeSet<u32>)>,
+    /// Parts of a synthetic full that the other tables are read from, in order.
+    pub parts: Vec<PartAt>,
+    /// That full.
+    pub full: Option<FullEntry>,
     /// In order.
     pub ships: Vec<ShipInput>,
     /// The definitions as they were at the target.
@@ -63,10 +71,17 @@ pub struct Inputs {
     pub schema_warning: Option<String>,
 }
 
-/// A backup as `list` shows it: a tenant's part of a base.
+/// A backup as `list` shows it: a synthetic full, or a tenant's part of a base.
 #[derive(Clone, Debug)]
 pub struct Backup {
     pub id: Uuid,
+    /// `full` or `archive`.
+    pub kind: &'static str,
+    /// As [`FullEntry::trigger`]; `base` for what was read from the database.
+    pub trigger: String,
+    pub reason: Option<String>,
+    /// When it was read back and was what had been written.
+    pub verified_us: Option<i64>,
     pub point: Lsn,
     pub time_us: i64,
     pub bytes: u64,
@@ -94,6 +109,7 @@ pub struct History {
     records: Vec<Arc<LogRecord>>,
     line: Line,
     facts: Facts,
+    catalogs: BTreeMap<Uuid, State>,
 }
 
 impl History {
@@ -121,7 +137,47 @@ impl History {
             records,
             line,
             facts,
+            catalogs: BTreeMap::new(),
         })
+    }
+
+    /// Takes a tenant's catalog in: its backups can be named, and are read from.
+    pub async fn load_catalog(&mut self, tenant: Uuid) -> Result<()> {
+        let c = Catalog::open(&self.repo, self.source, tenant, self.from.as_deref()).await?;
+        self.catalogs.insert(tenant, c.state().clone());
+        Ok(())
+    }
+
+    /// The same of every tenant that has one.
+    pub async fn load_catalogs(&mut self) -> Result<()> {
+        let having = catalog::tenants(&self.repo, self.source, self.from.as_deref()).await?;
+        let (repo, source, from) = (&self.repo, self.source, self.from.as_deref());
+        let mut read = stream::iter(having.into_keys())
+            .map(|t| async move { Catalog::open(repo, source, t, from).await })
+            .buffer_unordered(CATALOGS_AHEAD);
+        let mut all = BTreeMap::new();
+        while let Some(c) = read.next().await {
+            let c = c?;
+            all.insert(c.tenant(), c.state().clone());
+        }
+        drop(read);
+        self.catalogs = all;
+        Ok(())
+    }
+
+    /// A tenant's catalog, if it was taken in.
+    pub fn catalog(&self, tenant: Uuid) -> Option<&State> {
+        self.catalogs.get(&tenant)
+    }
+
+    /// The synthetic fulls of a tenant that count, oldest first.
+    pub fn fulls(&self, tenant: Uuid) -> Vec<&FullEntry> {
+        let newest = self.records.last().map_or(0, |r| r.n);
+        let counts = |f: &&FullEntry| f.log_n <= newest && self.line.goes_through(f.point_lsn, f.log_n);
+        let mut all: Vec<&FullEntry> =
+            self.catalogs.get(&tenant).into_iter().flat_map(|c| &c.fulls).filter(counts).collect();
+        all.sort_by_key(|f| f.point_lsn);
+        all
     }
 
     pub fn source(&self) -> Uuid {
@@ -192,6 +248,10 @@ impl History {
                     let base = b.base();
                     base.job == *id || base.fulls.iter().any(|f| f.object == *id)
                 });
+                let fulls = self.catalogs.keys().flat_map(|t| self.fulls(*t));
+                if let Some(f) = fulls.into_iter().find(|f| f.id == *id) {
+                    return Ok(Target { asked, lsn: f.point_lsn, time_us: f.point_time_us });
+                }
                 let base = found.ok_or_else(|| {
                     Error::new(Kind::NotFound, format!("there is no backup {id}")).hint("see `coffer list`")
                 })?;
@@ -350,7 +410,26 @@ impl History {
     }
 
     /// What the tenant's rows in these tables at the target are merged from.
-    pub fn inputs(&self, tenant: Uuid, target: Lsn, tables: Vec<TableAt>) -> Inputs {
+    ///
+    /// The newest synthetic full up to the target that holds a table stands for what is older of it, if the tenant's
+    /// catalog was taken in.
+    pub async fn inputs(&self, tenant: Uuid, target: Lsn, mut tables: Vec<TableAt>) -> Result<Inputs> {
+        let definitions: Vec<usize> = tables.iter().filter_map(|t| t.base).collect();
+        let full = self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= target).cloned();
+        let mut parts = Vec::new();
+        if let Some(f) = &full {
+            let mut from_it = BTreeSet::new();
+            for t in tables.iter_mut().filter(|t| t.cut < f.point_lsn) {
+                if f.tables.iter().any(|h| h.relid == t.relid) {
+                    (t.cut, t.base) = (f.point_lsn, None);
+                    from_it.insert(t.relid);
+                }
+            }
+            if let Some(m) = &f.manifest {
+                parts = manifest::read(&self.repo, m, &f.objects, self.from_store()).await?;
+                parts.retain(|p| from_it.contains(&p.relid));
+            }
+        }
         let least = tables.iter().map(|t| t.cut).min().unwrap_or(target);
         let mut ships = Vec::new();
         for s in &self.line.ships {
@@ -365,10 +444,10 @@ impl History {
             }
         }
         // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
-        let of_tables = || tables.iter().filter_map(|t| t.base).map(|b| self.line.bases[b].base());
+        let of_tables = || definitions.iter().map(|b| self.line.bases[*b].base());
         let (schema, schema_warning) = self.schema_at(target, &mut of_tables().map(|b| b.schema.as_ref()));
         let fulls = self.line.fulls(&tables, tenant);
-        Inputs { target, tables, fulls, ships, schema, schema_warning }
+        Ok(Inputs { target, tables, fulls, parts, full, ships, schema, schema_warning })
     }
 
     /// Where the sequences stood at the target: of each the newest state that was read at or before it, by bases, by
@@ -405,9 +484,7 @@ impl History {
 
     /// The settings of the database itself, as the newest base up to the target found them.
     pub fn database_settings(&self, target: &Target) -> &[String] {
-        let of_bases = self.line.bases.iter().map(|b| b.base()).filter(|b| b.cut_lsn <= target.lsn);
-        let found = of_bases.filter_map(|b| Some((b.cut_lsn, b.database.as_ref()?))).max_by_key(|(cut, _)| *cut);
-        found.map_or(&[], |(_, d)| &d.settings)
+        self.database(target.lsn).map_or(&[], |d| &d.settings)
     }
 
     /// The definitions at a position: the newest that were archived up to it or, when they changed since, the next ones,
@@ -477,8 +554,20 @@ impl History {
         out
     }
 
-    /// The tenant's backups, oldest first.
-    pub fn backups(&self, tenant: Uuid) -> Vec<Backup> {
+    /// The database's encoding and settings, as the newest base up to the target found them.
+    pub fn database(&self, target: Lsn) -> Option<&DatabaseLocale> {
+        let of_bases = self.line.bases.iter().map(|b| b.base()).filter(|b| b.cut_lsn <= target);
+        of_bases.filter_map(|b| Some((b.cut_lsn, b.database.as_ref()?))).max_by_key(|(cut, _)| *cut).map(|(_, d)| d)
+    }
+
+    /// The class of a table, as the newest base that notes it has it.
+    pub fn class(&self, relid: u32) -> Option<&str> {
+        let relid = relid.to_string();
+        self.line.bases.iter().rev().find_map(|b| b.base().classes.get(&relid)).map(String::as_str)
+    }
+
+    /// What was read from the database for a tenant, oldest first: its part of each base.
+    pub fn bases(&self, tenant: Uuid) -> Vec<Backup> {
         self.line
             .bases
             .iter()
@@ -489,6 +578,10 @@ impl History {
                 let full = base.fulls.iter().find(|f| f.tenant == tenant);
                 Backup {
                     id: full.map_or(base.job, |f| f.object),
+                    kind: "full",
+                    trigger: "base".to_owned(),
+                    reason: None,
+                    verified_us: None,
                     point: base.cut_lsn,
                     time_us: self.line.time_at(base.cut_lsn),
                     bytes: full.map_or(0, |f| f.bytes),
@@ -498,6 +591,26 @@ impl History {
                 }
             })
             .collect()
+    }
+
+    /// The tenant's backups, oldest first.
+    pub fn backups(&self, tenant: Uuid) -> Vec<Backup> {
+        let mut all = self.bases(tenant);
+        all.extend(self.fulls(tenant).into_iter().map(|f| Backup {
+            id: f.id,
+            kind: if f.trigger == "archive" { "archive" } else { "full" },
+            trigger: f.trigger.clone(),
+            reason: f.reason.clone(),
+            point: f.point_lsn,
+            time_us: f.point_time_us,
+            bytes: f.bytes,
+            rows: f.rows,
+            tables: f.tables.len(),
+            verified_us: f.read_back_us,
+            object: None,
+        }));
+        all.sort_by_key(|b| b.point);
+        all
     }
 
     fn not_durable(&self, asked: &str) -> Error {

@@ -30,6 +30,7 @@ mod intake;
 mod key;
 mod moves;
 mod parts;
+mod parts_reader;
 mod presorted;
 mod scratch;
 mod sorter;

@@ -1,6 +1,8 @@
 //! A tenant at a position: its fulls and changesets, read from the repository, merged.
 
 use super::{Holes, Merge, MergeStats, Pick, RowSink, Scratch};
+use super::parts_reader::PartsReader;
+use crate::catalog::PartAt;
 use crate::crypto::Opener;
 use crate::error::{Error, Result};
 use crate::history::Inputs;
@@ -9,7 +11,7 @@ use crate::tenant::Tenant;
 use bytes::Bytes;
 use coffer_wire::{Begin, Lsn, TenantKind};
 use futures::{StreamExt, stream};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::Read;
 use std::sync::Arc;
 use tokio::runtime::Handle;
@@ -40,6 +42,13 @@ pub struct TenantAt {
 impl TenantAt {
     /// Gives all rows to the sink, sorted by table and key. Blocking: never on a thread of the async runtime.
     pub fn read(&self, sink: &mut dyn RowSink) -> Result<MergeStats> {
+        let mut merge = self.changes()?;
+        self.fulls(&mut merge, &|_| true)?;
+        merge.run(sink)
+    }
+
+    /// A merge that has read the changes, and no fulls yet.
+    pub fn changes(&self) -> Result<Merge> {
         let mut merge = Merge::new(&self.scratch, self.memory)?;
         merge.on_holes(self.holes);
         let cuts: HashMap<u32, Lsn> = self.inputs.tables.iter().map(|t| (t.relid, t.cut)).collect();
@@ -55,11 +64,22 @@ impl TenantAt {
                 merge.changes(&mut *plain, &mut pick).map_err(during)?;
             }
         }
+        Ok(merge)
+    }
+
+    /// Adds the fulls: of the parts, those with a number that is `wanted`.
+    pub fn fulls(&self, merge: &mut Merge, wanted: &dyn Fn(usize) -> bool) -> Result<()> {
         for (full, tables) in &self.inputs.fulls {
             let opener = self.repo.open_object(&self.rt, full, self.from.as_deref())?;
             merge.full(0, Box::new(opener), Some(tables.clone()));
         }
-        merge.run(sink)
+        let numbered = self.inputs.parts.iter().enumerate();
+        let parts: VecDeque<PartAt> = numbered.filter(|(n, _)| wanted(*n)).map(|(_, p)| p.clone()).collect();
+        if !parts.is_empty() {
+            let (repo, rt, from) = (self.repo.clone(), self.rt.clone(), self.from.clone());
+            merge.full(0, Box::new(PartsReader { repo, rt, from, parts, open: None, current: None }), None);
+        }
+        Ok(())
     }
 
     fn open(&self, object: &ObjectRef, ahead: &mut mpsc::Receiver<Result<Bytes>>) -> Result<Box<dyn Read + Send>> {

@@ -43,9 +43,9 @@ pub async fn run(means: &Means<'_>, request: &Request) -> Result<Report> {
     request.place.require_free().await?;
     let (opened, source) = (means.opened, means.source.1);
     let entry = opened.tenant(means.source, &request.tenant).await?;
-    let (history, target) = wait_for(means, request).await?;
+    let (mut history, target) = wait_for(means, request, entry.uid).await?;
     let tables = history.require(&target, entry.uid, &|qualified| wanted(&request.tables, qualified))?;
-    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables));
+    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables).await?);
     let at = TenantAt {
         repo: opened.repo.clone(),
         rt: Handle::current(),
@@ -65,7 +65,7 @@ pub async fn run(means: &Means<'_>, request: &Request) -> Result<Report> {
             to_files((dir.clone(), *format), at, request, counts, (&target, roles)).await?
         }
         Place::Database(dsn) => {
-            let shared = shared(opened, source, &history, &target, &at)?;
+            let shared = shared(opened, source, &mut history, &target, &at).await?;
             let beside = Beside {
                 sequences: history.sequences(&target).await?,
                 settings: history.database_settings(&target).to_vec(),
@@ -115,13 +115,14 @@ fn unquoted(qualified: &str) -> String {
 
 /// The history in which the target is durable, and the target. For a new database, its definitions count, too: the agent
 /// archives them a moment after they changed.
-async fn wait_for(means: &Means<'_>, request: &Request) -> Result<(History, Target)> {
+async fn wait_for(means: &Means<'_>, request: &Request, tenant: Uuid) -> Result<(History, Target)> {
     let deadline = request.wait.map(|w| Instant::now() + w);
     let over = || deadline.is_none_or(|d| Instant::now() + POLL > d);
     let new_database = matches!(request.place, Place::Database(_));
     loop {
         means.watch.check()?;
-        let history = means.opened.history(means.source.1).await?;
+        let mut history = means.opened.history(means.source.1).await?;
+        history.load_catalog(tenant).await?;
         match history.resolve(&request.to).await {
             Ok(target) if !new_database || over() || !history.definitions_pending(&target) => {
                 return Ok((history, target));
@@ -218,10 +219,10 @@ async fn to_files(
 }
 
 /// The shared tables at the same point, when there are any.
-fn shared(
+async fn shared(
     opened: &Opened,
     source: Uuid,
-    history: &History,
+    history: &mut History,
     target: &Target,
     at: &TenantAt,
 ) -> Result<Option<TenantAt>> {
@@ -232,7 +233,8 @@ fn shared(
     let Some(entry) = opened.keyring.find(source, &tenant) else { return Ok(None) };
     // Which tables are shared is known from the rows alone; what is not known at the target is the tenant's, or was asked
     // for and refused before.
-    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, history.known(target)));
+    history.load_catalog(entry.uid).await?;
+    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, history.known(target)).await?);
     Ok(Some(TenantAt { tenant, inputs, ..at.clone() }))
 }
 

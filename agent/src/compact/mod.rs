@@ -1,0 +1,135 @@
+//! Compaction: what the stream and the bases left, made into what is quick to restore and cheap to keep.
+//!
+//! [`Compactor::take_full`] makes a synthetic full: every row of a tenant at a point, merged from the full before (or the
+//! bases) and the changes since, without touching the database. It writes only the parts that a change touched and refers
+//! to the rest; a tenant that did nothing costs one catalog entry.
+//!
+//! A full is recorded when it was read back from the stores and was what had been written. What a worker leaves that dies
+//! before is objects that nobody names.
+
+mod full;
+
+use crate::catalog::{Catalog, Entry, FullEntry, FullTable};
+use crate::clock::SharedClock;
+use crate::error::{Context, Error, Kind, Result};
+use crate::failpoints;
+use crate::history::{History, Target};
+use crate::keyring::{Keyring, TenantEntry};
+use crate::merge::{Holes, Scratch, TenantAt};
+use crate::repository::Repository;
+use full::Written;
+use std::collections::HashMap;
+use std::sync::Arc;
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+/// Bytes of rows after which a part of a full ends.
+pub const DEFAULT_PART_BYTES: u64 = 8 << 20;
+
+/// Makes synthetic fulls of a source's tenants.
+#[derive(Clone)]
+pub struct Compactor {
+    pub repo: Arc<Repository>,
+    pub keyring: Arc<Keyring>,
+    pub rt: Handle,
+    pub clock: SharedClock,
+    pub source: Uuid,
+    pub scratch: Scratch,
+    /// For one merge, in bytes.
+    pub memory: usize,
+    pub part_bytes: u64,
+}
+
+/// Why a full is made.
+#[derive(Clone, Debug)]
+pub struct Occasion {
+    /// As [`FullEntry::trigger`].
+    pub trigger: String,
+    pub reason: Option<String>,
+}
+
+impl Compactor {
+    /// Makes and records a full of every row of the tenant at a point. `history` has the tenant's catalog.
+    ///
+    /// # Errors
+    /// `OutsideWindow`: the point cannot be restored to.
+    pub async fn take_full(
+        &self,
+        history: &History,
+        tenant: &TenantEntry,
+        point: &Target,
+        occasion: &Occasion,
+    ) -> Result<FullEntry> {
+        let covered = history.require(point, tenant.uid, &|_| true)?;
+        let inputs = history.inputs(tenant.uid, point.lsn, covered.clone()).await?;
+        let newest = history.records().last().ok_or_else(|| Error::other("the log is empty"))?;
+        let schema = inputs.schema.clone();
+        let at = TenantAt {
+            repo: self.repo.clone(),
+            rt: self.rt.clone(),
+            tenant: tenant.tenant.clone(),
+            inputs: Arc::new(inputs),
+            from: history.from_store().map(str::to_owned),
+            scratch: self.scratch.clone(),
+            memory: self.memory,
+            // A row that came from another tenant may have values that only a later change brings.
+            holes: Holes::Keep,
+        };
+        let job = full::Job {
+            compactor: self.clone(),
+            entry: tenant.clone(),
+            point: point.lsn,
+            system_identifier: newest.system_identifier,
+            timeline: newest.timeline,
+        };
+        let written = tokio::task::spawn_blocking(move || full::write(&job, &at))
+            .await
+            .context(Kind::Other, "a worker thread broke off")??;
+        failpoints::hit(failpoints::FULL_AFTER_OBJECTS)?;
+        let Written { manifest, objects, rows, bytes } = written;
+        let mut by_table: HashMap<u32, u64> = HashMap::new();
+        for (relid, n) in rows {
+            *by_table.entry(relid).or_default() += n;
+        }
+        let tables: Vec<FullTable> = covered
+            .into_iter()
+            .map(|t| FullTable {
+                relid: t.relid,
+                class: history.class(t.relid).map(str::to_owned),
+                rows: by_table.get(&t.relid).copied().unwrap_or(0),
+                name: t.name,
+            })
+            .collect();
+        let full = FullEntry {
+            id: crate::crypto::random::uuid(),
+            trigger: occasion.trigger.clone(),
+            reason: occasion.reason.clone(),
+            point_lsn: point.lsn,
+            point_time_us: point.time_us,
+            log_n: newest.n,
+            system_identifier: newest.system_identifier,
+            timeline: newest.timeline,
+            rows: tables.iter().map(|t| t.rows).sum(),
+            tables,
+            manifest,
+            objects,
+            schema,
+            roles: history.roles(tenant.uid, point).cloned(),
+            sequences: history.sequences(point).await?,
+            database: history.database(point.lsn).cloned(),
+            bytes,
+            read_back_us: Some(self.clock.now_us()),
+        };
+        let mut catalog = Catalog::open(&self.repo, self.source, tenant.uid, None).await?;
+        catalog.append(Entry::Full(full.clone())).await?;
+        tracing::info!(
+            tenant_uid = %tenant.uid,
+            point = %full.point_lsn,
+            rows = full.rows,
+            bytes = full.bytes,
+            "full taken ({})",
+            full.trigger
+        );
+        Ok(full)
+    }
+}
