@@ -54,6 +54,8 @@ pub enum Verb {
     List(commands::list::ListArgs),
     /// One backup, or one object of a store
     Show(commands::show::ShowArgs),
+    /// Make a synthetic full of each tenant: restores begin there, and read fewer objects. Reads nothing from the database
+    Compact(commands::compact::CompactArgs),
     /// Read back and authenticate everything that the log names; exit code 5 or 7 when something is not as written
     Verify(commands::verify::VerifyArgs),
     /// What retention keeps and what goes, with a reason for each; removes with --confirm

@@ -33,6 +33,8 @@ pub struct Config {
     #[serde(default)]
     pub schedule: ScheduleConfig,
     #[serde(default)]
+    pub compact: CompactConfig,
+    #[serde(default)]
     pub limits: LimitsConfig,
     #[serde(default)]
     pub spool: SpoolConfig,
@@ -213,6 +215,20 @@ impl ScheduleConfig {
             Schedule::parse(expression).map_err(|e| e.during(format_args!("[schedule] {key}")))?;
         }
         Ok(())
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CompactConfig {
+    /// Bytes of rows after which a part of a full ends: what is written anew when one row in it changes.
+    #[serde(deserialize_with = "bytes")]
+    pub part: u64,
+}
+
+impl Default for CompactConfig {
+    fn default() -> Self {
+        Self { part: crate::compact::DEFAULT_PART_BYTES }
     }
 }
 

@@ -69,6 +69,7 @@ fn with_configuration(cli: &Cli, verb: &Verb) -> Result<u8> {
             Verb::Restore(args) => commands::restore::run(&config, source, cli.json, args).await,
             Verb::List(args) => commands::list::run(&config, source, cli.json, args).await.map(done),
             Verb::Show(args) => commands::show::run(&config, source, cli.json, args).await.map(done),
+            Verb::Compact(args) => commands::compact::run(&config, source, cli.json, args).await,
             Verb::Verify(args) => commands::verify::run(&config, source, cli.json, args).await,
             Verb::Prune(args) => commands::prune::run(&config, source, cli.json, args).await,
             Verb::Hold(args) => commands::hold::hold(&config, source, cli.json, args).await.map(done),

@@ -28,6 +28,7 @@ fn on_major(major: u32, test: impl Fn(u32)) {
 mod awkward;
 mod big;
 mod bytes;
+mod compaction;
 mod crash;
 mod ddl;
 mod exactness;

@@ -102,9 +102,8 @@ pub async fn read(
     from: Option<&str>,
 ) -> Result<Vec<PartAt>> {
     let plain = repo.open_small(manifest, from).await?;
-    let bad = |what: String| {
-        Error::new(Kind::Verification, format!("object {}: {what}", manifest.path)).code("malformed")
-    };
+    let bad =
+        |what: String| Error::new(Kind::Verification, format!("object {}: {what}", manifest.path)).code("malformed");
     let m: Manifest = serde_json::from_slice(&plain).map_err(|e| bad(format!("it is no manifest: {e}")))?;
     if m.v != MANIFEST_VERSION {
         return Err(bad(format!("it has version {}; this coffer reads version {MANIFEST_VERSION}", m.v)));

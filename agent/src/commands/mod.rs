@@ -1,6 +1,7 @@
 //! One file per verb.
 
 pub mod backup;
+pub mod compact;
 pub mod demo;
 pub mod doctor;
 pub mod hold;

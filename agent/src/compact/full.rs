@@ -52,8 +52,8 @@ pub(super) fn write(job: &Job, at: &TenantAt) -> Result<Written> {
     at.fulls(&mut merge, &|n| touched[n])?;
     let kept: Vec<&PartAt> = before.iter().zip(&touched).filter(|(_, t)| !**t).map(|(p, _)| p).collect();
     let borders = kept.iter().map(|p| (p.relid, p.first.clone().unwrap_or_default())).collect();
-    let mut writer = FullWriter::new(write_job(job), vec![at.tenant.clone()])
-        .in_parts(Cuts { part_bytes: c.part_bytes, borders });
+    let mut writer =
+        FullWriter::new(write_job(job), vec![at.tenant.clone()]).in_parts(Cuts { part_bytes: c.part_bytes, borders });
     let stats = merge.run(&mut writer)?;
     if stats.duplicates > 0 {
         return Err(Error::new(
@@ -82,7 +82,8 @@ pub(super) fn write(job: &Job, at: &TenantAt) -> Result<Written> {
     parts.sort_by(|a, b| (a.relid, &a.first).cmp(&(b.relid, &b.first)));
     let rows = parts.iter().map(|p| (p.relid, p.rows)).collect();
     let objects = objects_of(&parts);
-    let same = at.inputs.full.as_ref().filter(|f| new_object.is_none() && parts.len() == whole(at, f.manifest.as_ref()));
+    let same =
+        at.inputs.full.as_ref().filter(|f| new_object.is_none() && parts.len() == whole(at, f.manifest.as_ref()));
     let manifest = match same {
         _ if parts.is_empty() => None,
         Some(f) => f.manifest.clone(),

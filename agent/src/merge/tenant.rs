@@ -1,7 +1,7 @@
 //! A tenant at a position: its fulls and changesets, read from the repository, merged.
 
-use super::{Holes, Merge, MergeStats, Pick, RowSink, Scratch};
 use super::parts_reader::PartsReader;
+use super::{Holes, Merge, MergeStats, Pick, RowSink, Scratch};
 use crate::catalog::PartAt;
 use crate::crypto::Opener;
 use crate::error::{Error, Result};
