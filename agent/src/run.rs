@@ -29,13 +29,16 @@ pub struct MemoryShares {
     pub base: u64,
     /// Merging of one job from SQL; two may run at a time.
     pub job: usize,
+    /// The same of fulls.
+    pub compact: u64,
 }
 
 impl MemoryShares {
     /// The shares of one of `sources` sources.
     pub fn of(memory: u64, sources: usize) -> Self {
         let each = memory / sources.max(1) as u64;
-        Self { stream: each / 5, base: each / 4, job: usize::try_from(each / 10).unwrap_or(usize::MAX) }
+        let job = usize::try_from(each / 10).unwrap_or(usize::MAX);
+        Self { stream: each / 5, base: each / 4, job, compact: each / 8 }
     }
 }
 

@@ -6,6 +6,7 @@
 //! archived, so that no later reader takes a chain for whole that is not.
 
 use crate::alarms;
+use crate::compact;
 use crate::demux::{self, Flow, Intake, Limits, ShipItem};
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
@@ -87,6 +88,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         }),
         tokio::spawn(clear_gaps(ctx.clone())),
         tokio::spawn(crate::prune::watch(ctx.clone())),
+        tokio::spawn(compact::on_schedule(ctx.clone())),
         tokio::spawn(sequences::watch(ctx.clone(), sequences)),
     ];
     let mut served = tokio::spawn(jobs::run(ctx.clone(), flow));

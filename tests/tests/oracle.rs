@@ -111,7 +111,11 @@ impl<'c> Case<'c> {
         let observer = cluster.connect(&db).await;
         observer.batch_execute(PINNED).await.expect("settings");
         observer.batch_execute("SET lock_timeout = '300ms'").await.expect("settings");
-        let agent = Agent::new(&Setup { ship_interval: "100ms".into(), ..Setup::of(cluster, &db) });
+        let agent = Agent::new(&Setup {
+            ship_interval: "100ms".into(),
+            more: "[compact]\npart = \"4KiB\"".into(),
+            ..Setup::of(cluster, &db)
+        });
         let case = Self {
             cluster,
             seed,
@@ -143,6 +147,7 @@ impl<'c> Case<'c> {
                 self.alter(&mut sessions).await;
             }
             self.disturb(round);
+            self.compact();
             self.point(&mut sessions, &format!("point {round}")).await;
         }
         sessions.drain(&mut self.rng, &mut self.script).await;
@@ -255,6 +260,19 @@ impl<'c> Case<'c> {
         }
         self.script.say(format!("-- the agent is started again in round {round}"));
         self.agent.start();
+    }
+
+    /// Makes fulls of what is durable, or not: restores to later points begin there.
+    fn compact(&mut self) {
+        if self.rng.random_bool(0.5) {
+            return;
+        }
+        let out = self.agent.coffer(&["--json", "compact"]);
+        // A table may wait for its base.
+        let code = out.status.code();
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert!(matches!(code, Some(0 | 3 | 4 | 9)), "compact: {code:?}: {said}");
+        self.script.say("-- fulls are made");
     }
 
     /// TRUNCATE or DDL, with everybody else's transactions ended, in a transaction with changes of rows or alone.

@@ -89,7 +89,8 @@ impl Catalog {
         let first = if self.next > anchor { self.next } else { anchor };
         let anchored = first != self.next || first == 0;
         let (this, copies) = (&*self, &copies);
-        let mut read = stream::iter(first..=last).map(|n| this.read(copies, n)).buffered(PARALLEL);
+        let each: Vec<_> = (first..=last).map(|n| this.read(copies, n)).collect();
+        let mut read = stream::iter(each).buffered(PARALLEL);
         let (mut state, mut head, mut next) = (self.state.clone(), self.head.clone(), self.next);
         while let Some(record) = read.next().await {
             let (r, hash) = record?;
@@ -265,20 +266,19 @@ pub async fn tenants(
             r => r?,
         };
         let uids: Vec<Uuid> = folders.iter().filter_map(|f| Uuid::try_parse(f).ok()).collect();
-        let listed: Vec<(Uuid, Result<Vec<(String, u64)>>)> = stream::iter(uids)
-            .map(|uid| {
-                let store = store.clone();
-                async move { (uid, store.list(&paths::catalog_dir(source, uid)).await) }
-            })
-            .buffer_unordered(PARALLEL)
-            .collect()
-            .await;
+        let each: Vec<_> = uids.into_iter().map(|uid| numbers(&store, source, uid)).collect();
+        let listed: Vec<(Uuid, Result<BTreeSet<u64>>)> = stream::iter(each).buffer_unordered(PARALLEL).collect().await;
         for (uid, l) in listed {
-            let numbers: BTreeSet<u64> = l?.iter().filter_map(|(name, _)| paths::log_number(name)).collect();
+            let numbers = l?;
             if !numbers.is_empty() {
                 out.entry(uid).or_default().extend(numbers);
             }
         }
     }
     Ok(out)
+}
+
+async fn numbers(store: &Store, source: Uuid, tenant: Uuid) -> (Uuid, Result<BTreeSet<u64>>) {
+    let listed = store.list(&paths::catalog_dir(source, tenant)).await;
+    (tenant, listed.map(|l| l.iter().filter_map(|(name, _)| paths::log_number(name)).collect()))
 }

@@ -239,6 +239,12 @@ impl State {
         self.released.dedup();
     }
 
+    /// Every object that something needs which counts; some more than once.
+    pub fn objects(&self) -> impl Iterator<Item = &ObjectRef> {
+        let of_incrementals = self.incrementals.iter().filter_map(|i| i.object.as_ref());
+        self.fulls.iter().flat_map(FullEntry::needs).chain(of_incrementals)
+    }
+
     /// The full of this id.
     pub fn full(&self, id: Uuid) -> Option<&FullEntry> {
         self.fulls.iter().find(|f| f.id == id)

@@ -1,22 +1,18 @@
 //! `coffer compact`: a synthetic full of each tenant at what is durable now, merged from the repository alone.
 
 use super::progress::Progress;
+use crate::catalog::FullEntry;
 use crate::clock::rfc3339;
-use crate::compact::{Compactor, Occasion};
+use crate::compact::{Compactor, Occasion, PARALLEL};
 use crate::config::Config;
 use crate::error::{Context, Kind, Result};
-use crate::history::{History, Target, When};
-use crate::keyring::TenantEntry;
+use crate::history::When;
 use crate::opened::{Opened, scratch};
 use crate::tenant::Tenant;
-use coffer_wire::TenantKind;
-use futures::{StreamExt, stream};
+use futures::StreamExt;
 use serde_json::{Value, json};
 use std::io::Write;
 use tokio::runtime::Handle;
-
-/// Tenants at a time.
-const PARALLEL: usize = 2;
 
 #[derive(clap::Args, Debug)]
 pub struct CompactArgs {
@@ -48,13 +44,13 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
             part_bytes: config.compact.part,
         };
         let progress = Progress::new(&format!("compacting {name}"), "tenants", tenants.len() as u64, json);
-        let each = tenants.into_iter().filter(|t| t.tenant.kind != TenantKind::Unresolved);
-        let mut done = stream::iter(each).map(|t| one(&compactor, &history, t, &point)).buffer_unordered(PARALLEL);
+        let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
+        let mut done = std::pin::pin!(compactor.all(&history, tenants, &point, &occasion));
         while let Some((t, made)) = done.next().await {
             progress.add(1);
             let who = json!({"source": name, "tenant": t.tenant.key, "kind": t.tenant.kind.name(), "uid": t.uid});
             match made {
-                Ok(more) => fulls.push(merged(who, more)),
+                Ok(full) => fulls.push(merged(who, shown(&full))),
                 Err(e) if matches!(e.kind(), Kind::OutsideWindow | Kind::Verification) => {
                     let code = e.kind().exit_code();
                     skipped.push(merged(who, json!({"reason": e.to_string(), "exit": code})));
@@ -76,13 +72,9 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
     Ok(code)
 }
 
-async fn one(c: &Compactor, history: &History, t: TenantEntry, point: &Target) -> (TenantEntry, Result<Value>) {
-    let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
-    let made = c.take_full(history, &t, point, &occasion).await.map(|f| {
-        json!({"id": f.id, "point_lsn": f.point_lsn.to_string(), "point_time": rfc3339(f.point_time_us),
-            "rows": f.rows, "bytes": f.bytes, "objects": f.objects.len()})
-    });
-    (t, made)
+fn shown(f: &FullEntry) -> Value {
+    json!({"id": f.id, "point_lsn": f.point_lsn.to_string(), "point_time": rfc3339(f.point_time_us), "rows": f.rows,
+        "bytes": f.bytes, "objects": f.objects.len()})
 }
 
 fn merged(mut a: Value, b: Value) -> Value {

@@ -5,6 +5,7 @@
 //! parse, rows of one tenant, as many as recorded.
 
 use super::progress::Progress;
+use crate::catalog::{self, Catalog};
 use crate::config::Config;
 use crate::crypto::ObjectKind;
 use crate::error::{Context, Error, Kind, Result};
@@ -15,7 +16,7 @@ use crate::repository::{Body, Log, LogRecord, ObjectRef, paths};
 use crate::tenant::Tenant;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -176,13 +177,20 @@ async fn one_store(
         Err(e) => return Err(e),
     };
     let mut failures = continuity(source, log.records());
-    let wanted: Vec<ObjectRef> = log
+    let mut wanted: Vec<ObjectRef> = log
         .records()
         .iter()
         .flat_map(|r| r.objects())
         .filter(|o| tenant.is_none_or(|t| t == o.tenant))
         .cloned()
         .collect();
+    let (of_catalogs, more) = catalogs(opened, (source, tenant), store, seen).await?;
+    failures.extend(more);
+    let known: HashSet<&str> = wanted.iter().map(|o| o.path.as_str()).collect();
+    let fresh: BTreeMap<&str, &ObjectRef> =
+        of_catalogs.iter().map(|o| (o.path.as_str(), o)).filter(|(p, _)| !known.contains(p)).collect();
+    let fresh: Vec<ObjectRef> = fresh.into_values().cloned().collect();
+    wanted.extend(fresh);
     seen.extend(wanted.iter().map(|o| o.path.clone()));
     if tenant.is_none() {
         seen.extend((0..log.records().len() as u64).map(|n| paths::log_record(source, n)));
@@ -223,6 +231,31 @@ async fn one_store(
     }
     failures.sort_by(|a, b| a.object.cmp(&b.object));
     Ok(failures)
+}
+
+/// What the catalogs in one store name, and what is wrong with them.
+async fn catalogs(
+    opened: &Opened,
+    (source, tenant): (Uuid, Option<Uuid>),
+    store: &str,
+    seen: &mut HashSet<String>,
+) -> Result<(Vec<ObjectRef>, Vec<Failure>)> {
+    let (mut objects, mut failures) = (Vec::new(), Vec::new());
+    let having = catalog::tenants(&opened.repo, source, Some(store)).await?;
+    for (uid, numbers) in having.into_iter().filter(|(uid, _)| tenant.is_none_or(|t| t == *uid)) {
+        match Catalog::open(&opened.repo, source, uid, Some(store)).await {
+            Ok(c) => {
+                objects.extend(c.state().objects().cloned());
+                seen.extend(numbers.into_iter().map(|n| paths::catalog_record(source, uid, n)));
+            }
+            Err(e) if is_finding(&e) => {
+                let folder = paths::catalog_dir(source, uid);
+                failures.push(Failure::of(&named_in(&e, &folder), Some(uid), &e.during(format_args!("store {store}"))));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok((objects, failures))
 }
 
 /// The record that an error of the log names, else the log's folder.

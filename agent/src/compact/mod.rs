@@ -7,7 +7,10 @@
 //! A full is recorded when it was read back from the stores and was what had been written. What a worker leaves that dies
 //! before is objects that nobody names.
 
+mod all;
 mod full;
+
+pub use all::{PARALLEL, on_schedule};
 
 use crate::catalog::{Catalog, Entry, FullEntry, FullTable};
 use crate::clock::SharedClock;

@@ -152,9 +152,8 @@ impl History {
     pub async fn load_catalogs(&mut self) -> Result<()> {
         let having = catalog::tenants(&self.repo, self.source, self.from.as_deref()).await?;
         let (repo, source, from) = (&self.repo, self.source, self.from.as_deref());
-        let mut read = stream::iter(having.into_keys())
-            .map(|t| async move { Catalog::open(repo, source, t, from).await })
-            .buffer_unordered(CATALOGS_AHEAD);
+        let each: Vec<_> = having.into_keys().map(|t| Catalog::open(repo, source, t, from)).collect();
+        let mut read = stream::iter(each).buffer_unordered(CATALOGS_AHEAD);
         let mut all = BTreeMap::new();
         while let Some(c) = read.next().await {
             let c = c?;

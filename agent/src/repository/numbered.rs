@@ -81,9 +81,7 @@ impl Repository {
 
     async fn catch_up_catalog(self: &Arc<Self>, m: &Member, source: Uuid, tenant: Uuid) -> Result<()> {
         let catalog = Catalog::open(self, source, tenant, None).await?;
-        let state = catalog.state();
-        let of_incrementals = state.incrementals.iter().filter_map(|i| i.object.as_ref());
-        for object in state.fulls.iter().flat_map(|f| f.needs()).chain(of_incrementals) {
+        for object in catalog.state().objects() {
             self.copy_object(m, object).await?;
         }
         self.copy_records(m, source, tenant).await
