@@ -60,6 +60,15 @@ CREATE TABLE coffer.session_rows (
     PRIMARY KEY (relid, key)
 );
 
+-- Columns of covered tables that name large objects.
+CREATE TABLE coffer.large_object_entries (
+    relid     oid NOT NULL,                          -- the table, or the root of a partition tree
+    attnum    int2 NOT NULL,
+    added_at  timestamptz NOT NULL DEFAULT now(),
+    added_by  text NOT NULL DEFAULT session_user,
+    PRIMARY KEY (relid, attnum)
+);
+
 CREATE TABLE coffer.exclusions (
     relid        oid PRIMARY KEY,
     reason       text NOT NULL,

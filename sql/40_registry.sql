@@ -288,6 +288,7 @@ BEGIN
     PERFORM coffer._lock(rel, 'ACCESS EXCLUSIVE');
     DELETE FROM coffer.rules WHERE relid = rel RETURNING parent INTO up;
     DELETE FROM coffer.session_rows s WHERE s.relid = rel;
+    DELETE FROM coffer.large_object_entries e WHERE e.relid = rel;
     PERFORM coffer._drop_triggers(rel);
     PERFORM coffer._sync_parent(up);
     PERFORM coffer._sync_parent(rel);
@@ -441,6 +442,7 @@ BEGIN
         FOR m IN SELECT relid FROM coffer.rule_relations WHERE root = rel LOOP
             PERFORM coffer._restore_identity(m);
         END LOOP;
+        DELETE FROM coffer.large_object_entries e WHERE e.relid = rel;
         PERFORM coffer._changed(rel, 'remove');
         relation := rel; strategy := 'schema'; tenant_column := NULL; parent := NULL; class := coffer._class_name(rule.class);
         reason := 'no longer covered';

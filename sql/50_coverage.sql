@@ -22,7 +22,13 @@ SELECT c.oid::regclass AS relation,
             WHEN r.relid IS NOT NULL THEN r.reason
             WHEN s.nspid IS NOT NULL THEN format('every table of schema %I belongs to tenant %s', n.nspname, s.tenant)
             WHEN x.extname IS NOT NULL THEN format('belongs to extension %I; no rule', x.extname)
-            ELSE 'no rule' END AS reason
+            ELSE 'no rule' END
+            || CASE WHEN r.relid IS NOT NULL OR s.nspid IS NOT NULL THEN
+                   (SELECT coalesce(string_agg('; ' || CASE WHEN l.kept THEN format('the large objects of column %I are kept with fulls', l.name)
+                        ELSE format('large objects that column %I refers to are not kept: SELECT coffer.add_large_objects(%L, %L)', l.name,
+                                    format('%I.%I', n.nspname, c.relname), l.name) END, '' ORDER BY l.attnum), '')
+                    FROM coffer.large_object_columns l WHERE l.relid = c.oid)
+               ELSE '' END AS reason
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN coffer.rules r ON r.relid = c.oid

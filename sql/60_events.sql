@@ -352,6 +352,7 @@ BEGIN
         DELETE FROM coffer.rules r WHERE r.relid = ANY (dropped);
         DELETE FROM coffer.rule_relations m WHERE m.root = ANY (dropped);
         DELETE FROM coffer.session_rows s WHERE s.relid = ANY (dropped);
+        DELETE FROM coffer.large_object_entries e WHERE e.relid = ANY (dropped);
         PERFORM coffer._sync_parent(c.oid) FROM pg_class c
         WHERE EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgparentid = 0)
           AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.parent = c.oid);

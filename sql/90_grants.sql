@@ -26,7 +26,8 @@ GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fill(), coffer._fence() TO PUBL
 GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) TO PUBLIC;
 
 GRANT SELECT ON coffer.coverage, coffer.tenants, coffer.jobs, coffer.audit_log, coffer.status, coffer.restore_points,
-    coffer.tenant_roles, coffer.backups, coffer.recovery_window, coffer.policies, coffer.holds, coffer.verifications
+    coffer.tenant_roles, coffer.backups, coffer.recovery_window, coffer.policies, coffer.holds, coffer.verifications,
+    coffer.large_objects
     TO coffer_auditor;
 GRANT EXECUTE ON FUNCTION coffer.doctor(), coffer.changes(text, pg_lsn, int), coffer.snapshot(text),
     coffer.wait(bigint, interval), coffer._is_uncommitted(bigint), coffer._silence() TO coffer_auditor;
@@ -38,7 +39,8 @@ GRANT EXECUTE ON FUNCTION
     coffer.remove_table(regclass), coffer.add_schema(name, text, text), coffer.add_schema_pattern(text), coffer.remove_schema(name),
     coffer.add_role(name, text), coffer.remove_role(name), coffer.discover(name, bool), coffer.setup_agent(name), coffer._try(text), coffer._setup_agent(name),
     coffer._restore_in_place(text, text, bool), coffer.hold(text, text, timestamptz, timestamptz), coffer.release(bigint),
-    coffer.set_policy(text, jsonb), coffer.grant_tenant(text, name), coffer.revoke_tenant(text, name)
+    coffer.set_policy(text, jsonb), coffer.grant_tenant(text, name), coffer.revoke_tenant(text, name),
+    coffer.add_large_objects(regclass, name), coffer.remove_large_objects(regclass, name)
     TO coffer_admin;
 
 INSERT INTO coffer.secret (mac_key) VALUES (coffer._random(16));

@@ -48,6 +48,9 @@ pub const ROLES_FAILED: &str = "roles_failed";
 /// What retention keeps no more cannot be removed.
 pub const PRUNE_FAILED: &str = "prune_failed";
 
+/// Large objects cannot be read or archived.
+pub const LARGE_OBJECTS_FAILED: &str = "large_objects_failed";
+
 /// All standing alarms.
 #[derive(Debug, Default)]
 pub struct Alarms {

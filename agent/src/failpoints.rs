@@ -23,6 +23,8 @@ pub const BASE_AFTER_COPY: &str = "base-after-copy";
 pub const BASE_AFTER_MARKER: &str = "base-after-marker";
 /// A base's fulls are written, its record is not.
 pub const BASE_AFTER_FULLS: &str = "base-after-fulls";
+/// The large objects of tenants are written, the record that names them is not.
+pub const LARGE_OBJECTS_AFTER_WRITE: &str = "large-objects-after-write";
 /// A buffer went to the spool.
 pub const SPOOL_AFTER_WRITE: &str = "spool-after-write";
 /// An in-place restore has fenced the tenant.
@@ -57,6 +59,7 @@ pub const ALL: &[&str] = &[
     BASE_AFTER_COPY,
     BASE_AFTER_MARKER,
     BASE_AFTER_FULLS,
+    LARGE_OBJECTS_AFTER_WRITE,
     SPOOL_AFTER_WRITE,
     RESTORE_AFTER_FENCE,
     RESTORE_BEFORE_COMMIT,

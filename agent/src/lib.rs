@@ -18,6 +18,7 @@ pub mod failpoints;
 pub mod history;
 pub mod jobs;
 pub mod keyring;
+pub mod large_objects;
 pub mod lease;
 pub mod merge;
 pub mod opened;

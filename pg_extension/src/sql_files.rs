@@ -13,7 +13,8 @@ extension_sql_file!("../../sql/35_path.sql", name = "path", requires = ["strateg
 extension_sql_file!("../../sql/40_registry.sql", name = "registry", requires = ["path"]);
 extension_sql_file!("../../sql/45_accounts.sql", name = "accounts", requires = ["registry"]);
 extension_sql_file!("../../sql/46_access.sql", name = "access", requires = ["accounts"]);
-extension_sql_file!("../../sql/50_coverage.sql", name = "coverage", requires = ["registry", "access"]);
+extension_sql_file!("../../sql/47_large_objects.sql", name = "large_objects", requires = ["access"]);
+extension_sql_file!("../../sql/50_coverage.sql", name = "coverage", requires = ["registry", "large_objects"]);
 extension_sql_file!("../../sql/55_reading.sql", name = "reading", requires = ["coverage"]);
 extension_sql_file!("../../sql/60_events.sql", name = "events", requires = ["coverage"]);
 extension_sql_file!("../../sql/70_durability.sql", name = "durability", requires = ["coverage"]);

@@ -43,6 +43,9 @@ pub enum ObjectKind {
     Descriptor = 9,
     /// The roles of one tenant, as SQL.
     Roles = 10,
+    /// The large objects that one tenant's rows refer to.
+    #[serde(rename = "large_objects")]
+    LargeObjects = 11,
     /// Says that somebody reads or writes; it ends by itself.
     Lease = 12,
 }
@@ -60,6 +63,7 @@ impl ObjectKind {
             8 => Self::Spool,
             9 => Self::Descriptor,
             10 => Self::Roles,
+            11 => Self::LargeObjects,
             12 => Self::Lease,
             _ => return None,
         })

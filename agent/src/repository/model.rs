@@ -160,6 +160,12 @@ pub struct Base {
     /// Roles of tenants, one object per tenant, where they were read for this record.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roles: Vec<ObjectRef>,
+    /// Large objects that rows of tenants refer to; of a tenant there may be several, which are then read in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub large_objects: Vec<ObjectRef>,
+    /// When and for which columns they were read; `None`: not with this record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub large_objects_read: Option<LargeObjectsRead>,
     /// The classes of the tables, by OID as text (a JSON key).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub classes: BTreeMap<String, String>,
@@ -212,6 +218,29 @@ pub struct BaseTable {
     pub owner: Option<Uuid>,
 }
 
+/// A reading of large objects: a tenant without an object in its record had none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LargeObjectsRead {
+    /// They are as a snapshot at this position found them.
+    #[serde(with = "lsn_text")]
+    pub lsn: Lsn,
+    /// The source's clock there, microseconds since 1970-01-01 UTC.
+    pub time_us: i64,
+    /// Rows of these refer to them.
+    pub columns: Vec<LargeObjectColumn>,
+}
+
+/// A column that names large objects.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LargeObjectColumn {
+    pub relid: u32,
+    pub attnum: i16,
+    /// Qualified and quoted as SQL needs it.
+    pub relation: String,
+    /// As it is, unquoted.
+    pub column: String,
+}
+
 /// A sequence as it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SequenceState {
@@ -224,12 +253,12 @@ pub struct SequenceState {
 impl LogRecord {
     /// Every object that the record names.
     pub fn objects(&self) -> impl Iterator<Item = &ObjectRef> {
-        let (one, list, more): (Option<&ObjectRef>, &[ObjectRef], &[ObjectRef]) = match &self.body {
-            Body::Ship(s) => (s.common.as_ref(), &s.objects, &[]),
-            Body::Base(b) => (b.schema.as_ref(), &b.fulls, &b.roles),
-            Body::Init | Body::Idle | Body::Gap { .. } | Body::Timeline { .. } => (None, &[], &[]),
+        let (one, lists): (Option<&ObjectRef>, [&[ObjectRef]; 3]) = match &self.body {
+            Body::Ship(s) => (s.common.as_ref(), [&s.objects, &[], &[]]),
+            Body::Base(b) => (b.schema.as_ref(), [&b.fulls, &b.roles, &b.large_objects]),
+            Body::Init | Body::Idle | Body::Gap { .. } | Body::Timeline { .. } => (None, [&[], &[], &[]]),
         };
-        one.into_iter().chain(list).chain(more)
+        one.into_iter().chain(lists.into_iter().flatten())
     }
 }
 

@@ -79,6 +79,11 @@ pub fn incremental(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -
     format!("{}/{}/i/{}", tenants_dir(source_uid), tenant.simple(), leaf(lsn_end, object))
 }
 
+/// Large objects that a tenant's rows refer to.
+pub fn large_objects(source_uid: Uuid, tenant: Uuid, lsn: Lsn, object: Uuid) -> String {
+    format!("{}/t/{}/o/{}", source(source_uid), tenant.simple(), leaf(lsn, object))
+}
+
 /// The definitions that go with a base.
 pub fn schema(source_uid: Uuid, lsn_end: Lsn, object: Uuid) -> String {
     format!("{}/schema/{}", source(source_uid), leaf(lsn_end, object))
@@ -173,6 +178,7 @@ mod tests {
         assert_eq!(changeset(s, t, lsn, o), format!("s/{s_}/t/{t_}/c/00000016b374d848-{o_}"));
         assert_eq!(full(s, t, lsn, o), format!("s/{s_}/t/{t_}/f/00000016b374d848-{o_}"));
         assert_eq!(roles(s, t, lsn, o), format!("s/{s_}/t/{t_}/r/00000016b374d848-{o_}"));
+        assert_eq!(large_objects(s, t, lsn, o), format!("s/{s_}/t/{t_}/o/00000016b374d848-{o_}"));
         assert_eq!(common(s, lsn, o), format!("s/{s_}/common/00000016b374d848-{o_}"));
         assert_eq!(schema(s, lsn, o), format!("s/{s_}/schema/00000016b374d848-{o_}"));
         assert_eq!(lease(s, o), format!("s/{s_}/lease/{o_}"));

@@ -370,7 +370,7 @@ impl Lines {
 }
 
 /// Returns when a session waits for a lock on the table that the base's own lock refuses.
-async fn someone_waits(dsn: &Dsn, rule: &Rule) -> Result<()> {
+pub(crate) async fn someone_waits(dsn: &Dsn, rule: &Rule) -> Result<()> {
     let client = sql::connect(dsn).await?;
     let check = client
         .prepare(

@@ -27,6 +27,7 @@ use crate::tenant::Tenant;
 use coffer_wire::{Class, Lsn, TenantKind, quote_ident};
 use compare::{Comparison, CoveredTable, Pass, Target};
 use live::LiveTable;
+pub(crate) use live::literal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio_postgres::error::SqlState;
