@@ -2,7 +2,7 @@
 
 -- Columns of tables that can name large objects: those that are registered and, where the database has large objects,
 -- those of the type oid or a domain over it.
-CREATE VIEW coffer.large_object_columns AS
+CREATE VIEW coffer._large_object_columns AS
 WITH RECURSIVE oids (oid) AS (
     SELECT 'pg_catalog.oid'::pg_catalog.regtype::oid
     UNION ALL
@@ -14,6 +14,7 @@ JOIN pg_catalog.pg_class c ON c.oid = a.attrelid AND c.relkind IN ('r', 'p') AND
 LEFT JOIN coffer.large_object_entries e ON e.relid = a.attrelid AND e.attnum = a.attnum
 WHERE a.attnum > 0 AND NOT a.attisdropped AND a.atttypid IN (SELECT o.oid FROM oids o)
   AND (e.relid IS NOT NULL OR EXISTS (SELECT FROM pg_catalog.pg_largeobject_metadata));
+COMMENT ON VIEW coffer._large_object_columns IS 'Columns that name large objects, or may.';
 
 CREATE FUNCTION coffer._add_large_objects(rel regclass, column_name name) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp

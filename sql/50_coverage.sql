@@ -27,7 +27,7 @@ SELECT c.oid::regclass AS relation,
                    (SELECT coalesce(string_agg('; ' || CASE WHEN l.kept THEN format('the large objects of column %I are kept with fulls', l.name)
                         ELSE format('large objects that column %I refers to are not kept: SELECT coffer.add_large_objects(%L, %L)', l.name,
                                     format('%I.%I', n.nspname, c.relname), l.name) END, '' ORDER BY l.attnum), '')
-                    FROM coffer.large_object_columns l WHERE l.relid = c.oid)
+                    FROM coffer._large_object_columns l WHERE l.relid = c.oid)
                ELSE '' END AS reason
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace

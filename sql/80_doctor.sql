@@ -149,7 +149,7 @@ BEGIN
         ORDER BY c.relation::text COLLATE "C";
     RETURN QUERY SELECT format('table %s', l.relid::regclass), false, format('large objects that column %I refers to are not kept', l.name),
         format('SELECT coffer.add_large_objects(%L, %L);', l.relid::regclass::text, l.name)
-        FROM coffer.large_object_columns l JOIN coffer.coverage c ON c.relation = l.relid AND c.covered
+        FROM coffer._large_object_columns l JOIN coffer.coverage c ON c.relation = l.relid AND c.covered
         WHERE NOT l.kept ORDER BY l.relid::regclass::text COLLATE "C", l.attnum;
     RETURN QUERY SELECT 'covered tables', count(*) FILTER (WHERE c.covered) > 0,
         format('%s covered, %s excluded, %s not covered', count(*) FILTER (WHERE c.covered),

@@ -37,6 +37,7 @@ mod harness;
 mod independence;
 mod isolation;
 mod jobs;
+mod large_objects;
 mod layouts;
 mod names;
 mod oracle;

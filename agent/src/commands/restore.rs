@@ -152,6 +152,13 @@ fn text(d: &Value, args: &RestoreArgs) -> String {
             t["unchanged"]
         ));
     }
+    if let Some(o) = d["large_objects"].as_object() {
+        let differing = o["differing"].as_array().map_or(0, Vec::len);
+        out.push_str(&format!(
+            "  large objects: {} created, {} exist already ({differing} differ), {} not kept\n",
+            o["created"], o["existing"], o["missing_count"]
+        ));
+    }
     for w in d["warnings"].as_array().into_iter().flatten() {
         out.push_str(&format!("warning: {}\n", s(w)));
     }

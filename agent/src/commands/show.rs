@@ -4,6 +4,7 @@ use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::crypto::{Expect, Header, Opener};
 use crate::error::{Context, Error, Kind, Result};
+use crate::history::Target;
 use crate::opened::Opened;
 use crate::repository::{Body, ObjectRef};
 use bytes::Bytes;
@@ -61,9 +62,15 @@ async fn backup(opened: &Opened, source: Option<&str>, json: bool, id: Uuid) -> 
                 .iter()
                 .map(|t| json!({"relation": t.name, "relid": t.relid, "cut_lsn": t.cut_lsn.to_string()}))
                 .collect();
+            // Read beside the rows, in a record of their own: those before and after this backup.
+            let at = Target { asked: id.to_string(), lsn: b.cut_lsn, time_us: 0 };
+            let owners = b.fulls.iter().filter(|f| own.is_none_or(|o| o.object == f.object)).map(|f| f.tenant);
+            let around = owners.flat_map(|t| history.large_objects(t, &at)).flat_map(|(_, o)| o);
+            let objects: Vec<Value> = b.large_objects.iter().cloned().chain(around).map(|o| named(&o)).collect();
             let document = json!({"version": 1, "id": id, "kind": "full", "source": name, "record": r.n, "job": b.job,
                 "point_lsn": b.cut_lsn.to_string(), "point_time": rfc3339(history.line().time_at(b.cut_lsn)),
                 "taken_at": rfc3339(r.at_us), "tables": tables, "fulls": fulls,
+                "large_objects": objects,
                 "schema": b.schema.as_ref().map(|s| s.path.clone())});
             return print(&document, json);
         }

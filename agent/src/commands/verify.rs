@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::crypto::ObjectKind;
 use crate::error::{Context, Error, Kind, Result};
 use crate::keyring::lost;
+use crate::large_objects::frames;
 use crate::merge::{check, from_io};
 use crate::opened::Opened;
 use crate::repository::{Body, Log, LogRecord, ObjectRef, paths};
@@ -302,6 +303,17 @@ fn one_object(plain: &mut dyn Read, o: &ObjectRef, owner: Option<&Tenant>) -> Re
                 return Err(Error::new(
                     Kind::Verification,
                     format!("object {} holds {} rows, its record says {}", o.path, found.rows, o.rows),
+                )
+                .code("corrupt"));
+            }
+            Ok(())
+        }
+        ObjectKind::LargeObjects => {
+            let found = frames::read(plain, &mut frames::Nothing)?;
+            if found != o.rows {
+                return Err(Error::new(
+                    Kind::Verification,
+                    format!("object {} holds {found} large objects, its record says {}", o.path, o.rows),
                 )
                 .code("corrupt"));
             }

@@ -17,7 +17,7 @@ use crate::catalog::{self, Catalog, FullEntry, PartAt, State, manifest};
 use crate::clock::rfc3339;
 use crate::error::{Error, Kind, Result, WindowSpan};
 use crate::keyring::Keyring;
-use crate::repository::model::{DatabaseLocale, SequenceState};
+use crate::repository::model::{Base, DatabaseLocale, LargeObjectsRead, SequenceState};
 use crate::repository::{Log, LogRecord, ObjectRef, Repository};
 use coffer_wire::Lsn;
 use futures::{StreamExt, stream};
@@ -479,6 +479,16 @@ impl History {
         let at_end = target.lsn == self.line.end;
         let of_bases = self.line.bases.iter().flat_map(|b| &b.base().roles);
         of_bases.filter(|o| o.tenant == tenant && (at_end || o.lsn_end <= target.lsn)).max_by_key(|o| o.lsn_end)
+    }
+
+    /// Readings of large objects and what they have of the tenant: the newest at or before the target, then the next one.
+    pub fn large_objects(&self, tenant: Uuid, target: &Target) -> Vec<(LargeObjectsRead, Vec<ObjectRef>)> {
+        let readings =
+            || self.line.bases.iter().map(|b| b.base()).filter_map(|b| Some((b.large_objects_read.as_ref()?, b)));
+        let before = readings().filter(|(r, _)| r.lsn <= target.lsn).max_by_key(|(r, _)| r.lsn);
+        let after = readings().filter(|(r, _)| r.lsn > target.lsn).min_by_key(|(r, _)| r.lsn);
+        let of_tenant = |b: &Base| b.large_objects.iter().filter(|o| o.tenant == tenant).cloned().collect();
+        before.into_iter().chain(after).map(|(r, b)| ((**r).clone(), of_tenant(b))).collect()
     }
 
     /// The settings of the database itself, as the newest base up to the target found them.

@@ -73,7 +73,7 @@ pub async fn columns(client: &SqlClient) -> Result<Vec<(LargeObjectColumn, Rule)
 ///
 /// # Errors
 /// `Fenced` with the code `yielded`: a table's lock was not to be had, or a migration waited for it. Try again.
-pub async fn read_large_objects(ctx: &AgentContext) -> Result<Reading> {
+pub async fn read_large_objects(ctx: &Arc<AgentContext>) -> Result<Reading> {
     let dsn = ctx.dsn.with_application_name("coffer large objects");
     let client = sql::connect(&dsn).await?;
     let columns = columns(&client).await?;
@@ -213,31 +213,17 @@ struct Job {
     read: LargeObjectsRead,
     client: SqlClient,
     piece: Statement,
-    repository: Arc<crate::repository::Repository>,
-    keyring: Arc<crate::keyring::Keyring>,
-    rt: tokio::runtime::Handle,
-    source: uuid::Uuid,
-    system: (u64, u32),
+    ctx: Arc<AgentContext>,
     last: Option<(Tenant, u32)>,
 }
 
 impl Job {
-    async fn new(ctx: &AgentContext, read: LargeObjectsRead, client: SqlClient) -> Result<Self> {
+    async fn new(ctx: &Arc<AgentContext>, read: LargeObjectsRead, client: SqlClient) -> Result<Self> {
         let piece = client
             .prepare("SELECT coffer._agent_large_object($1, $2, $3)")
             .await
             .sql("cannot read large objects (coffer._agent_large_object)")?;
-        Ok(Self {
-            read,
-            client,
-            piece,
-            repository: ctx.repo.clone(),
-            keyring: ctx.keyring.clone(),
-            rt: ctx.rt.clone(),
-            source: ctx.source_uid,
-            system: ctx.system(),
-            last: None,
-        })
+        Ok(Self { read, client, piece, ctx: ctx.clone(), last: None })
     }
 
     /// All of them. Blocking.
@@ -272,8 +258,11 @@ impl Job {
 
     /// A piece of an object; `None`: there is no such object.
     fn piece(&self, oid: u32, at: u64) -> Result<Option<Vec<u8>>> {
+        if self.ctx.is_stopping() {
+            return Err(Error::other("the agent is stopping").code("stopping"));
+        }
         let (place, length) = (at as i64, PIECE_BYTES as i32);
-        let row = self.rt.block_on(self.client.query_one(&self.piece, &[&oid, &place, &length]));
+        let row = self.ctx.rt.block_on(self.client.query_one(&self.piece, &[&oid, &place, &length]));
         Ok(row.sql(format_args!("cannot read large object {oid}"))?.get(0))
     }
 
@@ -282,22 +271,23 @@ impl Job {
         let Some(tenant) = place.as_ref().map(|p| p.tenant.clone()) else {
             return Err(Error::other("there is no large object to be written"));
         };
-        let entry = self.rt.block_on(self.keyring.ensure(self.source, &tenant))?;
-        let key = self.keyring.key(entry.key_id())?;
+        let entry = self.ctx.rt.block_on(self.ctx.keyring.ensure(self.ctx.source_uid, &tenant))?;
+        let key = self.ctx.keyring.key(entry.key_id())?;
+        let (system_identifier, timeline) = self.ctx.system();
         let header = Header {
             kind: ObjectKind::LargeObjects,
             codec: Codec::Zstd,
             tenant: entry.uid,
             object: random::uuid(),
-            source: self.source,
-            system_identifier: self.system.0,
-            timeline: self.system.1,
+            source: self.ctx.source_uid,
+            system_identifier,
+            timeline,
             lsn_start: Lsn::ZERO,
             lsn_end: self.read.lsn,
             key_version: entry.version,
         };
-        let path = paths::large_objects(self.source, entry.uid, self.read.lsn, header.object);
-        let (repository, rt) = (self.repository.clone(), self.rt.clone());
+        let path = paths::large_objects(self.ctx.source_uid, entry.uid, self.read.lsn, header.object);
+        let (repository, rt) = (self.ctx.repo.clone(), self.ctx.rt.clone());
         repository.seal_to(rt, path, &header, &key, |sealer| self.fill(sealer, cursor, &tenant, place))
     }
 

@@ -165,7 +165,7 @@ pub struct Base {
     pub large_objects: Vec<ObjectRef>,
     /// When and for which columns they were read; `None`: not with this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub large_objects_read: Option<LargeObjectsRead>,
+    pub large_objects_read: Option<Box<LargeObjectsRead>>,
     /// The classes of the tables, by OID as text (a JSON key).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub classes: BTreeMap<String, String>,

@@ -3,6 +3,8 @@
 //!
 //! The rows come and go in one transaction; a database that this restore made is dropped when it fails.
 
+use super::large_objects::{Found, LargeObjects};
+use super::large_takers;
 use super::schema::{Archive, Phase};
 use super::sink::{Counts, Selected};
 use crate::accounts::{Roles, Stage};
@@ -43,6 +45,8 @@ pub struct NewDatabase {
 /// What is neither rows nor definitions.
 pub struct Beside {
     pub sequences: Vec<SequenceState>,
+    /// That the rows refer to.
+    pub large_objects: Vec<LargeObjects>,
     /// Of the database itself, each as it stands behind `ALTER DATABASE … SET`.
     pub settings: Vec<String>,
     /// To be created and altered.
@@ -54,6 +58,7 @@ pub struct Done {
     pub counts: Counts,
     pub stats: Vec<MergeStats>,
     pub warnings: Vec<String>,
+    pub large_objects: Option<Found>,
 }
 
 /// From the merge's thread to the session.
@@ -106,6 +111,8 @@ impl NewDatabase {
         }
         let archive = settle(archive, &client, &mut warnings).await?;
         let (archive, _) = phase(archive, &self.dsn, Phase::Before).await?;
+        let large_objects =
+            large_takers::into_database(&self.dsn, std::mem::take(&mut self.beside.large_objects)).await?;
         let stats = self.load(&client, &mut warnings).await?;
         let (archive, _) = phase(archive, &self.dsn, Phase::After).await?;
         let (archive, failed) = phase(archive, &self.dsn, Phase::ForeignKeys).await?;
@@ -118,7 +125,7 @@ impl NewDatabase {
             warnings.extend(r.apply(&client, &self.dsn.dbname, Stage::Grant).await);
         }
         settings(&client, &self.dsn.dbname, &self.beside.settings, &mut warnings).await;
-        Ok(Done { counts: self.counts, stats, warnings })
+        Ok(Done { counts: self.counts, stats, warnings, large_objects })
     }
 
     async fn archive(&self, major: u32) -> Result<Archive> {
@@ -421,6 +428,7 @@ pub async fn require_empty(client: &SqlClient, dsn: &Dsn) -> Result<()> {
              WHERE n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%' \
                AND n.nspname NOT LIKE 'pg\\_temp%' \
                AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype = 'e') \
+             UNION ALL SELECT 'large object ' || m.oid FROM pg_catalog.pg_largeobject_metadata m \
              ORDER BY 1 LIMIT 3",
             &[],
         )

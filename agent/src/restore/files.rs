@@ -4,6 +4,8 @@
 //! files hold a tenant's rows in the clear, so only their owner can read them.
 
 use super::encode::{self, Style};
+use super::large_objects::{Found, LargeObjects};
+use super::large_takers::{FOLDER, Folder};
 use crate::accounts::Roles;
 use crate::clock::rfc3339;
 use crate::error::{Context, Error, Kind, Result};
@@ -106,6 +108,7 @@ pub struct Files {
     format: Format,
     table: Option<Table>,
     written: Vec<Written>,
+    objects: Option<Found>,
     finished: bool,
 }
 
@@ -118,7 +121,15 @@ impl Files {
         builder.mode(0o700).recursive(true);
         let partial = dir.join(PARTIAL);
         builder.create(&partial).context(Kind::Other, format_args!("cannot create {}", partial.display()))?;
-        Ok(Self { dir: dir.to_owned(), made_dir, format, table: None, written: Vec::new(), finished: false })
+        Ok(Self {
+            dir: dir.to_owned(),
+            made_dir,
+            format,
+            table: None,
+            written: Vec::new(),
+            objects: None,
+            finished: false,
+        })
     }
 
     fn open(&self, name: &str) -> Result<File> {
@@ -131,6 +142,16 @@ impl Files {
             .context(Kind::Other, format_args!("cannot create {}", path.display()))
     }
 
+    /// Writes the large objects that the rows refer to.
+    pub fn large_objects(&mut self, objects: Option<&LargeObjects>) -> Result<Option<Found>> {
+        let Some(objects) = objects else { return Ok(None) };
+        let mut folder = Folder::create(&self.dir.join(PARTIAL))?;
+        let found = objects.give(&mut folder)?;
+        folder.finish()?;
+        self.objects = Some(found.clone());
+        Ok(Some(found))
+    }
+
     /// Puts everything in its place, the manifest last.
     pub fn finish(mut self, tenant: &str, target: &Target, roles: Option<&Roles>) -> Result<Vec<Written>> {
         let tables: Vec<_> = self
@@ -138,9 +159,13 @@ impl Files {
             .iter()
             .map(|w| json!({"relation": w.relation, "file": w.file, "columns": w.columns, "rows": w.rows}))
             .collect();
-        let manifest = json!({"version": 1, "tenant": tenant, "format": self.format.extension(),
+        let mut manifest = json!({"version": 1, "tenant": tenant, "format": self.format.extension(),
             "target": {"asked": target.asked, "lsn": target.lsn.to_string(), "time": rfc3339(target.time_us)},
             "tables": tables, "roles": roles.map(|_| ROLES)});
+        if let Some(found) = &self.objects {
+            manifest["large_objects"] = found.document();
+            manifest["large_objects"]["folder"] = FOLDER.into();
+        }
         if let Some(r) = roles {
             let mut f = self.open(ROLES)?;
             let written = f.write_all(r.script().as_bytes()).and_then(|()| f.sync_all());
@@ -152,7 +177,8 @@ impl Files {
         f.write_all(text.as_bytes()).and_then(|()| f.write_all(b"\n")).context(Kind::Other, what)?;
         f.sync_all().context(Kind::Other, what)?;
         let partial = self.dir.join(PARTIAL);
-        let beside = roles.map(|_| ROLES).into_iter().chain(["manifest.json"]);
+        let objects = self.objects.iter().map(|_| FOLDER);
+        let beside = roles.map(|_| ROLES).into_iter().chain(objects).chain(["manifest.json"]);
         for name in self.written.iter().map(|w| w.file.as_str()).chain(beside) {
             std::fs::rename(partial.join(name), self.dir.join(name))
                 .context(Kind::Other, format_args!("cannot put {name} into {}", self.dir.display()))?;
@@ -173,6 +199,7 @@ impl Drop for Files {
             let _ = std::fs::remove_file(self.dir.join(&w.file));
         }
         let _ = std::fs::remove_file(self.dir.join(ROLES));
+        let _ = std::fs::remove_dir_all(self.dir.join(FOLDER));
         let _ = std::fs::remove_dir_all(self.dir.join(PARTIAL));
         if self.made_dir {
             let _ = std::fs::remove_dir(&self.dir);

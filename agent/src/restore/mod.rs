@@ -4,6 +4,8 @@ pub mod database;
 pub mod encode;
 pub mod files;
 pub mod in_place;
+pub mod large_objects;
+pub mod large_takers;
 pub mod request;
 mod run;
 mod schema;

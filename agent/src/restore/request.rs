@@ -1,6 +1,7 @@
 //! What a restore is asked for, and what it says it did.
 
 use super::files::{self, Format};
+use super::large_objects::Found;
 use crate::clock::rfc3339;
 use crate::dsn::Dsn;
 use crate::error::Result;
@@ -160,6 +161,8 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// Rows with a value that is not in the backup.
     pub incomplete: u64,
+    /// Those that the rows refer to, where they refer to some.
+    pub large_objects: Option<Found>,
 }
 
 impl Report {
@@ -169,13 +172,17 @@ impl Report {
             json!({"relation": t.relation, "inserted": t.inserted, "updated": t.updated, "deleted": t.deleted,
                 "unchanged": t.unchanged})
         };
-        json!({
+        let mut document = json!({
             "version": 1, "dry_run": self.dry_run, "source": self.source, "tenant": self.tenant.key,
             "kind": self.tenant.kind.name(), "mode": self.mode.name(),
             "target": {"asked": self.target.asked, "lsn": self.target.lsn.to_string(),
                 "time": rfc3339(self.target.time_us)},
             "tables": self.tables.iter().map(row).collect::<Vec<_>>(), "bytes": self.bytes, "seconds": self.seconds,
             "undo": self.undo, "warnings": self.warnings,
-        })
+        });
+        if let Some(found) = &self.large_objects {
+            document["large_objects"] = found.document();
+        }
+        document
     }
 }

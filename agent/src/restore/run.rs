@@ -5,6 +5,8 @@ use super::database::{Beside, NewDatabase};
 use super::files::{Files, Format};
 use super::in_place::compare::{self, CoveredTable, TargetSink};
 use super::in_place::{InPlace, Options};
+use super::large_objects::{self, Found, LargeObjects};
+use super::large_takers;
 use super::request::{Means, Place, Report, Request, TableReport};
 use super::sink::{Counts, Selected, Watch};
 use crate::accounts::Roles;
@@ -31,6 +33,14 @@ struct Outcome {
     undo: Option<String>,
     warnings: Vec<String>,
     incomplete: u64,
+    large_objects: Option<Found>,
+}
+
+impl Outcome {
+    fn with(mut self, large_objects: Option<Found>) -> Self {
+        self.warnings.extend(large_objects.iter().flat_map(Found::warnings));
+        Self { large_objects, ..self }
+    }
 }
 
 /// Restores.
@@ -57,21 +67,27 @@ pub async fn run(means: &Means<'_>, request: &Request) -> Result<Report> {
         holes: if request.allow_incomplete { Holes::Null } else { Holes::Refuse },
     };
     let counts = Counts::watched(means.watch.clone());
+    let objects = LargeObjects::of(&history, entry.uid, &target, &at, &request.classes, &means.watch).await?;
     let done = match &request.place {
-        Place::InPlace(dsn) => in_place(dsn, at, request, &means.watch).await?,
-        Place::Files { .. } | Place::Database(_) if request.dry_run => count(at, request, counts).await?,
+        Place::InPlace(dsn) => in_place(dsn, (at, objects), request, &means.watch).await?,
+        Place::Files { .. } | Place::Database(_) if request.dry_run => count((at, objects), request, counts).await?,
         Place::Files { dir, format } => {
             let roles = roles(opened, &history, entry.uid, &target, request).await?;
-            to_files((dir.clone(), *format), at, request, counts, (&target, roles)).await?
+            to_files((dir.clone(), *format), (at, objects), request, counts, (&target, roles)).await?
         }
         Place::Database(dsn) => {
             let shared = shared(opened, source, &mut history, &target, &at).await?;
+            let of_shared = match &shared {
+                Some((uid, s)) => LargeObjects::of(&history, *uid, &target, s, &request.classes, &means.watch).await?,
+                None => None,
+            };
             let beside = Beside {
+                large_objects: of_shared.into_iter().chain(objects).collect(),
                 sequences: history.sequences(&target).await?,
                 settings: history.database_settings(&target).to_vec(),
                 roles: roles(opened, &history, entry.uid, &target, request).await?,
             };
-            to_database(dsn.clone(), (shared, at), beside, request, counts).await?
+            to_database(dsn.clone(), (shared.map(|s| s.1), at), beside, request, counts).await?
         }
     };
     Ok(Report {
@@ -86,6 +102,7 @@ pub async fn run(means: &Means<'_>, request: &Request) -> Result<Report> {
         undo: done.undo,
         warnings: done.warnings,
         incomplete: done.incomplete,
+        large_objects: done.large_objects,
     })
 }
 
@@ -169,16 +186,21 @@ fn warnings_of(stats: &[MergeStats], warnings: &mut Vec<String>) -> u64 {
 }
 
 /// Without --confirm: reads everything and counts.
-async fn count(at: TenantAt, request: &Request, mut counts: Counts) -> Result<Outcome> {
+async fn count(
+    (at, objects): (TenantAt, Option<LargeObjects>),
+    request: &Request,
+    mut counts: Counts,
+) -> Result<Outcome> {
     let classes = request.classes.clone();
-    let (stats, counts) = blocking(move || {
+    let (stats, counts, found) = blocking(move || {
         let stats = at.read(&mut Selected::new(&classes, None, &mut counts))?;
-        Ok((stats, counts))
+        let found = objects.map(|o| o.give(&mut large_objects::Count)).transpose()?;
+        Ok((stats, counts, found))
     })
     .await?;
     let mut report = Outcome { tables: counted(&counts), bytes: counts.bytes, ..Outcome::default() };
     report.incomplete = warnings_of(&[stats], &mut report.warnings);
-    Ok(report)
+    Ok(report.with(found))
 }
 
 /// The tenant's roles at the target, unless the restore is of other classes.
@@ -200,22 +222,23 @@ async fn roles(
 
 async fn to_files(
     (dir, format): (PathBuf, Format),
-    at: TenantAt,
+    (at, objects): (TenantAt, Option<LargeObjects>),
     request: &Request,
     mut counts: Counts,
     (target, roles): (&Target, Option<Roles>),
 ) -> Result<Outcome> {
     let (classes, target) = (request.classes.clone(), target.clone());
-    let (stats, counts) = blocking(move || {
+    let (stats, counts, found) = blocking(move || {
         let mut files = Files::create(&dir, format)?;
         let stats = at.read(&mut Selected::new(&classes, Some(&mut files), &mut counts))?;
+        let found = files.large_objects(objects.as_ref())?;
         files.finish(&at.tenant.key, &target, roles.as_ref())?;
-        Ok((stats, counts))
+        Ok((stats, counts, found))
     })
     .await?;
     let mut report = Outcome { tables: counted(&counts), bytes: counts.bytes, ..Outcome::default() };
     report.incomplete = warnings_of(&[stats], &mut report.warnings);
-    Ok(report)
+    Ok(report.with(found))
 }
 
 /// The shared tables at the same point, when there are any.
@@ -225,7 +248,7 @@ async fn shared(
     history: &mut History,
     target: &Target,
     at: &TenantAt,
-) -> Result<Option<TenantAt>> {
+) -> Result<Option<(Uuid, TenantAt)>> {
     let tenant = Reserved::Shared.tenant();
     if at.tenant == tenant {
         return Ok(None);
@@ -235,7 +258,7 @@ async fn shared(
     // for and refused before.
     history.load_catalog(entry.uid).await?;
     let inputs = Arc::new(history.inputs(entry.uid, target.lsn, history.known(target)).await?);
-    Ok(Some(TenantAt { tenant, inputs, ..at.clone() }))
+    Ok(Some((entry.uid, TenantAt { tenant, inputs, ..at.clone() })))
 }
 
 async fn to_database(
@@ -287,7 +310,7 @@ async fn to_database(
         ..Outcome::default()
     };
     report.incomplete = warnings_of(&done.stats, &mut report.warnings);
-    Ok(report)
+    Ok(report.with(done.large_objects))
 }
 
 /// The merge as the restore in place wants it.
@@ -327,21 +350,41 @@ impl compare::Target for Merged {
     }
 }
 
-async fn in_place(dsn: &Dsn, at: TenantAt, request: &Request, watch: &Watch) -> Result<Outcome> {
+async fn in_place(
+    dsn: &Dsn,
+    (at, objects): (TenantAt, Option<LargeObjects>),
+    request: &Request,
+    watch: &Watch,
+) -> Result<Outcome> {
     let covered = at.inputs.tables.iter().map(|t| CoveredTable { relid: t.relid, name: t.name.clone() }).collect();
     let (scratch, memory) = (at.scratch.clone(), at.memory / 2);
     let options =
         Options { dry_run: request.dry_run, tables: request.tables.clone(), classes: request.classes.clone() };
     let target = Arc::new(Merged { at: TenantAt { memory, ..at }, covered, watch: watch.clone() });
     let restore = InPlace { dsn, tenant: &request.tenant, target, scratch: &scratch, memory, options: &options, watch };
-    let done = restore.run().await?;
-    Ok(Outcome {
+    // Before the rows that refer to them.
+    let made = match objects {
+        Some(o) => Some(large_takers::into_live(dsn, o, request.dry_run).await?),
+        None => None,
+    };
+    let (done, found) = match (restore.run().await, made) {
+        (Ok(done), made) => (done, made.map(|m| m.found)),
+        (Err(e), Some(m)) if !e.is_code("commit_unknown") => {
+            return Err(match m.take_back(dsn).await {
+                Ok(()) => e,
+                Err(left) => e.hint(format!("large objects that were made for the rows are left behind: {left}")),
+            });
+        }
+        (Err(e), _) => return Err(e),
+    };
+    let outcome = Outcome {
         tables: done.tables,
         bytes: done.bytes,
         undo: done.undo.map(|l| l.to_string()),
         warnings: done.warnings,
-        incomplete: 0,
-    })
+        ..Outcome::default()
+    };
+    Ok(outcome.with(found))
 }
 
 #[cfg(test)]

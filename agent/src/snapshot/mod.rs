@@ -17,7 +17,8 @@ pub mod visibility;
 use crate::accounts;
 use crate::alarms;
 use crate::error::{Error, Kind, Result};
-use crate::repository::model::{Base, Body, PendingTable};
+use crate::large_objects::{self, Reading};
+use crate::repository::model::{Base, Body, LargeObjectsRead, PendingTable};
 use crate::repository::{Draft, Log, ObjectRef};
 use crate::restore::in_place;
 use crate::run::AgentContext;
@@ -44,6 +45,8 @@ const DEFINITIONS_REST: Duration = Duration::from_secs(1);
 const DUMPS: usize = 5;
 /// The roles of tenants, which no marker tells of, are looked at so often.
 const ROLES: Duration = Duration::from_secs(60);
+/// Large objects are read again after so long, in microseconds.
+const LARGE_OBJECTS_US: i64 = 24 * 3600 * 1_000_000;
 /// First and longest wait after a job that failed, or that left tables out.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -63,6 +66,12 @@ pub struct BaseTaker {
     definitions_after: Instant,
     /// When the roles of tenants are looked at again.
     roles_after: Instant,
+    /// When it is looked again whether large objects are due.
+    objects_after: Instant,
+    /// A base was taken of a table that refers to some.
+    objects_due: bool,
+    /// They are being read, which may take long: bases do not wait for it.
+    objects: Option<JoinHandle<Result<Reading>>>,
 }
 
 impl BaseTaker {
@@ -81,6 +90,9 @@ impl BaseTaker {
                 definitions_at: None,
                 definitions_after: Instant::now(),
                 roles_after: Instant::now(),
+                objects_after: Instant::now(),
+                objects_due: false,
+                objects: None,
             };
             taker.run().await
         })
@@ -102,6 +114,10 @@ impl BaseTaker {
             };
             let taken = match taken {
                 Ok(done) => self.record_roles().await.map(|()| done),
+                e => e,
+            };
+            let taken = match taken {
+                Ok(done) => self.record_large_objects().await.map(|()| done),
                 e => e,
             };
             let wait = match taken {
@@ -180,6 +196,7 @@ impl BaseTaker {
             tokio::select! {
                 () = tokio::time::sleep_until(until) => break,
                 () = ctx.stopped() => break,
+                () = finished(&mut self.objects) => break,
                 d = self.durable.recv() => drop(self.take_in(d).await?),
             }
         }
@@ -214,6 +231,7 @@ impl BaseTaker {
             match m.kind.as_str() {
                 "registry" => self.asked = true,
                 "roles" => (self.asked, self.roles_after) = (true, Instant::now()),
+                "large_objects" => (self.asked, self.objects_after) = (true, Instant::now()),
                 "ddl" | "drop" | "rewrite" | "definitions" => {
                     (self.asked, self.new_definitions) = (true, true);
                     self.definitions_at = self.definitions_at.max(Some(m.end_lsn));
@@ -278,7 +296,12 @@ impl BaseTaker {
                 Err(e) => self.without_roles(e),
             };
             self.new_definitions |= done.base.schema.is_none();
+            let relids: BTreeSet<u32> = done.base.tables.iter().map(|t| t.relid).collect();
             self.record(done.base, Some(breaks)).await?;
+            let refers = |r: &LargeObjectsRead| r.columns.iter().any(|c| relids.contains(&c.relid));
+            if self.seen.large_objects().is_some_and(refers) {
+                (self.objects_due, self.objects_after) = (true, Instant::now());
+            }
             tracing::info!(rows = done.rows, "bases are recorded");
         }
         self.ctx.status.set_snapshotting(false);
@@ -389,6 +412,58 @@ impl BaseTaker {
         self.record(Base { job: Uuid::new_v4(), cut_lsn, roles, ..Base::default() }, None).await
     }
 
+    /// Large objects are read when the registry names other columns than those that were read last, when a table that
+    /// refers to some got a new base, and once a day.
+    async fn record_large_objects(&mut self) -> Result<()> {
+        if let Some(task) = self.objects.take_if(|t| t.is_finished()) {
+            let read = task.await.unwrap_or_else(|e| Err(Error::other(format!("their reading broke off: {e}"))));
+            self.objects_after = Instant::now() + ROLES;
+            match read {
+                Ok(r) => {
+                    self.ctx.alarms.clear(alarms::LARGE_OBJECTS_FAILED, &self.ctx.source);
+                    tracing::info!(objects = r.objects.len(), at = %r.read.lsn, "large objects are read");
+                    let (cut_lsn, large_objects) = (r.read.lsn, r.objects);
+                    let large_objects_read = Some(Box::new(r.read));
+                    let job = Uuid::new_v4();
+                    let base = Base { job, cut_lsn, large_objects, large_objects_read, ..Base::default() };
+                    return self.record(base, None).await;
+                }
+                Err(e) if e.is_code("yielded") => {
+                    tracing::info!("{e}");
+                    self.objects_due = true;
+                    self.objects_after = Instant::now() + RETRY.0;
+                }
+                Err(e) => {
+                    let message = format!("large objects are not backed up and are tried again: {}", e.report());
+                    tracing::warn!("{message}");
+                    self.objects_due = true;
+                    self.ctx.alarms.raise(alarms::LARGE_OBJECTS_FAILED, &self.ctx.source, message);
+                }
+            }
+        }
+        if self.ctx.system().0 == 0 || self.objects.is_some() || self.objects_after > Instant::now() {
+            return Ok(());
+        }
+        let client = sql::connect(&self.ctx.dsn).await?;
+        let now: Vec<_> = large_objects::columns(&client).await?.into_iter().map(|(c, _)| c).collect();
+        let due = match self.seen.large_objects() {
+            None => !now.is_empty(),
+            Some(last) => {
+                let same = last.columns.iter().map(|c| (c.relid, c.attnum)).eq(now.iter().map(|c| (c.relid, c.attnum)));
+                let old = self.ctx.clock.now_us() - last.time_us >= LARGE_OBJECTS_US;
+                !same || !now.is_empty() && (old || self.objects_due)
+            }
+        };
+        self.objects_due = false;
+        if due {
+            let ctx = self.ctx.clone();
+            self.objects = Some(tokio::spawn(async move { large_objects::read_large_objects(&ctx).await }));
+        } else {
+            self.objects_after = Instant::now() + ROLES;
+        }
+        Ok(())
+    }
+
     /// Appends the record, unless the log broke off since the job began.
     async fn record(&mut self, base: Base, breaks: Option<u64>) -> Result<()> {
         let (tables, fulls, cut, job) = (base.tables.len(), base.fulls.len(), base.cut_lsn, base.job);
@@ -459,6 +534,17 @@ impl BaseTaker {
                 Err(TryRecvError::Lagged(_)) => return Err(again("records of the log were not heard of")),
                 Err(TryRecvError::Closed) => return Err(Error::other("the stream has ended").code("stopping")),
             }
+        }
+    }
+}
+
+/// Ready when there is a task and it has ended.
+async fn finished(task: &mut Option<JoinHandle<Result<Reading>>>) {
+    loop {
+        match task {
+            Some(t) if t.is_finished() => return,
+            Some(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            None => std::future::pending().await,
         }
     }
 }

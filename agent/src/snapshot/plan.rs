@@ -1,6 +1,6 @@
 //! Which tables need a base, and which ships a base has to be merged with: both from the log's records.
 
-use crate::repository::model::{Body, LogRecord, ObjectRef};
+use crate::repository::model::{Body, LargeObjectsRead, LogRecord, ObjectRef};
 use crate::snapshot::catalog::Rule;
 use coffer_wire::Lsn;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -20,6 +20,8 @@ pub struct Seen {
     ships: VecDeque<Arc<LogRecord>>,
     /// By tenant, the newest object with its roles.
     roles: BTreeMap<Uuid, ObjectRef>,
+    /// The newest reading of large objects.
+    large_objects: Option<LargeObjectsRead>,
     /// The next record's number.
     next: u64,
     /// Counts gaps and promotions: a base that began before one is not to be recorded after it.
@@ -41,6 +43,9 @@ impl Seen {
             Body::Base(b) => {
                 self.covered.extend(b.tables.iter().map(|t| (t.relid, (t.registered_xid, t.cut_lsn))));
                 self.roles.extend(b.roles.iter().map(|o| (o.tenant, o.clone())));
+                if let Some(r) = &b.large_objects_read {
+                    self.large_objects = Some((**r).clone());
+                }
             }
             Body::Ship(s) => {
                 self.ships.push_back(r.clone());
@@ -68,6 +73,10 @@ impl Seen {
 
     pub fn roles(&self) -> &BTreeMap<Uuid, ObjectRef> {
         &self.roles
+    }
+
+    pub fn large_objects(&self) -> Option<&LargeObjectsRead> {
+        self.large_objects.as_ref()
     }
 
     pub fn breaks(&self) -> u64 {
