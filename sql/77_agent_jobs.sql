@@ -136,6 +136,8 @@ END $$;
 CREATE FUNCTION coffer._agent_mirrored(as_of timestamptz) RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    INSERT INTO coffer.mirror_state AS m (as_of) VALUES ($1) ON CONFLICT (one) DO UPDATE SET as_of = excluded.as_of
+    INSERT INTO coffer.mirror_state AS m (as_of) VALUES ($1) ON CONFLICT (one) DO UPDATE SET as_of = excluded.as_of;
+    -- What became of a job is in the audit log's and the catalog's care after a year.
+    DELETE FROM coffer.job_entries j WHERE j.finished_at < clock_timestamp() - interval '400 days'
 $$;
 COMMENT ON FUNCTION coffer._agent_mirrored(timestamptz) IS 'The mirrors are whole as of now.';

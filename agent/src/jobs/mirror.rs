@@ -88,9 +88,11 @@ impl Mirror {
         reporter::require_same_system(&self.ctx, &client).await?;
         let mut known = Known::default();
         let mut history = None;
+        let mut is_stale = true;
         loop {
-            if history.is_none() {
+            if is_stale {
                 history = Some(self.history().await?);
+                is_stale = false;
             }
             if let Some(h) = &history {
                 self.round(&client, h, &mut known).await?;
@@ -102,14 +104,17 @@ impl Mirror {
                     () = tokio::time::sleep_until(next) => break,
                     () = self.woken.notified() => break,
                     r = records.recv() => match r {
-                        // A ship only moves the end, unless something other than rows is in it.
-                        Ok(d) if matches!(&d.record.body, Body::Ship(s) if s.eventful == Some(false)) => {}
-                        Ok(_) | Err(RecvError::Lagged(_)) => history = None,
+                        Ok(d) => match &d.record.body {
+                            // A ship only moves the end, unless something other than rows is in it: that can wait.
+                            Body::Ship(s) => is_stale |= s.eventful != Some(false),
+                            _ => {
+                                is_stale = true;
+                                break;
+                            }
+                        },
+                        Err(RecvError::Lagged(_)) => is_stale = true,
                         Err(RecvError::Closed) => return Ok(()),
                     }
-                }
-                if history.is_none() {
-                    break;
                 }
             }
         }
