@@ -7,6 +7,10 @@ use coffer_tests::truth::{self, Watched};
 use coffer_tests::{block_on, wait_for};
 
 on_majors! {
+    backup: backup;
+    backup_of_an_agent_that_dies: backup_of_an_agent_that_dies;
+    cancelled: cancelled;
+    command_line: command_line;
     restore_and_verify: restore_and_verify;
     an_agent_that_dies: an_agent_that_dies;
     words: words;
@@ -51,6 +55,168 @@ fn registered(cluster: &Cluster) {
 fn job(cluster: &Cluster, call: &str, columns: &str) -> String {
     let n = cluster.psql("shop", &format!("SELECT coffer.{call}"));
     cluster.psql("shop", &format!("SELECT {columns} FROM coffer.wait({n}, '2min')"))
+}
+
+/// One tenant's backups that somebody asked for, in SQL.
+const ASKED_FOR: &str = "SELECT count(*), min(backup::text), min(reason), min(cardinality(holds)) FROM coffer.backups \
+    WHERE tenant = '1' AND trigger <> 'base' AND trigger <> 'schedule'";
+
+fn backup(major: u32) {
+    block_on(async {
+        let cluster = database(major);
+        let agent = agent(&cluster);
+        let mut asks = cluster.connect("shop").await;
+        let (before, after) = (cluster.connect("shop").await, cluster.connect("shop").await);
+        let db = cluster.connect("shop").await;
+
+        // The point is the commit: what commits before it is in, whatever it began after; what commits later is not.
+        after
+            .batch_execute("BEGIN; INSERT INTO a VALUES (1, 5002, 'began before, committed after')")
+            .await
+            .expect("insert");
+        let t = asks.transaction().await.expect("begin");
+        t.execute("INSERT INTO a VALUES (1, 5000, 'with it')", &[]).await.expect("insert");
+        let job: i64 = t
+            .query_one("SELECT coffer.backup('1', 'before migration 42', 'pre-migration')", &[])
+            .await
+            .expect("a job")
+            .get(0);
+        let said = t.query_one("SELECT coffer.wait($1)", &[&job]).await.expect_err("it is not committed");
+        assert!(format!("{said:?}").contains("not committed yet"), "{said:?}");
+        drop(t);
+        assert_eq!(cluster.psql("shop", "SELECT count(*) FROM coffer.jobs"), "0", "a rolled back job is none");
+
+        let t = asks.transaction().await.expect("begin");
+        t.execute("INSERT INTO a VALUES (1, 5000, 'with it')", &[]).await.expect("insert");
+        let job: i64 = t
+            .query_one("SELECT coffer.backup('1', 'before migration 42', 'pre-migration')", &[])
+            .await
+            .expect("a job")
+            .get(0);
+        before.batch_execute("INSERT INTO a VALUES (1, 5001, 'committed before')").await.expect("insert");
+        t.commit().await.expect("commit");
+        after.batch_execute("COMMIT; DELETE FROM a WHERE tenant = 1 AND id < 50; DELETE FROM b").await.expect("damage");
+
+        // What psql sees of the waiting: progress, then the row.
+        let said = cluster.psql_err("shop", &format!("SELECT * FROM coffer.wait({job}, '1min'); SELECT 1 / 0"));
+        assert!(
+            said.contains(&format!("NOTICE:  job {job} (backup of tenant 1): ")) && said.contains("division"),
+            "{said}"
+        );
+        let row = cluster.psql(
+            "shop",
+            &format!("SELECT state, progress, result ->> 'trigger', result ->> 'rows', result ->> 'id' FROM coffer.wait({job})"),
+        );
+        let id = row.strip_prefix("done|1|pre-migration|232|").unwrap_or_else(|| panic!("{row}")).to_owned();
+        wait_for("the backup to be listed", 30, || {
+            (cluster.psql("shop", ASKED_FOR) == format!("1|{id}|before migration 42|0")).then_some(())
+        });
+        let listed = restored::listed(&agent, "1")["backups"].to_string();
+        assert!(listed.contains(&id) && listed.contains("before migration 42"), "{listed}");
+
+        let to = format!("backup:{id}");
+        let state = job_of(&cluster, &format!("restore('1', '{to}', dry_run => false)"));
+        assert_eq!(state, "done");
+        let have = truth::rows_of(&db, &tables()[0], "1").await;
+        assert_eq!(have.len(), 202, "{have:?}");
+        assert!(have.iter().any(|r| r.contains("5000")) && have.iter().any(|r| r.contains("5001")), "{have:?}");
+        assert!(!have.iter().any(|r| r.contains("5002")), "{have:?}");
+        assert_eq!(cluster.psql("shop", "SELECT count(*) FROM b"), "30", "only tenant 1 came back");
+
+        // An incident's is held.
+        assert_eq!(job_of(&cluster, "backup('1', 'break-in', 'incident')"), "done");
+        wait_for("the hold to be listed", 30, || {
+            let held = "SELECT h.reason, h.state, count(b.*) FROM coffer.holds h JOIN coffer.backups b ON b.holds = ARRAY[h.hold] GROUP BY 1, 2";
+            (cluster.psql("shop", held) == "incident: break-in|held|1").then_some(())
+        });
+        // While somebody writes without an end.
+        cluster.psql("shop", "INSERT INTO a SELECT 2, 10000 + i, 'x' FROM generate_series(1, 50000) i");
+        assert_eq!(job_of(&cluster, "backup('2', kind => 'compliance')"), "done");
+        let rows = "SELECT result ->> 'rows' FROM coffer.jobs WHERE tenant = '2' AND kind = 'backup'";
+        assert_eq!(cluster.psql("shop", rows), "50200");
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+    });
+}
+
+fn job_of(cluster: &Cluster, call: &str) -> String {
+    job(cluster, call, "state")
+}
+
+fn backup_of_an_agent_that_dies(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    agent.stop();
+    for (n, point) in ["job-after-claim", "full-after-objects", "job-before-finish"].iter().enumerate() {
+        let job = cluster.psql("shop", &format!("SELECT coffer.backup('1', '{point}')"));
+        cluster.psql("shop", "DELETE FROM a WHERE tenant = 1 AND id = (SELECT max(id) FROM a WHERE tenant = 1)");
+        agent.env = vec![("COFFER_FAILPOINTS".into(), format!("{point}=abort"))];
+        agent.start();
+        agent.wait_end(60);
+        agent.env.clear();
+        agent.start();
+        let done = cluster.psql("shop", &format!("SELECT state, result ->> 'rows' FROM coffer.wait({job}, '1min')"));
+        assert_eq!(done, format!("done|{}", 230 - n), "at {point}");
+        let id = cluster.psql("shop", &format!("SELECT result ->> 'id' FROM coffer.jobs WHERE job = {job}"));
+        let backups = restored::listed(&agent, "1")["backups"].clone();
+        let of_this: Vec<_> = backups
+            .as_array()
+            .expect("a list")
+            .iter()
+            .filter(|b| b["reason"] == *point)
+            .map(|b| b["id"].clone())
+            .collect();
+        assert_eq!(of_this, [id], "one backup, at {point}");
+        agent.stop();
+    }
+}
+
+fn cancelled(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    agent.stop();
+    let queued = cluster.psql("shop", "SELECT coffer.backup('1')");
+    assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({queued})")), "t");
+    let job = cluster.psql("shop", "SELECT coffer.backup('1')");
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim=sleep(3000)".into())];
+    agent.start();
+    let state = format!("SELECT state FROM coffer.jobs WHERE job = {job}");
+    wait_for("the job to begin", 30, || (cluster.psql("shop", &state) == "running").then_some(()));
+    assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({job})")), "t");
+    assert_eq!(cluster.psql("shop", &state), "running", "a running job ends at its next step");
+    for n in [&job, &queued] {
+        let said = cluster.psql_err("shop", &format!("SELECT coffer.wait({n}, '1min')"));
+        assert!(said.contains("was cancelled"), "{said}");
+        assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({n})")), "f");
+    }
+    assert!(!restored::listed(&agent, "1")["backups"].to_string().contains("manual"), "it was not taken");
+    assert_eq!(job_of(&cluster, "backup('1')"), "done");
+}
+
+fn command_line(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    let doc = agent.json(&["backup", "--tenant", "1", "--reason", "by hand", "--kind", "pre-maintenance", "--wait"]);
+    assert_eq!((&doc["version"], &doc["tenant"]), (&1.into(), &"1".into()), "{doc}");
+    assert_eq!((&doc["backup"]["trigger"], &doc["backup"]["rows"]), (&"pre-maintenance".into(), &230.into()), "{doc}");
+    let id = doc["backup"]["id"].as_str().expect("an id");
+    let out = restored::to_files(&agent, "1", &format!("backup:{id}"));
+    assert!(out.names().contains(&"manifest.json".to_owned()));
+    let by = cluster.psql("shop", "SELECT requested_by LIKE 'coffer backup%', state FROM coffer.jobs");
+    assert_eq!(by, "t|done");
+    let audit = "SELECT detail ->> 'by' LIKE 'coffer backup%' FROM coffer.audit_log WHERE action = 'backup'";
+    assert_eq!(cluster.psql("shop", audit), "t");
+
+    assert_eq!(agent.json_err(&["backup", "--tenant", "nobody"]).0, 3);
+    assert_eq!(agent.coffer(&["backup", "--tenant", "1", "--kind", "yearly"]).status.code(), Some(2));
+    agent.stop();
+    let doc = agent.json(&["backup", "--tenant", "1"]);
+    assert!(doc["job"].as_i64().is_some() && doc["backup"].is_null(), "{doc}");
+    // Nobody is there: it says so, and waits.
+    cluster.psql("shop", "UPDATE coffer.agent_state SET reported_at = now() - interval '1 hour'");
+    let job = &doc["job"];
+    cluster.psql("shop", &format!("SELECT coffer.cancel({job})"));
+    cluster.stop("fast");
+    assert_eq!(agent.json_err(&["backup", "--tenant", "1"]).0, 8);
 }
 
 fn restore_and_verify(major: u32) {

@@ -261,6 +261,16 @@ impl History {
         }
     }
 
+    /// The first point of this name whose commit is after a position.
+    pub fn restore_point_from(&self, name: &str, from: Lsn) -> Option<Target> {
+        let named = self.facts.restore_points.iter().filter(|p| p.0 == name && p.1 > from);
+        named.min_by_key(|p| p.1).map(|(name, lsn, time_us)| Target {
+            asked: When::Name(name.clone()).to_string(),
+            lsn: *lsn,
+            time_us: *time_us,
+        })
+    }
+
     /// The prefix before the first commit later than `t`.
     async fn resolve_time(&self, t: i64, asked: String) -> Result<Target> {
         let ships = &self.line.ships;

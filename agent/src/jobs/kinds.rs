@@ -30,12 +30,12 @@ pub struct Done {
 }
 
 /// What every kind needs.
-struct Work<'a> {
-    ctx: &'a Arc<AgentContext>,
-    flow: &'a Flow,
-    mirror: &'a Mirror,
-    job: &'a Claimed,
-    step: &'a Step,
+pub(super) struct Work<'a> {
+    pub ctx: &'a Arc<AgentContext>,
+    pub flow: &'a Flow,
+    pub mirror: &'a Mirror,
+    pub job: &'a Claimed,
+    pub step: &'a Step,
 }
 
 /// Carries a job out.
@@ -48,6 +48,7 @@ pub async fn carry_out(
 ) -> Result<Done> {
     let work = Work { ctx, flow, mirror, job, step };
     let result = match job.kind.as_str() {
+        "backup" => work.backup().await?,
         "restore" => work.restore().await?,
         "verify" => return work.verify().await,
         "hold" => work.hold().await?,
@@ -59,21 +60,21 @@ pub async fn carry_out(
 }
 
 impl Work<'_> {
-    fn opened(&self) -> Opened {
+    pub(super) fn opened(&self) -> Opened {
         Opened { keyring: self.ctx.keyring.clone(), repo: self.ctx.repo.clone(), from: None }
     }
 
-    async fn tenant(&self) -> Result<TenantEntry> {
+    pub(super) async fn tenant(&self) -> Result<TenantEntry> {
         let source = (self.ctx.source.as_str(), self.ctx.source_uid);
         self.opened().tenant(source, &Tenant::normal(&self.job.tenant)).await
     }
 
-    async fn catalog(&self, tenant: Uuid) -> Result<Catalog> {
+    pub(super) async fn catalog(&self, tenant: Uuid) -> Result<Catalog> {
         Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await
     }
 
     /// Waits until the job's own commit is durable, and everything before it.
-    async fn own_commit(&self) -> Result<()> {
+    pub(super) async fn own_commit(&self) -> Result<()> {
         loop {
             self.flow.want(self.job.goal);
             let (durable, _) = self.ctx.status.durable();
@@ -194,7 +195,7 @@ impl Work<'_> {
         Ok(json!({"policy": whole.to_json()}))
     }
 
-    fn uuid(&self, name: &str) -> Result<Uuid> {
+    pub(super) fn uuid(&self, name: &str) -> Result<Uuid> {
         let text = self.job.text(name).unwrap_or_default();
         Uuid::try_parse(text).map_err(|e| Error::other(format!("job {}: {name} '{text}': {e}", self.job.job)))
     }

@@ -7,6 +7,7 @@
 //!
 //! A job's own commit is waited for before anything else: what it names (its restore point, times up to now) is durable.
 
+mod backup;
 mod claim;
 mod kinds;
 mod mirror;
