@@ -42,7 +42,6 @@ mod layouts;
 mod names;
 mod oracle;
 mod paths;
-mod restores;
 mod retention;
 mod side;
 mod thread;

@@ -2,14 +2,22 @@
 //! prune that dies in the middle.
 
 use coffer_tests::agent::{Agent, Setup};
-use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
-use coffer_tests::restored;
+use coffer_tests::restored::{self, Database, Out};
+use coffer_tests::truth::{self, Truth, Watched};
+use coffer_tests::{block_on, wait_for};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 on_majors! {
     holds: holds;
+    days: days;
 }
+
+const DAYS: usize = 10;
+/// Three days, and a window whose start is in the middle of one.
+const POLICY: &str = "[retention]\npitr = \"36h\"\ndaily = 3\nweekly = 0\nmonthly = 0\nannual = 0\n";
 
 const DDL: &str = "
 CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
@@ -29,11 +37,188 @@ fn begin(major: u32, more: &str, stores: &str) -> (Cluster, Agent) {
     (cluster, agent)
 }
 
+/// Objects of fulls and their manifests in a store's directory.
+fn stored(dir: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for e in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = e.path();
+        let folder = path.parent().and_then(Path::file_name).is_some_and(|f| f == "f" || f == "m");
+        match path.is_dir() {
+            true => found.extend(stored(&path)),
+            false if folder => {
+                found.insert(path);
+            }
+            false => {}
+        }
+    }
+    found
+}
+
+/// One day of a tenant's life: what it had, and the full of the day.
+struct Day {
+    truth: Truth,
+    full: String,
+    time: String,
+}
+
+/// A source of ten days, a full of each, by the clock of the command line.
+async fn ten_days(cluster: &Cluster, agent: &mut Agent) -> Vec<Day> {
+    let mut client = cluster.connect("shop").await;
+    let mut days = Vec::new();
+    for day in 0..DAYS {
+        let sql = format!(
+            "UPDATE a SET v = 'day {day}' WHERE id % {} = 0; INSERT INTO a SELECT t, {day} * 100 + i, 'new' FROM generate_series(1, 2) t, \
+             generate_series(1000, 1010) i; DELETE FROM a WHERE id = {day} + 1",
+            day + 2
+        );
+        cluster.script("shop", &sql);
+        let truth = truth::take(&mut client, &watched(), &format!("day {day}")).await;
+        cluster.psql("shop", "SELECT coffer.wait_durable()");
+        today(agent, day);
+        let doc = wait_for("a full of every tenant", 60, || {
+            let out = agent.coffer(&["--json", "compact"]);
+            let doc: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+            (out.status.success() && doc["skipped"] == json!([])).then_some(doc)
+        });
+        let fulls = doc["fulls"].as_array().expect("fulls");
+        let full = fulls.iter().find(|f| f["tenant"] == "1").unwrap_or_else(|| panic!("tenant 1 has no full: {doc}"));
+        let text = |key: &str| full[key].as_str().expect("a text").to_owned();
+        days.push(Day { truth, full: text("id"), time: text("point_time") });
+    }
+    days
+}
+
+/// Sets the clock of the verbs that follow to some days from now.
+fn today(agent: &mut Agent, day: usize) {
+    set(agent, "COFFER_TEST_CLOCK", &format!("{day}d"));
+}
+
+fn set(agent: &mut Agent, name: &str, value: &str) {
+    agent.env.retain(|(n, _)| n != name);
+    if !value.is_empty() {
+        agent.env.push((name.to_owned(), value.to_owned()));
+    }
+}
+
+fn watched() -> Vec<Watched> {
+    vec![Watched::new("a", "tenant")]
+}
+
+/// The days whose full `coffer list` has.
+fn listed_days(agent: &Agent, days: &[Day]) -> Vec<usize> {
+    let listed = restored::listed(agent, "1");
+    let ids: Vec<&str> =
+        listed["backups"].as_array().expect("backups").iter().filter_map(|b| b["id"].as_str()).collect();
+    (0..days.len()).filter(|n| ids.contains(&days[*n].full.as_str())).collect()
+}
+
+/// Restores every day whose full is there, and asks for every other.
+async fn check(agent: &Agent, cluster: &Cluster, days: &[Day], there: &[usize]) {
+    assert_eq!(listed_days(agent, days), there);
+    for (n, day) in days.iter().enumerate() {
+        let to = format!("backup:{}", day.full);
+        if there.contains(&n) {
+            let db = Database::restore(agent, cluster, "1", &to);
+            let wrong = day.truth.differences(&db.connect().await, &watched(), "1").await;
+            assert!(wrong.is_empty(), "day {n}: {wrong:#?}");
+        } else {
+            let out = Out::new();
+            let (code, doc) = agent.json_err(&restored::args_now("1", &to, out.arg()));
+            assert_eq!((code, &doc["error"]["code"]), (4, &json!("removed")), "day {n}: {doc}");
+            assert!(!doc["error"]["window"].as_array().expect("a window").is_empty(), "{doc}");
+        }
+    }
+    let verified = agent.json(&["verify"]);
+    assert_eq!(verified["ok"], true, "{verified}");
+}
+
+fn days(major: u32) {
+    block_on(async {
+        let regions = tempfile::tempdir().expect("a folder");
+        let store = |name: &str, more: &str| {
+            format!("[[store]]\nname = \"{name}\"\nurl = \"file://{}/{name}\"\n{more}", regions.path().display())
+        };
+        let more = format!("[compact]\npart = \"8KiB\"\n{POLICY}");
+        let (cluster, mut agent) = begin(major, &more, &(store("eu", "") + &store("us", "")));
+        let days = ten_days(&cluster, &mut agent).await;
+        let tables = || [stored(&regions.path().join("eu")), stored(&regions.path().join("us"))];
+
+        // A plan is only that.
+        let before = tables();
+        assert_eq!(before[0].len(), before[1].len());
+        let plan = prune(&agent, &["--tenant", "1"]);
+        let backups = of(&plan, "1")["backups"].as_array().expect("backups");
+        let kept: Vec<bool> = backups.iter().map(|b| b["keep"] == json!(true)).collect();
+        assert_eq!(kept, [false, false, false, false, false, false, false, true, true, true], "{plan}");
+        assert!(backups.iter().all(|b| !b["reasons"].as_array().expect("reasons").is_empty()));
+        assert_eq!(tables(), before);
+        assert_eq!(listed_days(&agent, &days).len(), DAYS);
+
+        // Held days stay; a tenant with a policy of its own keeps by that.
+        let (from, to) = (&days[2].time, &days[3].time);
+        let placed = agent.json(&["hold", "--tenant", "1", "--reason", "case 7", "--from", from, "--to", to]);
+        let done = prune(&agent, &["--confirm", "--grace", "1d"]);
+        assert_eq!(of(&done, "1")["recorded"]["backups"], 4, "{done}");
+        assert_eq!(of(&done, "1")["deleted"]["objects"], 0, "within the grace: {done}");
+        assert_eq!(tables(), before);
+        // The hold begins at the very point of day 2, which day 1 is before by more than a clock's step.
+        let there = [1, 2, 3, 7, 8, 9];
+        check(&agent, &cluster, &days, &there).await;
+
+        // A day later they go; a deletion that fails, and one that dies, are finished by the next run.
+        today(&mut agent, DAYS);
+        set(&mut agent, "COFFER_STORE_FAULTS", "us/delete:503:@2");
+        let (code, doc) = agent.json_err(&["prune", "--tenant", "1", "--confirm", "--grace", "1d"]);
+        assert_eq!(code, 8, "{doc}");
+        set(&mut agent, "COFFER_STORE_FAULTS", "");
+        for point in ["prune-after-delete=abort", "prune-before-removed=abort"] {
+            set(&mut agent, "COFFER_FAILPOINTS", point);
+            assert!(
+                !agent.coffer(&["prune", "--tenant", "1", "--confirm", "--grace", "1d"]).status.success(),
+                "{point}"
+            );
+            set(&mut agent, "COFFER_FAILPOINTS", "");
+            assert_eq!(agent.json(&["verify"])["ok"], true, "{point}");
+        }
+        let done = prune(&agent, &["--tenant", "1", "--confirm", "--grace", "1d"]);
+        assert!(tables()[0].len() < before[0].len() && tables()[0].len() == tables()[1].len(), "{done}");
+
+        // The hold is over: what only it kept goes at once, when the grace is none, though the first attempt dies.
+        agent.json(&["release", placed["hold"].as_str().expect("an id")]);
+        today(&mut agent, DAYS - 1);
+        set(&mut agent, "COFFER_FAILPOINTS", "prune-after-record=abort");
+        assert!(!agent.coffer(&["prune", "--tenant", "1", "--confirm", "--grace", "0s"]).status.success());
+        set(&mut agent, "COFFER_FAILPOINTS", "");
+        let done = prune(&agent, &["--tenant", "1", "--confirm", "--grace", "0s"]);
+        assert_eq!(
+            of(&done, "1")["pending"].as_array().expect("pending").iter().filter(|p| p["due"] == true).count(),
+            0,
+            "{done}"
+        );
+        let there: Vec<usize> = listed_days(&agent, &days);
+        assert!(there.len() >= 3 && there.ends_with(&[8, 9]) && !there.contains(&2), "{there:?}");
+        check(&agent, &cluster, &days, &there).await;
+        // Every point that the log holds is still there, too.
+        let wrong = Database::check(&agent, &cluster, &days[4].truth, &watched(), "1").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    });
+}
+
 /// The document of a prune.
 fn prune(agent: &Agent, args: &[&str]) -> Value {
     let doc = agent.json(&[&["prune"], args].concat());
     assert_eq!(doc["version"], 1, "{doc}");
     doc["sources"][0].clone()
+}
+
+/// What the agent's status page says to Prometheus.
+fn metrics_of(agent: &Agent) -> String {
+    use std::io::{Read, Write};
+    let mut s = std::net::TcpStream::connect(("127.0.0.1", agent.status_port)).expect("the status page");
+    s.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("a request");
+    let mut answer = String::new();
+    s.read_to_string(&mut answer).expect("an answer");
+    answer
 }
 
 /// A tenant's part of it.
@@ -44,7 +229,7 @@ fn of<'d>(doc: &'d Value, tenant: &str) -> &'d Value {
 
 fn holds(major: u32) {
     block_on(async {
-        let (cluster, mut agent) = begin(major, "", "");
+        let (cluster, mut agent) = begin(major, "[schedule]\nprune = \"* * * * *\"", "");
         let placed = agent.json(&["hold", "--tenant", "1", "--reason", "case 7", "--from", "2026-01-01T00:00:00Z"]);
         assert_eq!(
             (&placed["tenant"], &placed["reason"], &placed["to"]),
@@ -71,6 +256,13 @@ fn holds(major: u32) {
             assert_eq!(found, code, "{args:?}: {doc}");
         }
         assert_eq!(restored::listed(&agent, "1")["holds"].as_array().expect("holds").len(), 1);
+
+        // Inside the agent, by schedule.
+        wait_for("a scheduled run", 90, || {
+            let metrics = metrics_of(&agent);
+            metrics.lines().any(|l| l.starts_with("coffer_prune_runs_total") && l.contains("\"ok\"")).then_some(())
+        });
+        assert!(agent.log().contains("pruned: 0 backups"), "the log says so");
 
         // Without fulls of the catalog there is nothing to remove; the log is kept, and says so.
         let plan = prune(&agent, &["--tenant", "1"]);

@@ -13,6 +13,8 @@ use uuid::Uuid;
 pub const CATALOG_VERSION: u32 = 1;
 /// Every record with a number that this divides carries the state before it, so that readers begin there.
 pub const STATE_EVERY: u64 = 64;
+/// How many of the fulls that were removed a state remembers.
+pub const MOST_GONE: usize = 256;
 
 /// One record of a tenant's catalog.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -199,6 +201,9 @@ pub struct State {
     /// Fulls that somebody released: what their trigger alone would hold goes like any other.
     #[serde(default)]
     pub released: Vec<Uuid>,
+    /// Fulls that were removed, the newest [`MOST_GONE`]: who asks for one learns that it was there.
+    #[serde(default)]
+    pub gone: Vec<Uuid>,
 }
 
 impl State {
@@ -218,6 +223,8 @@ impl State {
             }
             Entry::Policy { policy, .. } => self.policy = Some(policy),
             Entry::Removal { backups, objects, not_before_us, .. } => {
+                self.gone.extend(self.fulls.iter().map(|f| f.id).filter(|id| backups.contains(id)));
+                self.gone.drain(..self.gone.len().saturating_sub(MOST_GONE));
                 self.fulls.retain(|f| !backups.contains(&f.id));
                 self.incrementals.retain(|i| !backups.contains(&i.id));
                 self.checks.retain(|c| !backups.contains(&c.backup));

@@ -7,6 +7,7 @@ use crate::compact::{Compactor, Occasion, PARALLEL};
 use crate::config::Config;
 use crate::error::{Context, Kind, Result};
 use crate::history::When;
+use crate::lease::Lease;
 use crate::opened::{Opened, scratch};
 use crate::tenant::Tenant;
 use futures::StreamExt;
@@ -26,6 +27,8 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
     let opened = Opened::for_writing(config).await?;
     let (mut fulls, mut skipped) = (Vec::new(), Vec::new());
     for (name, uid) in opened.sources(source).await? {
+        // Before the catalogs are read: what they name by then is not removed until the fulls that refer to it are recorded.
+        let intent = Lease::intent(&opened.repo, uid).await?;
         let mut history = opened.history(uid).await?;
         history.load_catalogs().await?;
         let tenants = match &args.tenant {
@@ -58,6 +61,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
                 Err(e) => return Err(e.during(format_args!("tenant {}", t.tenant))),
             }
         }
+        intent.release().await;
     }
     let nothing_done = fulls.is_empty() && !skipped.is_empty();
     let code = match skipped.first() {

@@ -5,6 +5,7 @@ use crate::catalog::FullEntry;
 use crate::error::{Kind, Result};
 use crate::history::{History, Target, When};
 use crate::keyring::TenantEntry;
+use crate::lease::Lease;
 use crate::opened;
 use crate::run::AgentContext;
 use crate::schedule::{Schedule, Timer};
@@ -80,6 +81,8 @@ async fn newest(ctx: &AgentContext) -> Result<Option<i64>> {
 
 /// A full of every tenant, at what is durable now.
 async fn once(ctx: &AgentContext) -> Result<()> {
+    // Before the catalogs are read: what they name by then is not removed until the fulls that refer to it are recorded.
+    let _intent = Lease::intent(&ctx.repo, ctx.source_uid).await?;
     let mut history = History::load(&ctx.repo, &ctx.keyring, ctx.source_uid, None).await?;
     history.load_catalogs().await?;
     let point = history.resolve(&When::Latest).await?;

@@ -21,7 +21,7 @@ use crate::repository::model::{Base, DatabaseLocale, LargeObjectsRead, SequenceS
 use crate::repository::{Log, LogRecord, ObjectRef, Repository};
 use coffer_wire::Lsn;
 use futures::{StreamExt, stream};
-use line::{Closed, Facts, Line, Restored, ShipAt, TableAt};
+use line::{Closed, Facts, Line, ShipAt, TableAt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -242,11 +242,6 @@ impl History {
                     .hint("name the LSN of the one that is meant")),
                 }
             }
-            When::Undo(id) => {
-                // Every commit that ended before its own.
-                let lsn = Lsn(self.restored(*id)?.at.0.saturating_sub(1));
-                Ok(Target { asked, lsn, time_us: self.commit_time(lsn).await? })
-            }
             When::Backup(id) => {
                 let found = self.line.bases.iter().find(|b| {
                     let base = b.base();
@@ -256,9 +251,7 @@ impl History {
                 if let Some(f) = fulls.into_iter().find(|f| f.id == *id) {
                     return Ok(Target { asked, lsn: f.point_lsn, time_us: f.point_time_us });
                 }
-                let base = found.ok_or_else(|| {
-                    Error::new(Kind::NotFound, format!("there is no backup {id}")).hint("see `coffer list`")
-                })?;
+                let base = found.ok_or_else(|| self.no_such_backup(*id))?;
                 let lsn = base.base().cut_lsn;
                 Ok(Target { asked, lsn, time_us: self.commit_time(lsn).await? })
             }
@@ -337,17 +330,6 @@ impl History {
             next += 1;
         }
         Ok(Target { asked, lsn, time_us: t })
-    }
-
-    /// The restore in place with this id.
-    ///
-    /// # Errors
-    /// `NotFound`: it is not durable yet, or there was none.
-    pub fn restored(&self, id: Uuid) -> Result<&Restored> {
-        self.facts.restores.iter().find(|r| r.id == id).ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("no restore with the undo id {id} is durable in the repository"))
-                .hint("a restore in place prints its id; just after it, add --wait 60s")
-        })
     }
 
     /// The transactions of a ship that count.
@@ -657,6 +639,19 @@ impl History {
         .code("not_durable")
         .window(self.windows(None))
         .hint("add --wait 60s to wait for it")
+    }
+
+    fn no_such_backup(&self, id: Uuid) -> Error {
+        let removed = self.catalogs.iter().find(|(_, c)| c.gone.contains(&id));
+        match removed {
+            Some((tenant, _)) => {
+                Error::new(Kind::OutsideWindow, format!("backup {id} was removed: retention keeps it no more"))
+                    .code("removed")
+                    .window(self.windows(Some(*tenant)))
+                    .hint("`coffer list` shows the backups that there are")
+            }
+            None => Error::new(Kind::NotFound, format!("there is no backup {id}")).hint("see `coffer list`"),
+        }
     }
 
     fn no_such_point(&self, name: &str) -> Error {

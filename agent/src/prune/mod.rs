@@ -25,6 +25,7 @@ pub use watch::watch;
 use crate::catalog;
 use crate::dsn::Dsn;
 use crate::error::{Kind, Result};
+use crate::history::line::Line;
 use crate::keyring::{Keyring, TenantEntry};
 use crate::lease::{self, Held, Purpose};
 use crate::repository::{Log, Repository};
@@ -65,6 +66,7 @@ struct Survey {
     log: Arc<HashSet<String>>,
     /// By tenant, how many of them there are and how long they are together.
     log_sums: HashMap<Uuid, (u64, u64)>,
+    line: Line,
     restores: Vec<Held>,
     /// Since when somebody writes objects that are not recorded yet.
     writing_since_us: Option<i64>,
@@ -128,6 +130,7 @@ impl Pruner {
             now_us: self.repo.clock().now_us(),
             log: Arc::default(),
             log_sums: HashMap::new(),
+            line: Line::new(log.records()),
             restores: held.iter().filter(|h| h.purpose == Purpose::Restore).cloned().collect(),
             writing_since_us: held.iter().filter(|h| h.purpose == Purpose::Write).map(|h| h.since_us).min(),
         };

@@ -125,6 +125,7 @@ mod tests {
                 now_us,
                 log: std::sync::Arc::default(),
                 log_sums: HashMap::new(),
+                line: crate::history::line::Line::new(&[]),
                 restores: Vec::new(),
                 writing_since_us,
             })

@@ -6,8 +6,11 @@ use super::{Orphan, Pruner, Survey};
 use crate::catalog::{Catalog, Entry, FullEntry, State, model::Removal};
 use crate::error::{Error, Result};
 use crate::failpoints;
+use crate::lease::Purpose;
 use crate::repository::{ObjectRef, paths};
-use crate::retention::{Changes, ChangesKind, Check, Full, Hold, Input, Plan, Policy, Running, Trigger, plan};
+use crate::retention::{
+    Changes, ChangesKind, Check, FUTURE_US, Full, Hold, Input, Plan, Policy, Running, Trigger, plan,
+};
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::HashSet;
 use uuid::Uuid;
@@ -57,7 +60,7 @@ impl Pruner {
         Ok(Input {
             now_us: survey.now_us,
             policy,
-            fulls: state.fulls.iter().map(|f| full(f, state)).collect(),
+            fulls: state.fulls.iter().map(|f| full(f, state, survey)).collect(),
             changes: state.incrementals.iter().map(incremental).collect(),
             holds: state.holds.iter().map(hold).collect(),
             running: survey.restores_of(tenant).map(|h| Running { id: h.id, until_us: i64::MAX }).collect(),
@@ -138,19 +141,22 @@ impl Pruner {
 
     /// Deletes what removals name whose grace is over.
     async fn carry_out(&self, catalog: &mut Catalog, survey: &Survey, report: &mut TenantReport) -> Result<()> {
-        // Somebody may have begun to read since the survey.
-        if crate::lease::live(&self.repo, self.source.1)
-            .await?
-            .iter()
-            .any(|h| h.purpose == crate::lease::Purpose::Restore && h.tenant.is_none_or(|t| t == report.uid))
-        {
+        // Somebody may have begun to read since the survey, or be making a full from what goes.
+        let mut held = crate::lease::live(&self.repo, self.source.1).await?;
+        held.retain(|h| h.tenant.is_none_or(|t| t == report.uid));
+        if held.iter().any(|h| h.purpose == Purpose::Restore) {
             return Ok(());
         }
+        let writing_since_us = held.iter().map(|h| h.since_us).min();
         catalog.refresh().await?;
         let due: Vec<Removal> = catalog.state().removals.clone();
         for removal in due {
             let state = catalog.state();
             if removal.not_before_us > self.repo.clock().now_us() || held_since(state, &removal).is_some() {
+                continue;
+            }
+            // It began before the record, so it may count on what the record says is to go.
+            if writing_since_us.is_some_and(|since| since < removal.at_us.saturating_add(FUTURE_US)) {
                 continue;
             }
             let needed: HashSet<&str> = needed(state).map(|o| o.path.as_str()).collect();
@@ -200,10 +206,11 @@ fn held_since(state: &State, r: &Removal) -> Option<Uuid> {
     state.holds.iter().find(|h| h.at_us >= r.at_us).map(|h| h.id)
 }
 
-fn full(f: &FullEntry, state: &State) -> Full {
+fn full(f: &FullEntry, state: &State, survey: &Survey) -> Full {
     let of = |ok: bool| state.checks.iter().any(|c| c.backup == f.id && c.ok == ok);
     // What was found damaged once is not trusted because another look found nothing.
     let check = match (of(false), of(true) || f.read_back_us.is_some()) {
+        _ if !survey.line.goes_through(f.point_lsn, f.log_n) => Check::Abandoned,
         (true, _) => Check::Failed,
         (false, true) => Check::Verified,
         (false, false) => Check::Unchecked,

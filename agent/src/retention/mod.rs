@@ -91,6 +91,15 @@ pub enum Check {
     Unchecked,
     /// Found damaged: it stands for nothing.
     Failed,
+    /// Its point is on a timeline that the log has left: it stands for nothing.
+    Abandoned,
+}
+
+impl Check {
+    /// Whether it can stand for its period.
+    fn is_usable(self) -> bool {
+        matches!(self, Self::Verified | Self::Unchecked)
+    }
 }
 
 /// A full of the catalog.

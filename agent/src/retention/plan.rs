@@ -138,7 +138,7 @@ impl Planner<'_> {
         }
         let fulls = self.newest_first();
         let mut periods: BTreeMap<Period, Vec<(usize, &Full)>> = BTreeMap::new();
-        for (i, f) in fulls.iter().copied().filter(|(_, f)| f.check != Check::Failed) {
+        for (i, f) in fulls.iter().copied().filter(|(_, f)| f.check.is_usable()) {
             periods.entry(Period::of(rule, f.point_us)).or_default().push((i, f));
         }
         let mut found = 0;
@@ -190,7 +190,10 @@ impl Planner<'_> {
     fn last(&mut self) {
         let fulls = self.newest_first();
         let newest = |check| fulls.iter().find(|(_, f)| f.check == check).map(|(i, _)| *i);
-        let last = newest(Check::Verified).or_else(|| newest(Check::Unchecked)).or_else(|| newest(Check::Failed));
+        let last = newest(Check::Verified)
+            .or_else(|| newest(Check::Unchecked))
+            .or_else(|| newest(Check::Failed))
+            .or_else(|| newest(Check::Abandoned));
         if let Some(i) = last {
             self.fulls[i].push(Reason::Last);
         }
@@ -223,17 +226,21 @@ impl Planner<'_> {
 
     fn finish(self) -> Plan {
         let pitr = self.input.policy.pitr;
-        let verdict = |reasons: Vec<Reason>, damaged: bool| match reasons.is_empty() {
+        let verdict = |reasons: Vec<Reason>, check: Check| match reasons.is_empty() {
             false => Verdict { keep: true, reasons },
             true => {
-                let why = if damaged { Reason::Damaged } else { Reason::Expired { pitr } };
+                let why = match check {
+                    Check::Failed => Reason::Damaged,
+                    Check::Abandoned => Reason::Abandoned,
+                    Check::Verified | Check::Unchecked => Reason::Expired { pitr },
+                };
                 Verdict { keep: false, reasons: vec![why] }
             }
         };
-        let damaged = self.input.fulls.iter().map(|f| f.check == Check::Failed);
+        let checks = self.input.fulls.iter().map(|f| f.check);
         let mut plan = Plan {
-            fulls: self.fulls.into_iter().zip(damaged).map(|(r, d)| verdict(r, d)).collect(),
-            changes: self.changes.into_iter().map(|r| verdict(r, false)).collect(),
+            fulls: self.fulls.into_iter().zip(checks).map(|(r, c)| verdict(r, c)).collect(),
+            changes: self.changes.into_iter().map(|r| verdict(r, Check::Verified)).collect(),
             objects: Vec::new(),
         };
         plan.objects = unneeded(self.input, &plan);

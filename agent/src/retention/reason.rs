@@ -58,6 +58,8 @@ pub enum Reason {
     Expired { pitr: Duration },
     /// It was found damaged, and no rule keeps it.
     Damaged,
+    /// It cannot be restored from, and no rule keeps it.
+    Abandoned,
 }
 
 impl Reason {
@@ -77,6 +79,7 @@ impl Reason {
             Self::Log => "log",
             Self::Expired { .. } => "expired",
             Self::Damaged => "damaged",
+            Self::Abandoned => "abandoned",
         }
     }
 }
@@ -105,6 +108,7 @@ impl fmt::Display for Reason {
                 write!(f, "older than the recovery window of {}, and no rule keeps it", span_text(*pitr))
             }
             Self::Damaged => f.write_str("found damaged, and no rule keeps it"),
+            Self::Abandoned => f.write_str("on a timeline that was left, and no rule keeps it"),
         }
     }
 }

@@ -363,7 +363,7 @@ fn any_input() -> impl Strategy<Value = Input> {
                 .map(|(d, check, trigger, released, objects)| {
                     let triggers = ["archive", "manual", "pre-migration", "incident", "compliance"];
                     let f = Full {
-                        check: [Check::Failed, Check::Unchecked]
+                        check: [Check::Failed, Check::Unchecked, Check::Abandoned]
                             .into_iter()
                             .nth(usize::from(check))
                             .unwrap_or(Check::Verified),

@@ -18,6 +18,7 @@ use crate::accounts;
 use crate::alarms;
 use crate::error::{Error, Kind, Result};
 use crate::large_objects::{self, Reading};
+use crate::lease::Lease;
 use crate::repository::model::{Base, Body, LargeObjectsRead, PendingTable};
 use crate::repository::{Draft, Log, ObjectRef};
 use crate::restore::in_place;
@@ -288,6 +289,8 @@ impl BaseTaker {
             let ships = self.seen.ships(read.xmin(), cut);
             // Definitions that are known to have changed get a record at the place where they did.
             self.new_definitions &= self.definitions_at.is_some();
+            // Until they are recorded, the fulls are nobody's: they are not to be taken for left over.
+            let intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
             let mut done = read.finish(&self.ctx, job, cut, ships, &self.progress).await?;
             let has = |p: &PendingTable| done.base.tables.iter().any(|t| t.relid == p.relid);
             done.base.pending = wanted.into_iter().filter(|p| !has(p)).collect();
@@ -298,6 +301,7 @@ impl BaseTaker {
             self.new_definitions |= done.base.schema.is_none();
             let relids: BTreeSet<u32> = done.base.tables.iter().map(|t| t.relid).collect();
             self.record(done.base, Some(breaks)).await?;
+            intent.release().await;
             let refers = |r: &LargeObjectsRead| r.columns.iter().any(|c| relids.contains(&c.relid));
             if self.seen.large_objects().is_some_and(refers) {
                 (self.objects_due, self.objects_after) = (true, Instant::now());
