@@ -159,6 +159,15 @@ BEGIN
     RETURN true;
 END $$;
 
+-- Part of a restore's own transaction: its position in the log is what an undo goes back before. The tenant is named by
+-- its uid alone; relids are the tables that the restore changed, rows says that it was of single rows.
+CREATE FUNCTION coffer._agent_restore_marker(id uuid, tenant uuid, relids oid[], rows bool) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    PERFORM coffer._mark('restore', json_build_object('id', $1, 'tenant', $2, 'relids', $3::int8[], 'rows', $4));
+END $$;
+
 -- Runs a statement with the caller's rights; where they do not suffice, says what to run.
 CREATE FUNCTION coffer._try(statement text) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp

@@ -50,6 +50,10 @@ pub enum Verb {
     Backup(commands::backup::BackupArgs),
     /// Bring one tenant back to a point: into the live database, a new one, or files
     Restore(commands::restore::RestoreArgs),
+    /// What changed of a tenant since a point, per table and per row; changes nothing
+    Diff(commands::diff::DiffArgs),
+    /// A tenant's rows as files, at the newest durable point or another
+    Export(commands::export::ExportArgs),
     /// Tenants, what each can be restored to, and its backups
     List(commands::list::ListArgs),
     /// One backup, or one object of a store

@@ -67,6 +67,8 @@ fn with_configuration(cli: &Cli, verb: &Verb) -> Result<u8> {
             Verb::Doctor => commands::doctor::run(&config, source, cli.json).await.map(health),
             Verb::Backup(args) => commands::backup::run(&config, source, cli.json, args).await.map(done),
             Verb::Restore(args) => commands::restore::run(&config, source, cli.json, args).await,
+            Verb::Diff(args) => commands::diff::run(&config, source, cli.json, args).await.map(done),
+            Verb::Export(args) => commands::export::run(&config, source, cli.json, args).await,
             Verb::List(args) => commands::list::run(&config, source, cli.json, args).await.map(done),
             Verb::Show(args) => commands::show::run(&config, source, cli.json, args).await.map(done),
             Verb::Compact(args) => commands::compact::run(&config, source, cli.json, args).await,

@@ -42,6 +42,7 @@ mod layouts;
 mod names;
 mod oracle;
 mod paths;
+mod restores;
 mod retention;
 mod side;
 mod thread;

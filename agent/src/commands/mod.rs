@@ -3,7 +3,9 @@
 pub mod backup;
 pub mod compact;
 pub mod demo;
+pub mod diff;
 pub mod doctor;
+pub mod export;
 pub mod hold;
 pub mod init;
 pub mod list;

@@ -1,34 +1,43 @@
 //! `coffer restore`: one tenant, at one point, into the live database, a new one, or files.
 
+use super::hold::actor;
 use super::progress::Progress;
 use crate::clock::parse_duration;
 use crate::config::Config;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
+use crate::history::When;
 use crate::opened::{Opened, Reserved, scratch};
 use crate::restore::files::Format;
+use crate::restore::keys::RowKey;
+use crate::restore::rename::As;
 use crate::restore::request::merge_memory;
-use crate::restore::{self, Means, Mode, Place, Request, Watch};
+use crate::restore::{self, Means, Mode, Place, Request, Watch, undo};
 use crate::tenant::Tenant;
 use coffer_wire::Class;
 use serde_json::Value;
 use std::path::PathBuf;
 use std::time::Duration;
+use uuid::Uuid;
 
 #[derive(clap::Args, Debug)]
 pub struct RestoreArgs {
     /// The tenant: the text of its tenant column
-    #[arg(long, value_name = "KEY", required_unless_present = "reserved")]
+    #[arg(long, value_name = "KEY", required_unless_present_any = ["reserved", "undo"])]
     pub tenant: Option<String>,
     /// Rows of no tenant instead
     #[arg(long, value_enum, conflicts_with = "tenant")]
     pub reserved: Option<Reserved>,
     /// The point: an RFC 3339 time, an LSN, name:RESTORE_POINT, backup:ID, or latest
-    #[arg(long, value_name = "WHEN")]
-    pub to: String,
-    #[arg(long, value_enum)]
-    pub mode: Mode,
-    /// in-place: a connection string, default the source; database: a connection string, created if absent; files: a folder
+    #[arg(long, value_name = "WHEN", required_unless_present = "undo")]
+    pub to: Option<String>,
+    /// Take a restore in place back, by the id that it printed: to just before its commit, the tables that it changed
+    #[arg(long, value_name = "ID", conflicts_with_all = ["to", "mode", "tenant", "reserved", "classes"])]
+    pub undo: Option<String>,
+    #[arg(long, value_enum, required_unless_present = "undo")]
+    pub mode: Option<Mode>,
+    /// in-place: a connection string, default the source; schema: the name of a new schema of the source, or a connection
+    /// string; database: a connection string, created if absent; files: a folder
     #[arg(long, value_name = "DSN|NAME|DIR")]
     pub target: Option<String>,
     /// For --mode files
@@ -37,9 +46,18 @@ pub struct RestoreArgs {
     /// Only this table (name or schema.name); may be repeated
     #[arg(long = "table", value_name = "TABLE")]
     pub tables: Vec<String>,
+    /// Only the row of this --table with this key: a value, or a JSON object of the key's columns; may be repeated
+    #[arg(long = "where-key", value_name = "KEY", requires = "tables")]
+    pub keys: Vec<RowKey>,
     /// Only tables of this class: data, config, accounts, customization or audit; may be repeated
     #[arg(long = "class", value_name = "CLASS", value_parser = class)]
     pub classes: Vec<Class>,
+    /// Restore the tenant as another one, whose key nobody has: its tenant column is rewritten
+    #[arg(long = "as", value_name = "KEY", conflicts_with_all = ["undo", "reserved"])]
+    pub other_key: Option<String>,
+    /// With --as: the tenant's column, where the source is not at hand to say it
+    #[arg(long, value_name = "COLUMN", requires = "other_key")]
+    pub tenant_column: Option<String>,
     /// For --mode database: create and alter the tenant's roles, too, with their memberships, settings and grants
     #[arg(long)]
     pub roles: bool,
@@ -60,7 +78,7 @@ pub struct RestoreArgs {
     pub confirm: bool,
 }
 
-fn class(s: &str) -> Result<Class, String> {
+pub(super) fn class(s: &str) -> Result<Class, String> {
     Class::from_name(s).ok_or_else(|| {
         let all: Vec<_> = Class::ALL.iter().map(|c| c.name()).collect();
         format!("'{s}' is no class; there is: {}", all.join(", "))
@@ -69,23 +87,32 @@ fn class(s: &str) -> Result<Class, String> {
 
 /// Restores; the exit code.
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &RestoreArgs) -> Result<u8> {
-    let to = args.to.parse().map_err(|e: String| Error::usage(format!("--to: {e}")))?;
-    let tenant = match (&args.tenant, args.reserved) {
-        (_, Some(r)) => r.tenant(),
-        (Some(k), None) => Tenant::normal(k),
-        (None, None) => return Err(Error::usage("--tenant is missing")),
+    let mode = args.mode.unwrap_or(Mode::InPlace);
+    let to = match (&args.to, &args.undo) {
+        (Some(to), _) => to.parse().map_err(|e: String| Error::usage(format!("--to: {e}")))?,
+        (None, Some(id)) => When::Undo(undo_id(id)?),
+        (None, None) => return Err(Error::usage("--to is missing")),
+    };
+    let place = place(config, source, args, mode)?;
+    let opened = Opened::new(config, args.from.as_deref()).await?;
+    let (name, uid) = opened.source(config, source).await?;
+    let (tenant, tables) = match (&args.tenant, args.reserved, &to) {
+        (_, _, When::Undo(id)) => undone(&opened, uid, *id, args).await?,
+        (_, Some(r), _) => (r.tenant(), args.tables.clone()),
+        (Some(k), None, _) => (Tenant::normal(k), args.tables.clone()),
+        (None, None, _) => return Err(Error::usage("--tenant is missing")),
     };
     let request = Request {
-        tables: args.tables.clone(),
+        tables,
         classes: args.classes.clone(),
+        keys: args.keys.clone(),
+        rename: renamed(config, source, args)?,
         roles: args.roles,
         wait: args.wait,
         allow_incomplete: args.allow_incomplete,
         dry_run: args.dry_run || !args.confirm,
-        ..Request::new(tenant, to, place(config, source, args)?)
+        ..Request::new(tenant, to, place)
     };
-    let opened = Opened::new(config, args.from.as_deref()).await?;
-    let (name, uid) = opened.source(config, source).await?;
     let progress = Progress::new("restoring", "rows", 0, json);
     let means = Means {
         opened: &opened,
@@ -94,23 +121,72 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         memory: merge_memory(config.limits.memory),
         watch: Watch::counting(progress.count.clone()),
     };
-    let report = restore::run(&means, &request).await?;
+    let mut report = restore::run(&means, &request).await?;
+    if let Some(id) = report.undo.clone()
+        && let Err(e) = hold(config, &opened, uid, &request.written_tenant(), &id).await
+    {
+        report.warnings.push(format!("what an undo needs is not held, and goes when its retention says so: {e}"));
+    }
     drop(progress);
     print(&report.document(), json, args)?;
     Ok(if report.incomplete > 0 && !report.dry_run { Kind::Partial.exit_code() } else { 0 })
 }
 
-fn place(config: &Config, source: Option<&str>, args: &RestoreArgs) -> Result<Place> {
-    let need = |what: &str| {
-        args.target.clone().ok_or_else(|| Error::usage(format!("--mode {} needs --target {what}", args.mode.name())))
+/// What `--as` asks for.
+fn renamed(config: &Config, source: Option<&str>, args: &RestoreArgs) -> Result<Option<As>> {
+    let Some(key) = args.other_key.clone() else { return Ok(None) };
+    let column = args.tenant_column.clone();
+    let source = match &column {
+        Some(_) => None,
+        None => Some(Box::new(Dsn::parse(&config.pick_source(source)?.1.url)?)),
     };
-    match args.mode {
-        _ if args.roles && args.mode != Mode::Database => {
+    Ok(Some(As { key, column, source }))
+}
+
+fn undo_id(id: &str) -> Result<Uuid> {
+    Uuid::try_parse(id).map_err(|_| {
+        Error::usage(format!("--undo: '{id}' is not the id of a restore in place"))
+            .hint("a restore in place prints it; where it printed a position, use --to with that")
+    })
+}
+
+/// Whose an undo is, and of which tables.
+async fn undone(opened: &Opened, source: Uuid, id: Uuid, args: &RestoreArgs) -> Result<(Tenant, Vec<String>)> {
+    let found = undo::find(opened, source, id, args.wait).await?;
+    if found.rows && args.keys.is_empty() {
+        return Err(Error::new(
+            Kind::Refused,
+            format!("restore {id} was of single rows of {}", found.tables.join(", ")),
+        )
+        .hint("name the rows to take back: --table TABLE --where-key KEY, as for the restore"));
+    }
+    Ok((found.tenant, if args.tables.is_empty() { found.tables } else { args.tables.clone() }))
+}
+
+/// Holds what an undo needs, through a repository that is open for writing.
+async fn hold(config: &Config, opened: &Opened, source: Uuid, tenant: &Tenant, id: &str) -> Result<()> {
+    let uid = opened.keyring.tenant_uid(source, tenant);
+    let opened = Opened::for_writing(config).await?;
+    undo::hold(&opened.repo, source, uid, id, &actor()).await
+}
+
+fn place(config: &Config, source: Option<&str>, args: &RestoreArgs, mode: Mode) -> Result<Place> {
+    let need = |what: &str| {
+        args.target.clone().ok_or_else(|| Error::usage(format!("--mode {} needs --target {what}", mode.name())))
+    };
+    match mode {
+        _ if args.roles && mode != Mode::Database => {
             Err(Error::usage("--roles goes with --mode database; --mode files writes roles.sql by itself"))
         }
-        Mode::Schema => Err(Error::new(Kind::Refused, "--mode schema is not available in this version")
-            .code("not_available")
-            .hint("use --mode database for a copy beside the live data")),
+        Mode::Schema => {
+            // A name has neither: what has is a connection string.
+            let (url, name) = match &args.target {
+                Some(t) if t.contains("://") || t.contains('=') => (Some(t.clone()), None),
+                name => (None, name.clone()),
+            };
+            let url = url.map_or_else(|| Ok(config.pick_source(source)?.1.url.clone()), Ok::<_, Error>)?;
+            Ok(Place::Schema { dsn: Box::new(Dsn::parse(&url)?), name, readers: Vec::new() })
+        }
         Mode::InPlace => {
             let url = match &args.target {
                 Some(t) => t.clone(),
@@ -162,8 +238,14 @@ fn text(d: &Value, args: &RestoreArgs) -> String {
     for w in d["warnings"].as_array().into_iter().flatten() {
         out.push_str(&format!("warning: {}\n", s(w)));
     }
+    if let Some(key) = d["as"].as_str() {
+        out.push_str(&format!("as tenant {key}\n"));
+    }
+    if let Some(name) = d["schema"].as_str() {
+        out.push_str(&format!("schema: {name}\n"));
+    }
     if let Some(u) = d["undo"].as_str() {
-        out.push_str(&format!("to take it back: restore to {u}\n"));
+        out.push_str(&format!("to take it back: coffer restore --undo {u}\n"));
     }
     if d["dry_run"] == true && !args.dry_run {
         out.push_str("nothing was changed; add --confirm to do it\n");

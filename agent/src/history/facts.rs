@@ -1,7 +1,7 @@
 //! Reads what the common objects say besides the transaction index: restore points, registrations, rewrites, drops; and
 //! which tables have changes that capture could not attribute.
 
-use super::line::{Facts, Registered, Registration, ShipAt};
+use super::line::{Facts, Registered, Registration, Restored, ShipAt};
 use crate::error::{Context, Error, Kind, Result};
 use crate::keyring::Keyring;
 use crate::repository::model::{SequenceState, Ship, TxnIndex};
@@ -40,10 +40,19 @@ struct DropMarker {
     relids: Vec<u32>,
 }
 
+#[derive(Deserialize)]
+struct RestoreMarker {
+    id: Uuid,
+    tenant: Uuid,
+    relids: Vec<u32>,
+    rows: bool,
+}
+
 /// What one object said, in its order.
 #[derive(Default)]
 struct Found {
     points: Vec<(String, Lsn, i64)>,
+    restores: Vec<Restored>,
     registry: Vec<Registered>,
     rewrites: Vec<(u32, Lsn)>,
     drops: Vec<(u32, Lsn)>,
@@ -64,6 +73,7 @@ pub(super) async fn read(repo: &Repository, keyring: &Keyring, ships: &[ShipAt],
     for (ship, found) in found {
         let f = found?;
         facts.restore_points.extend(f.points.into_iter().filter(|p| p.1 <= ship.limit));
+        facts.restores.extend(f.restores.into_iter().filter(|r| r.at <= ship.limit));
         facts.registry.extend(f.registry.into_iter().filter(|r| r.at <= ship.limit));
         facts.rewrites.extend(f.rewrites.into_iter().filter(|r| r.1 <= ship.limit));
         facts.ddl.extend(f.ddl.into_iter().filter(|at| *at <= ship.limit));
@@ -183,6 +193,10 @@ fn markers(plain: &[u8], owner: &dyn Fn(&str) -> Uuid, out: &mut Found) -> Resul
                         let owner = r.tenant.map(|t| owner(&t));
                         out.registry.push(Registered { relid: r.relid, at, xid: b.xid, what, owner, name: r.name });
                     }
+                    "restore" => {
+                        let RestoreMarker { id, tenant, relids, rows } = json(m.kind, m.payload)?;
+                        out.restores.push(Restored { id, tenant, relids, rows, at });
+                    }
                     "rewrite" => rewrites.push(json::<RewriteMarker>(m.kind, m.payload)?.relid),
                     "drop" => {
                         out.ddl.push(at);
@@ -265,6 +279,11 @@ mod tests {
         begin(&mut b, 10);
         mark(&mut b, "restore_point", "before");
         mark(&mut b, "registry", r#"{"relid":7,"action":"add","rebase":false}"#);
+        mark(
+            &mut b,
+            "restore",
+            r#"{"id":"00000000-0000-0000-0000-000000000001","tenant":"00000000-0000-0000-0000-000000000002","relids":[7],"rows":false}"#,
+        );
         mark(&mut b, "rewrite", r#"{"relid":7}"#);
         put_truncate(
             &mut b,
@@ -277,6 +296,9 @@ mod tests {
         let mut f = Found::default();
         markers(&b, &|_| Uuid::nil(), &mut f).unwrap();
         assert_eq!(f.points, [("before".to_owned(), Lsn(10), 5)]);
+        let restored =
+            Restored { id: Uuid::from_u128(1), tenant: Uuid::from_u128(2), relids: vec![7], rows: false, at: Lsn(10) };
+        assert_eq!(f.restores, [restored]);
         assert_eq!(f.rewrites, [(7, Lsn(20))]);
         assert_eq!(f.drops, [(8, Lsn(20)), (9, Lsn(20))]);
         assert_eq!(

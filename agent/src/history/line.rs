@@ -56,11 +56,26 @@ pub struct Closed {
     pub reason: String,
 }
 
+/// A restore in place, from the marker in its own transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    pub id: Uuid,
+    /// The tenant's uid.
+    pub tenant: Uuid,
+    /// The tables that it changed.
+    pub relids: Vec<u32>,
+    /// It was of single rows.
+    pub rows: bool,
+    /// Its commit's end.
+    pub at: Lsn,
+}
+
 /// What the markers of the common objects say, in the order of the log.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// Name, position, commit time.
     pub restore_points: Vec<(String, Lsn, i64)>,
+    pub restores: Vec<Restored>,
     pub registry: Vec<Registered>,
     /// Tables that were rewritten without their rows being given anew.
     pub rewrites: Vec<(u32, Lsn)>,

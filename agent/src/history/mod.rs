@@ -21,7 +21,7 @@ use crate::repository::model::{Base, DatabaseLocale, LargeObjectsRead, SequenceS
 use crate::repository::{Log, LogRecord, ObjectRef, Repository};
 use coffer_wire::Lsn;
 use futures::{StreamExt, stream};
-use line::{Closed, Facts, Line, ShipAt, TableAt};
+use line::{Closed, Facts, Line, Restored, ShipAt, TableAt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -242,6 +242,11 @@ impl History {
                     .hint("name the LSN of the one that is meant")),
                 }
             }
+            When::Undo(id) => {
+                // Every commit that ended before its own.
+                let lsn = Lsn(self.restored(*id)?.at.0.saturating_sub(1));
+                Ok(Target { asked, lsn, time_us: self.commit_time(lsn).await? })
+            }
             When::Backup(id) => {
                 let found = self.line.bases.iter().find(|b| {
                     let base = b.base();
@@ -330,6 +335,17 @@ impl History {
             next += 1;
         }
         Ok(Target { asked, lsn, time_us: t })
+    }
+
+    /// The restore in place with this id.
+    ///
+    /// # Errors
+    /// `NotFound`: it is not durable yet, or there was none.
+    pub fn restored(&self, id: Uuid) -> Result<&Restored> {
+        self.facts.restores.iter().find(|r| r.id == id).ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("no restore with the undo id {id} is durable in the repository"))
+                .hint("a restore in place prints its id; just after it, add --wait 60s")
+        })
     }
 
     /// The transactions of a ship that count.

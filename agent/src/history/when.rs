@@ -19,6 +19,8 @@ pub enum When {
     Name(String),
     /// The point of a backup.
     Backup(Uuid),
+    /// Just before the commit of a restore in place.
+    Undo(Uuid),
 }
 
 impl FromStr for When {
@@ -38,6 +40,10 @@ impl FromStr for When {
             let id =
                 Uuid::try_parse(id).map_err(|_| format!("'{id}' is not a backup's id; `coffer list` shows them"))?;
             return Ok(Self::Backup(id));
+        }
+        if let Some(id) = s.strip_prefix("undo:") {
+            let id = Uuid::try_parse(id).map_err(|_| format!("'{id}' is not the id of a restore's undo"))?;
+            return Ok(Self::Undo(id));
         }
         if s.contains('/') {
             return s.parse().map(Self::Lsn);
@@ -59,6 +65,7 @@ impl fmt::Display for When {
             Self::Lsn(l) => l.fmt(f),
             Self::Name(n) => write!(f, "name:{n}"),
             Self::Backup(b) => write!(f, "backup:{b}"),
+            Self::Undo(id) => write!(f, "undo:{id}"),
         }
     }
 }
@@ -75,6 +82,7 @@ mod tests {
         assert_eq!("1970-01-01T01:00:00.5+01:00".parse(), Ok(When::Time(500_000)));
         let id = Uuid::from_u128(7);
         assert_eq!(format!("backup:{id}").parse(), Ok(When::Backup(id)));
+        assert_eq!(format!("undo:{id}").parse(), Ok(When::Undo(id)));
         // A time without an offset could be any hour: it is refused.
         for bad in ["", "Latest", "name:", "backup:7", "2026-11-22T13:00:00", "2026-11-22", "yesterday", "16/"] {
             assert!(bad.parse::<When>().is_err(), "{bad}");

@@ -9,7 +9,7 @@ use crate::demux::Flow;
 use crate::error::{Error, Kind, Result};
 use crate::keyring::TenantEntry;
 use crate::opened::{Opened, scratch};
-use crate::restore::{self, Means, Place, Request};
+use crate::restore::{self, Means, Place, Request, undo};
 use crate::retention::Policy;
 use crate::run::AgentContext;
 use crate::tenant::Tenant;
@@ -92,6 +92,12 @@ impl Work<'_> {
         let to = to.map_err(|e: String| Error::usage(format!("the target: {e}")))?;
         let place = match self.job.text("mode") {
             Some("in-place") => Place::InPlace(Box::new(self.ctx.dsn.clone())),
+            // Who asked can read it.
+            Some("schema") => Place::Schema {
+                dsn: Box::new(self.ctx.dsn.clone()),
+                name: None,
+                readers: vec![self.job.requested_by.clone()],
+            },
             mode => return Err(Error::new(Kind::Refused, format!("this agent cannot restore in mode {mode:?}"))),
         };
         self.own_commit().await?;
@@ -110,7 +116,14 @@ impl Work<'_> {
             watch: self.step.watch.clone(),
         };
         self.step.begin(0.1, 1.0, if dry_run { "comparing" } else { "restoring" })?;
-        Ok(restore::run(&means, &request).await?.document())
+        let mut report = restore::run(&means, &request).await?;
+        if let Some(id) = report.undo.clone()
+            && let Err(e) =
+                undo::hold(&self.ctx.repo, self.ctx.source_uid, tenant.uid, &id, &self.job.requested_by).await
+        {
+            report.warnings.push(format!("what an undo needs is not held: {e}"));
+        }
+        Ok(report.document())
     }
 
     /// About as many rows as the tenant has.

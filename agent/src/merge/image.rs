@@ -78,6 +78,25 @@ impl<'a> Image<'a> {
         fields(self.encoded)
     }
 
+    /// Whether a field is this, escaped.
+    pub fn is_field(&self, at: usize, value: &[u8]) -> bool {
+        matches!(self.fields().get(at), Some(Field::Bytes(b)) if *b == value)
+    }
+
+    /// The same with another value, escaped, in one field. `out` holds it.
+    pub fn with_field<'b>(&self, at: usize, value: &[u8], out: &'b mut Vec<u8>) -> Image<'b>
+    where
+        'a: 'b,
+    {
+        let mut fields = self.fields();
+        if let Some(f) = fields.get_mut(at) {
+            *f = Field::Bytes(value);
+        }
+        out.clear();
+        put_fields(out, &fields);
+        Image { encoded: out, blobs: self.blobs }
+    }
+
     /// Reads a large field.
     pub fn open(&self, large: BlobRef) -> impl Read + 'a {
         self.blobs.reader(large)

@@ -5,36 +5,26 @@
 
 use super::large_objects::{Found, LargeObjects};
 use super::large_takers;
+use super::load::{self, Ready, Tables};
 use super::schema::{Archive, Phase};
-use super::sink::{Counts, Selected};
+use super::sink::{Counts, Selection};
 use crate::accounts::{Roles, Stage};
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
-use crate::merge::{Image, MergeStats, RowSink, TenantAt};
+use crate::merge::{MergeStats, TenantAt};
 use crate::repository::ObjectRef;
 use crate::repository::model::SequenceState;
 use crate::sql::{self, SqlClient, SqlContext};
-use bytes::{Bytes, BytesMut};
-use coffer_wire::{Class, Column, ColumnFlags, Lsn, Relation, quote_ident};
-use futures::SinkExt;
+use coffer_wire::{Column, ColumnFlags, Lsn, Relation, quote_ident};
 use std::collections::BTreeSet;
-use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
-use tokio::sync::mpsc;
-
-/// Bytes that go to COPY at once.
-const PIECE: usize = 256 << 10;
-/// Pieces between the merge and the server.
-const PIECES_AHEAD: usize = 4;
 
 /// What is wanted.
 pub struct NewDatabase {
     pub dsn: Dsn,
     /// Whose rows, in this order: the shared tables' and the tenant's.
     pub rows: Vec<TenantAt>,
-    /// Empty: all.
-    pub classes: Vec<Class>,
+    pub selection: Selection,
     pub schema: ObjectRef,
     pub beside: Beside,
     /// For the schema's archive.
@@ -59,14 +49,6 @@ pub struct Done {
     pub stats: Vec<MergeStats>,
     pub warnings: Vec<String>,
     pub large_objects: Option<Found>,
-}
-
-/// From the merge's thread to the session.
-enum Piece {
-    /// With the position of the table's last change.
-    Begin(Arc<Relation>, Lsn),
-    Data(Bytes),
-    End,
 }
 
 impl NewDatabase {
@@ -141,33 +123,36 @@ impl NewDatabase {
 
     /// Loads all rows in one transaction.
     async fn load(&mut self, client: &SqlClient, warnings: &mut Vec<String>) -> Result<Vec<MergeStats>> {
-        let (tx, mut rx) = mpsc::channel(PIECES_AHEAD);
-        let (rows, classes) = (std::mem::take(&mut self.rows), self.classes.clone());
-        let mut counts = std::mem::take(&mut self.counts);
-        let merging = tokio::task::spawn_blocking(move || {
-            let mut stats = Vec::new();
-            let mut sink = CopySink { tx, buf: BytesMut::with_capacity(PIECE), last_change: Lsn::ZERO };
-            for r in &rows {
-                stats.push(r.read(&mut Selected::new(&classes, Some(&mut sink), &mut counts))?);
-            }
-            Ok::<_, Error>((stats, counts))
-        });
+        let (rows, counts) = (std::mem::take(&mut self.rows), std::mem::take(&mut self.counts));
         client.batch_execute("BEGIN").await.sql("cannot begin")?;
-        let copied = copy_all(client, &mut rx, self.schema.lsn_end, warnings).await;
-        // The merge stops when nobody listens any more.
-        drop(rx);
-        let merged = merging.await.context(Kind::Other, "the merge broke off")?;
-        let (stats, counts) = match (copied, merged) {
-            (Ok(()), Ok(m)) => m,
-            // What the server said comes first: the merge then only noticed that nobody listens.
-            (Err(e), _) | (Ok(()), Err(e)) => {
-                let _ = client.batch_execute("ROLLBACK").await;
-                return Err(e);
+        let mut tables = Fitted { schema: self.schema.lsn_end, warnings };
+        match load::load(client, rows, self.selection.clone(), counts, &mut tables).await {
+            Ok((stats, counts)) => {
+                client.batch_execute("COMMIT").await.sql("cannot commit the rows")?;
+                self.counts = counts;
+                Ok(stats)
             }
-        };
-        client.batch_execute("COMMIT").await.sql("cannot commit the rows")?;
-        self.counts = counts;
-        Ok(stats)
+            Err(e) => {
+                let _ = client.batch_execute("ROLLBACK").await;
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Tables that the definitions made, fitted to the rows.
+struct Fitted<'a> {
+    /// The position of the definitions.
+    schema: Lsn,
+    warnings: &'a mut Vec<String>,
+}
+
+impl Tables for Fitted<'_> {
+    async fn ready(&mut self, client: &SqlClient, rel: &Relation, last_change: Lsn) -> Result<Ready> {
+        let (columns, gone) = fit_table(client, rel, last_change <= self.schema, self.warnings).await?;
+        let name = rel.qualified();
+        let after = gone.iter().map(|c| format!("ALTER TABLE {name} DROP COLUMN {c}")).collect();
+        Ok(Ready { table: name, columns, after })
     }
 }
 
@@ -182,38 +167,6 @@ async fn phase(archive: Archive, dsn: &Dsn, phase: Phase) -> Result<(Archive, Ve
         Ok((archive, failed))
     })
     .await
-}
-
-/// Runs one COPY per table until the merge ends.
-/// `schema`: the position of the definitions.
-async fn copy_all(
-    client: &SqlClient,
-    rx: &mut mpsc::Receiver<Piece>,
-    schema: Lsn,
-    warnings: &mut Vec<String>,
-) -> Result<()> {
-    while let Some(piece) = rx.recv().await {
-        let Piece::Begin(rel, last_change) = piece else { return Err(Error::other("rows came before their table")) };
-        let (columns, gone) = fit_table(client, &rel, last_change <= schema, warnings).await?;
-        let statement = format!("COPY {} ({}) FROM STDIN", rel.qualified(), columns.join(", "));
-        let what = format!("cannot load {}", rel.qualified());
-        let sink = client.copy_in::<_, Bytes>(&statement).await.sql(&what)?;
-        let mut sink = std::pin::pin!(sink);
-        loop {
-            match rx.recv().await {
-                Some(Piece::Data(b)) => sink.send(b).await.sql(&what)?,
-                Some(Piece::End) => break,
-                // The merge failed; its own error says why. Dropping the sink ends the COPY.
-                Some(Piece::Begin(..)) | None => return Ok(()),
-            }
-        }
-        sink.finish().await.sql(&what)?;
-        for column in gone {
-            let sql = format!("ALTER TABLE {} DROP COLUMN {column}", rel.qualified());
-            client.batch_execute(&sql).await.sql(&what)?;
-        }
-    }
-    Ok(())
 }
 
 /// Makes the table fit the rows: the definitions may be of another moment than they are, when the table was altered
@@ -308,63 +261,7 @@ async fn fit_table(
     Ok((rel.image_columns().map(into).collect(), gone))
 }
 
-/// Sends rows to the session, in pieces.
-struct CopySink {
-    tx: mpsc::Sender<Piece>,
-    buf: BytesMut,
-    last_change: Lsn,
-}
-
-impl CopySink {
-    fn send(&self, p: Piece) -> Result<()> {
-        self.tx.blocking_send(p).map_err(|_| Error::other("the session that takes the rows is gone"))
-    }
-
-    fn flush_piece(&mut self) -> Result<()> {
-        if self.buf.is_empty() {
-            return Ok(());
-        }
-        let piece = std::mem::replace(&mut self.buf, BytesMut::with_capacity(PIECE)).freeze();
-        self.send(Piece::Data(piece))
-    }
-}
-
-impl Write for CopySink {
-    fn write(&mut self, b: &[u8]) -> std::io::Result<usize> {
-        let n = b.len().min(PIECE);
-        self.buf.extend_from_slice(&b[..n]);
-        if self.buf.len() >= PIECE {
-            self.flush_piece().map_err(std::io::Error::other)?;
-        }
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl RowSink for CopySink {
-    fn last_change(&mut self, at: Lsn) {
-        self.last_change = at;
-    }
-
-    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
-        self.send(Piece::Begin(rel.clone(), self.last_change))
-    }
-
-    fn row(&mut self, _: &[u8], image: &Image<'_>) -> Result<()> {
-        image.write_to(self)?;
-        self.write_all(b"\n").map_err(crate::merge::from_io)
-    }
-
-    fn end_table(&mut self) -> Result<()> {
-        self.flush_piece()?;
-        self.send(Piece::End)
-    }
-}
-
-async fn major(client: &SqlClient) -> Result<u32> {
+pub(super) async fn major(client: &SqlClient) -> Result<u32> {
     let version = client
         .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4 / 10000", &[])
         .await

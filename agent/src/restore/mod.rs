@@ -1,16 +1,22 @@
 //! Restores: into the live database, into a new one, into files.
 
 pub mod database;
+pub mod difference;
 pub mod encode;
 pub mod files;
 pub mod in_place;
+pub mod keys;
 pub mod large_objects;
 pub mod large_takers;
+mod load;
+pub mod rename;
 pub mod request;
 mod run;
 mod schema;
+mod side;
 mod sink;
+pub mod undo;
 
 pub use request::{Means, Mode, Place, Report, Request, TableReport};
 pub use run::run;
-pub use sink::{Counts, Selected, TableRows, Watch};
+pub use sink::{Counts, Selected, Selection, TableRows, Watch};

@@ -8,12 +8,15 @@ use crate::error::Result;
 use crate::history::{Target, When};
 use crate::merge::Scratch;
 use crate::opened::Opened;
-use crate::restore::database;
-use crate::restore::sink::Watch;
+use crate::restore::keys::RowKey;
+use crate::restore::rename::{As, Rename};
+use crate::restore::sink::{Selection, Watch};
+use crate::restore::{database, side};
 use crate::tenant::Tenant;
 use coffer_wire::Class;
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -22,7 +25,7 @@ use uuid::Uuid;
 pub enum Mode {
     /// Into the live database: only what differs is changed, in one transaction
     InPlace,
-    /// Side by side, in a new schema (not in this version)
+    /// Side by side, in a new schema of the source: for looking and comparing
     Schema,
     /// Into a new database: definitions, shared tables, the tenant's rows
     Database,
@@ -47,6 +50,14 @@ impl Mode {
 pub enum Place {
     /// The database with the live rows.
     InPlace(Box<Dsn>),
+    /// A new schema of a database.
+    Schema {
+        dsn: Box<Dsn>,
+        /// `None`: named after the tenant and the target's time.
+        name: Option<String>,
+        /// Roles that may read it besides the DSN's.
+        readers: Vec<String>,
+    },
     /// A database that is absent or empty.
     Database(Box<Dsn>),
     /// A folder that is absent or empty.
@@ -57,6 +68,7 @@ impl Place {
     pub fn mode(&self) -> Mode {
         match self {
             Self::InPlace(_) => Mode::InPlace,
+            Self::Schema { .. } => Mode::Schema,
             Self::Database(_) => Mode::Database,
             Self::Files { .. } => Mode::Files,
         }
@@ -65,7 +77,11 @@ impl Place {
     /// Refuses a place that is taken, before anything is read.
     pub(super) async fn require_free(&self) -> Result<()> {
         match self {
-            Self::InPlace(_) => Ok(()),
+            Self::InPlace(_) | Self::Schema { name: None, .. } => Ok(()),
+            Self::Schema { dsn, name: Some(name), .. } => {
+                side::require_name(name)?;
+                side::require_absent(dsn, name).await
+            }
             Self::Database(dsn) => {
                 crate::dial::install_crypto_provider();
                 database::require_absent_or_empty(dsn).await
@@ -88,6 +104,10 @@ pub struct Request {
     pub tables: Vec<String>,
     /// Empty: all.
     pub classes: Vec<Class>,
+    /// Only these rows of the one table; empty: all.
+    pub keys: Vec<RowKey>,
+    /// The tenant's rows go out under another key.
+    pub rename: Option<As>,
     /// Into a database: the tenant's roles, too.
     pub roles: bool,
     /// How long to wait for the target to become durable; `None`: not at all.
@@ -107,11 +127,23 @@ impl Request {
             place,
             tables: Vec::new(),
             classes: Vec::new(),
+            keys: Vec::new(),
+            rename: None,
             roles: false,
             wait: None,
             allow_incomplete: false,
             dry_run: false,
         }
+    }
+
+    /// Whose the rows are when they are written.
+    pub fn written_tenant(&self) -> Tenant {
+        self.rename.as_ref().map_or_else(|| self.tenant.clone(), |r| Tenant::normal(r.key.as_str()))
+    }
+
+    pub(super) fn selection(&self, rename: Option<Arc<Rename>>) -> Selection {
+        let (classes, keys, tenant) = (self.classes.clone(), self.keys.clone(), Some(self.tenant.clone()));
+        Selection { classes, keys, tenant, rename }
     }
 }
 
@@ -152,6 +184,10 @@ pub struct Report {
     pub source: String,
     pub tenant: Tenant,
     pub mode: Mode,
+    /// The other key that the rows went out under.
+    pub renamed: Option<String>,
+    /// The schema that was made, or would be.
+    pub schema: Option<String>,
     pub target: Target,
     pub tables: Vec<TableReport>,
     /// Of the target's rows, as text.
@@ -174,7 +210,7 @@ impl Report {
         };
         let mut document = json!({
             "version": 1, "dry_run": self.dry_run, "source": self.source, "tenant": self.tenant.key,
-            "kind": self.tenant.kind.name(), "mode": self.mode.name(),
+            "kind": self.tenant.kind.name(), "mode": self.mode.name(), "schema": self.schema, "as": self.renamed,
             "target": {"asked": self.target.asked, "lsn": self.target.lsn.to_string(),
                 "time": rfc3339(self.target.time_us)},
             "tables": self.tables.iter().map(row).collect::<Vec<_>>(), "bytes": self.bytes, "seconds": self.seconds,

@@ -5,10 +5,13 @@ use super::database::{Beside, NewDatabase};
 use super::files::{Files, Format};
 use super::in_place::compare::{self, CoveredTable, TargetSink};
 use super::in_place::{InPlace, Options};
+use super::keys;
 use super::large_objects::{self, Found, LargeObjects};
 use super::large_takers;
-use super::request::{Means, Place, Report, Request, TableReport};
-use super::sink::{Counts, Selected, Watch};
+use super::rename::Rename;
+use super::request::{Means, Mode, Place, Report, Request, TableReport};
+use super::side::{self, SideBySide};
+use super::sink::{Counts, Filter, Selected, Selection, Watch};
 use crate::accounts::Roles;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
@@ -16,7 +19,8 @@ use crate::history::{History, Target, When};
 use crate::lease::Lease;
 use crate::merge::{Holes, Image, MergeStats, RowSink, TenantAt};
 use crate::opened::{Opened, Reserved};
-use coffer_wire::{Class, Relation};
+use crate::tenant::Tenant;
+use coffer_wire::{Class, Relation, TenantKind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +28,7 @@ use tokio::runtime::Handle;
 use uuid::Uuid;
 
 /// How often the log is looked at while a target is waited for.
-const POLL: Duration = Duration::from_millis(500);
+pub(super) const POLL: Duration = Duration::from_millis(500);
 
 /// What came of the rows.
 #[derive(Default)]
@@ -71,62 +75,139 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
     let started = Instant::now();
     request.place.require_free().await?;
     let (opened, source) = (means.opened, means.source.1);
-    let entry = opened.tenant(means.source, &request.tenant).await?;
-    let (mut history, target) = wait_for(means, request, entry.uid).await?;
-    let tables = history.require(&target, entry.uid, &|qualified| wanted(&request.tables, qualified))?;
-    let inputs = Arc::new(history.inputs(entry.uid, target.lsn, tables).await?);
-    let at = TenantAt {
-        repo: opened.repo.clone(),
-        rt: Handle::current(),
-        tenant: request.tenant.clone(),
-        inputs,
-        from: opened.from.clone(),
-        scratch: means.scratch.clone(),
-        memory: means.memory,
-        holes: if request.allow_incomplete { Holes::Null } else { Holes::Refuse },
-    };
+    let Prepared { uid, mut history, target, at, selection } = Prepared::new(means, request).await?;
     let counts = Counts::watched(means.watch.clone());
-    let objects = LargeObjects::of(&history, entry.uid, &target, &at, &request.classes, &means.watch).await?;
+    let schema = match &request.place {
+        Place::Schema { name, .. } => {
+            Some(name.clone().unwrap_or_else(|| side::default_name(&request.tenant, &target)))
+        }
+        _ => None,
+    };
+    // A copy beside the live rows refers to the objects that are there.
+    let objects = match &request.place {
+        Place::Schema { .. } => None,
+        _ => LargeObjects::of(&history, uid, &target, &at, &request.classes, &means.watch).await?,
+    };
+    let mut rows = Rows { at, selection, objects };
     let done = match &request.place {
-        Place::InPlace(dsn) => in_place(dsn, (at, objects), request, &means.watch).await?,
-        Place::Files { .. } | Place::Database(_) if request.dry_run => count((at, objects), request, counts).await?,
+        Place::InPlace(dsn) => {
+            let whose = request.written_tenant();
+            let uid = if request.rename.is_some() { opened.keyring.tenant_uid(source, &whose) } else { uid };
+            in_place(dsn, rows, (&whose, uid), request, &means.watch).await?
+        }
+        Place::Schema { dsn, name: None, .. } if request.dry_run => {
+            side::require_absent(dsn, schema.as_deref().unwrap_or_default()).await?;
+            count(rows, counts).await?
+        }
+        Place::Schema { .. } | Place::Files { .. } | Place::Database(_) if request.dry_run => {
+            count(rows, counts).await?
+        }
         Place::Files { dir, format } => {
-            let roles = roles(opened, &history, entry.uid, &target, request).await?;
-            to_files((dir.clone(), *format), (at, objects), request, counts, (&target, roles)).await?
+            let roles = roles(opened, &history, uid, &target, request).await?;
+            to_files((dir.clone(), *format), rows, counts, (&target, roles)).await?
+        }
+        Place::Schema { dsn, readers, .. } => {
+            let (name, source) = (schema.as_deref().unwrap_or_default(), means.source.0);
+            to_schema((dsn, name, readers), rows, request, counts, (&target, source)).await?
         }
         Place::Database(dsn) => {
-            let shared = shared(opened, source, &mut history, &target, &at).await?;
+            let shared = shared(opened, source, &mut history, &target, &rows.at).await?;
             let of_shared = match &shared {
                 Some((uid, s)) => LargeObjects::of(&history, *uid, &target, s, &request.classes, &means.watch).await?,
                 None => None,
             };
             let beside = Beside {
-                large_objects: of_shared.into_iter().chain(objects).collect(),
+                large_objects: of_shared.into_iter().chain(rows.objects.take()).collect(),
                 sequences: history.sequences(&target).await?,
                 settings: history.database_settings(&target).to_vec(),
-                roles: roles(opened, &history, entry.uid, &target, request).await?,
+                roles: roles(opened, &history, uid, &target, request).await?,
             };
-            to_database(dsn.clone(), (shared.map(|s| s.1), at), beside, request, counts).await?
+            to_database(dsn.clone(), (shared.map(|s| s.1), rows), beside, request, counts).await?
         }
     };
+    let mut warnings = done.warnings;
+    let found: u64 = done.tables.iter().map(|t| t.inserted).sum();
+    if request.place.mode() != Mode::InPlace && found < request.keys.len() as u64 {
+        warnings.push(format!(
+            "{} of {} keys have no row at the target",
+            request.keys.len() as u64 - found,
+            request.keys.len()
+        ));
+    }
     Ok(Report {
         dry_run: request.dry_run,
         source: means.source.0.to_owned(),
         tenant: request.tenant.clone(),
         mode: request.place.mode(),
+        renamed: request.rename.as_ref().map(|r| r.key.clone()),
+        schema,
         target,
         tables: done.tables,
         bytes: done.bytes,
         seconds: started.elapsed().as_secs_f64(),
         undo: done.undo,
-        warnings: done.warnings,
+        warnings,
         incomplete: done.incomplete,
         large_objects: done.large_objects,
     })
 }
 
+/// What a restore is of.
+struct Rows {
+    at: TenantAt,
+    selection: Selection,
+    /// That the rows refer to.
+    objects: Option<LargeObjects>,
+}
+
+/// A target that can be restored to, and the tenant there.
+pub(super) struct Prepared {
+    /// The tenant's.
+    pub uid: Uuid,
+    pub history: History,
+    pub target: Target,
+    pub at: TenantAt,
+    pub selection: Selection,
+}
+
+impl Prepared {
+    pub async fn new(means: &Means<'_>, request: &Request) -> Result<Self> {
+        keys::require_one_table(&request.keys, request.tables.len())?;
+        let opened = means.opened;
+        let uid = opened.tenant(means.source, &request.tenant).await?.uid;
+        let (history, target) = wait_for(means, request, uid).await?;
+        let tables = history.require(&target, uid, &|qualified| wanted(&request.tables, qualified))?;
+        if !request.keys.is_empty() && tables.len() != 1 {
+            let names: Vec<_> = tables.iter().map(|t| t.name.as_str()).collect();
+            return Err(Error::usage(format!(
+                "--where-key goes with one table, and --table means {}",
+                names.join(", ")
+            )));
+        }
+        let inputs = Arc::new(history.inputs(uid, target.lsn, tables).await?);
+        let at = TenantAt {
+            repo: opened.repo.clone(),
+            rt: Handle::current(),
+            tenant: request.tenant.clone(),
+            inputs,
+            from: opened.from.clone(),
+            scratch: means.scratch.clone(),
+            memory: means.memory,
+            holes: if request.allow_incomplete { Holes::Null } else { Holes::Refuse },
+        };
+        let rename = match &request.rename {
+            Some(r) if request.tenant.kind != TenantKind::Normal || r.key == request.tenant.key => {
+                return Err(Error::usage(format!("--as: '{}' is no other tenant's key", r.key)));
+            }
+            Some(r) => Some(Rename::new(&request.tenant.key, r).await?),
+            None => None,
+        };
+        Ok(Self { uid, history, target, at, selection: request.selection(rename) })
+    }
+}
+
 /// Whether a table is asked for: `name`, `schema.name`, or as SQL quotes it.
-fn wanted(asked: &[String], qualified: &str) -> bool {
+pub(super) fn wanted(asked: &[String], qualified: &str) -> bool {
     let plain = unquoted(qualified);
     asked.is_empty()
         || asked
@@ -165,8 +246,8 @@ async fn wait_for(means: &Means<'_>, request: &Request, tenant: Uuid) -> Result<
             }
             Ok(_) => {}
             Err(e) => {
-                let may_come =
-                    e.is_code("not_durable") || (e.kind() == Kind::NotFound && matches!(request.to, When::Name(_)));
+                let may_come = e.is_code("not_durable")
+                    || (e.kind() == Kind::NotFound && matches!(request.to, When::Name(_) | When::Undo(_)));
                 if !may_come || over() {
                     return Err(e);
                 }
@@ -205,14 +286,10 @@ fn warnings_of(stats: &[MergeStats], warnings: &mut Vec<String>) -> u64 {
 }
 
 /// Without --confirm: reads everything and counts.
-async fn count(
-    (at, objects): (TenantAt, Option<LargeObjects>),
-    request: &Request,
-    mut counts: Counts,
-) -> Result<Outcome> {
-    let classes = request.classes.clone();
+async fn count(rows: Rows, mut counts: Counts) -> Result<Outcome> {
+    let Rows { at, selection, objects } = rows;
     let (stats, counts, found) = blocking(move || {
-        let stats = at.read(&mut Selected::new(&classes, None, &mut counts))?;
+        let stats = at.read(&mut Selected::new(&selection, None, &mut counts))?;
         let found = objects.map(|o| o.give(&mut large_objects::Count)).transpose()?;
         Ok((stats, counts, found))
     })
@@ -241,23 +318,60 @@ async fn roles(
 
 async fn to_files(
     (dir, format): (PathBuf, Format),
-    (at, objects): (TenantAt, Option<LargeObjects>),
-    request: &Request,
+    Rows { at, selection, objects }: Rows,
     mut counts: Counts,
     (target, roles): (&Target, Option<Roles>),
 ) -> Result<Outcome> {
-    let (classes, target) = (request.classes.clone(), target.clone());
+    let target = target.clone();
+    let key = match &selection.rename {
+        Some(r) => r.key().to_owned(),
+        None => at.tenant.key.clone(),
+    };
     let (stats, counts, found) = blocking(move || {
         let mut files = Files::create(&dir, format)?;
-        let stats = at.read(&mut Selected::new(&classes, Some(&mut files), &mut counts))?;
+        let stats = at.read(&mut Selected::new(&selection, Some(&mut files), &mut counts))?;
         let found = files.large_objects(objects.as_ref())?;
-        files.finish(&at.tenant.key, &target, roles.as_ref())?;
+        files.finish(&key, &target, roles.as_ref())?;
         Ok((stats, counts, found))
     })
     .await?;
     let mut report = Outcome { tables: counted(&counts), bytes: counts.bytes, ..Outcome::default() };
     report.incomplete = warnings_of(&[stats], &mut report.warnings);
     Ok(report.with(found))
+}
+
+async fn to_schema(
+    (dsn, name, readers): (&Dsn, &str, &[String]),
+    rows: Rows,
+    request: &Request,
+    counts: Counts,
+    (target, source): (&Target, &str),
+) -> Result<Outcome> {
+    let (Rows { at, selection, .. }, mut warnings) = (rows, Vec::new());
+    warnings.extend(at.inputs.schema_warning.as_ref().map(|w| format!("{w}: indexes may differ")));
+    let done = SideBySide {
+        dsn,
+        name,
+        readers,
+        definitions: at.inputs.schema.clone(),
+        rows: at,
+        tables: &request.tables,
+        selection,
+        counts,
+        target,
+        source,
+        spool: std::env::temp_dir(),
+    }
+    .run()
+    .await?;
+    let mut report = Outcome {
+        tables: counted(&done.counts),
+        bytes: done.counts.bytes,
+        warnings: warnings.into_iter().chain(done.warnings).collect(),
+        ..Outcome::default()
+    };
+    report.incomplete = warnings_of(&done.stats, &mut report.warnings);
+    Ok(report)
 }
 
 /// The shared tables at the same point, when there are any.
@@ -282,7 +396,7 @@ async fn shared(
 
 async fn to_database(
     dsn: Box<Dsn>,
-    (shared, at): (Option<TenantAt>, TenantAt),
+    (shared, Rows { at, selection, .. }): (Option<TenantAt>, Rows),
     mut beside: Beside,
     request: &Request,
     counts: Counts,
@@ -314,7 +428,7 @@ async fn to_database(
         dsn: *dsn,
         // A choice of tables is of the tenant's; the shared ones come whole, as its rows refer to them.
         rows: shared.into_iter().chain([at]).collect(),
-        classes: request.classes.clone(),
+        selection,
         schema,
         beside,
         spool: std::env::temp_dir(),
@@ -337,31 +451,42 @@ struct Merged {
     at: TenantAt,
     covered: Vec<CoveredTable>,
     watch: Watch,
+    selection: Selection,
 }
 
-struct Adapter<'a>(&'a mut dyn TargetSink, &'a Watch);
+struct Adapter<'a> {
+    to: &'a mut dyn TargetSink,
+    watch: &'a Watch,
+    selection: &'a Selection,
+    /// Of the table at hand.
+    filter: Filter,
+}
 
 impl RowSink for Adapter<'_> {
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
-        self.0.begin_table(rel)
+        self.filter = self.selection.of_table(rel)?;
+        self.to.begin_table(rel)
     }
 
     fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
-        self.1.row()?;
-        match image.as_line() {
-            Some(line) => self.0.row(key, line),
-            None => self.0.row(key, &image.to_line()?),
-        }
+        self.watch.row()?;
+        let to = &mut *self.to;
+        self.filter.row(key, image, &mut |key, image| match image.as_line() {
+            Some(line) => to.row(key, line),
+            None => to.row(key, &image.to_line()?),
+        })?;
+        Ok(())
     }
 
     fn end_table(&mut self) -> Result<()> {
-        self.0.end_table()
+        self.to.end_table()
     }
 }
 
 impl compare::Target for Merged {
     fn rows(&self, sink: &mut dyn TargetSink) -> Result<()> {
-        self.at.read(&mut Adapter(sink, &self.watch)).map(drop)
+        let (watch, selection) = (&self.watch, &self.selection);
+        self.at.read(&mut Adapter { to: sink, watch, selection, filter: Filter::default() }).map(drop)
     }
 
     fn covered(&self) -> &[CoveredTable] {
@@ -369,18 +494,33 @@ impl compare::Target for Merged {
     }
 }
 
+/// What of the live tables a request is about.
+pub(super) fn options(request: &Request) -> Options {
+    Options {
+        dry_run: request.dry_run,
+        tables: request.tables.clone(),
+        classes: request.classes.clone(),
+        keys: request.keys.clone(),
+        new_tenant: request.rename.is_some(),
+    }
+}
+
+/// The tenant at the target, to be compared with live rows. `memory`: bytes for the merge.
+pub(super) fn merged(at: TenantAt, memory: usize, selection: Selection, watch: &Watch) -> Arc<dyn compare::Target> {
+    let covered = at.inputs.tables.iter().map(|t| CoveredTable { relid: t.relid, name: t.name.clone() }).collect();
+    Arc::new(Merged { at: TenantAt { memory, ..at }, covered, watch: watch.clone(), selection })
+}
+
 async fn in_place(
     dsn: &Dsn,
-    (at, objects): (TenantAt, Option<LargeObjects>),
+    Rows { at, selection, objects }: Rows,
+    (tenant, uid): (&Tenant, Uuid),
     request: &Request,
     watch: &Watch,
 ) -> Result<Outcome> {
-    let covered = at.inputs.tables.iter().map(|t| CoveredTable { relid: t.relid, name: t.name.clone() }).collect();
-    let (scratch, memory) = (at.scratch.clone(), at.memory / 2);
-    let options =
-        Options { dry_run: request.dry_run, tables: request.tables.clone(), classes: request.classes.clone() };
-    let target = Arc::new(Merged { at: TenantAt { memory, ..at }, covered, watch: watch.clone() });
-    let restore = InPlace { dsn, tenant: &request.tenant, target, scratch: &scratch, memory, options: &options, watch };
+    let (scratch, memory, options) = (at.scratch.clone(), at.memory / 2, options(request));
+    let target = merged(at, memory, selection, watch);
+    let restore = InPlace { dsn, tenant, uid, target, scratch: &scratch, memory, options: &options, watch };
     // Before the rows that refer to them.
     let made = match objects {
         Some(o) => Some(large_takers::into_live(dsn, o, request.dry_run).await?),
@@ -399,7 +539,7 @@ async fn in_place(
     let outcome = Outcome {
         tables: done.tables,
         bytes: done.bytes,
-        undo: done.undo.map(|l| l.to_string()),
+        undo: done.undo,
         warnings: done.warnings,
         ..Outcome::default()
     };

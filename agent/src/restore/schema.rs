@@ -209,6 +209,29 @@ impl Archive {
         });
     }
 
+    /// The indexes and keys of tables. Blocking.
+    pub fn indexes(&self) -> Result<Vec<IndexDefinition>> {
+        let wanted = |e: &&Entry| matches!(e.description.as_str(), "INDEX" | "CONSTRAINT") && e.phase().is_some();
+        let lines: String = self.entries.iter().filter(wanted).map(|e| format!("{}\n", e.line)).collect();
+        if lines.is_empty() {
+            return Ok(Vec::new());
+        }
+        let list = self.dir.join("indexes.list");
+        private(&list)?.write_all(lines.as_bytes()).context(Kind::Other, "cannot write a list for pg_restore")?;
+        let out = Command::new(&self.program)
+            .args(["--no-owner", "--no-privileges", "--file=-", "--use-list"])
+            .arg(&list)
+            .arg(self.path())
+            .stdin(Stdio::null())
+            .output()
+            .context(Kind::Other, format_args!("cannot start {}", self.program.display()))?;
+        if !out.status.success() {
+            let said = complaints(&String::from_utf8_lossy(&out.stderr)).join("; ");
+            return Err(Error::other(format!("the archived indexes cannot be read: {said}")));
+        }
+        Ok(index_definitions(&String::from_utf8_lossy(&out.stdout)))
+    }
+
     /// Writes one phase into the database. Returns what failed where that is allowed. Blocking.
     pub fn restore(&self, dsn: &Dsn, phase: Phase) -> Result<Vec<String>> {
         let list = self.dir.join(format!("{phase:?}.list"));
@@ -253,6 +276,81 @@ impl Archive {
         }
         Ok(complaints)
     }
+}
+
+/// An index, or a constraint that has one, as the archive has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IndexDefinition {
+    /// Of the table; not quoted.
+    pub schema: String,
+    pub table: String,
+    /// The statement before the table's name, and behind it.
+    before: String,
+    after: String,
+}
+
+impl IndexDefinition {
+    /// The same on another table, qualified and quoted.
+    pub fn on(&self, table: &str) -> String {
+        format!("{}{table}{}", self.before, self.after)
+    }
+
+    fn parse(statement: &str) -> Option<Self> {
+        let (before, rest) = if let Some(rest) = statement.strip_prefix("ALTER TABLE ONLY ") {
+            ("ALTER TABLE ".to_owned(), rest)
+        } else {
+            let (head, rest) = ["CREATE UNIQUE INDEX ", "CREATE INDEX "]
+                .iter()
+                .find_map(|h| Some((*h, statement.strip_prefix(h)?)))?;
+            let (_, behind) = identifier(rest)?;
+            let name = &rest[..rest.len() - behind.len()];
+            let behind = behind.strip_prefix(" ON ")?;
+            (format!("{head}{name} ON "), behind.strip_prefix("ONLY ").unwrap_or(behind))
+        };
+        let (schema, rest) = identifier(rest)?;
+        let (table, after) = identifier(rest.strip_prefix('.')?)?;
+        let is_index = before.starts_with("CREATE") || after.trim_start().starts_with("ADD CONSTRAINT ");
+        is_index.then(|| Self { schema, table, before, after: after.to_owned() })
+    }
+}
+
+/// The identifier at the beginning, unquoted, and what follows.
+fn identifier(text: &str) -> Option<(String, &str)> {
+    let Some(quoted) = text.strip_prefix('"') else {
+        let end = text.find(|c: char| c.is_ascii() && !c.is_ascii_alphanumeric() && c != '_' && c != '$')?;
+        return (end > 0).then(|| (text[..end].to_owned(), &text[end..]));
+    };
+    let (mut name, mut rest) = (String::new(), quoted);
+    loop {
+        let (piece, behind) = rest.split_once('"')?;
+        name.push_str(piece);
+        match behind.strip_prefix('"') {
+            Some(more) => {
+                name.push('"');
+                rest = more;
+            }
+            None => return Some((name, behind)),
+        }
+    }
+}
+
+/// The statements of a script that make indexes. pg_restore begins each on a line of its own and ends it at one.
+fn index_definitions(script: &str) -> Vec<IndexDefinition> {
+    let (mut out, mut statement) = (Vec::new(), String::new());
+    for line in script.lines() {
+        let begins = ["ALTER TABLE ", "CREATE INDEX ", "CREATE UNIQUE INDEX "].iter().any(|h| line.starts_with(h));
+        if statement.is_empty() && !begins {
+            continue;
+        }
+        statement.push_str(line);
+        if let Some(whole) = statement.strip_suffix(';') {
+            out.extend(IndexDefinition::parse(whole));
+            statement.clear();
+        } else {
+            statement.push('\n');
+        }
+    }
+    out
 }
 
 /// What pg_restore complained of, without its repetitions of statements.
@@ -364,5 +462,21 @@ mod tests {
                     query: ERROR:  role \"x\" does not exist\nCommand was: GRANT\n\npg_restore: warning: errors ignored on restore: 1\n";
         assert_eq!(complaints(text), ["error: could not execute query: ERROR:  role \"x\" does not exist"]);
         assert!(complaints("").is_empty());
+    }
+
+    #[test]
+    fn an_index_goes_to_another_table() {
+        let script = "SET x = 1;\n\nALTER TABLE ONLY public.\"My \"\"t\"\n    ADD CONSTRAINT t_pkey PRIMARY KEY (id);\n\n\
+                      CREATE UNIQUE INDEX \"on\" ON ONLY s.t USING btree (lower(v)) WHERE (v <> '; ON x'::text);\n\
+                      CREATE INDEX i ON s.ü USING gin (v);\nALTER TABLE ONLY s.t REPLICA IDENTITY USING INDEX i;\n";
+        let found = index_definitions(script);
+        let names: Vec<_> = found.iter().map(|i| (i.schema.as_str(), i.table.as_str())).collect();
+        assert_eq!(names, [("public", "My \"t"), ("s", "t"), ("s", "ü")]);
+        assert_eq!(found[0].on("c.x"), "ALTER TABLE c.x\n    ADD CONSTRAINT t_pkey PRIMARY KEY (id)");
+        assert_eq!(
+            found[1].on("c.x"),
+            "CREATE UNIQUE INDEX \"on\" ON c.x USING btree (lower(v)) WHERE (v <> '; ON x'::text)"
+        );
+        assert_eq!(found[2].on("c.x"), "CREATE INDEX i ON c.x USING gin (v)");
     }
 }

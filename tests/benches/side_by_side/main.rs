@@ -7,6 +7,7 @@
 
 mod decode;
 mod figure;
+mod in_place;
 mod load;
 mod null_client;
 mod pipeline;
@@ -32,6 +33,7 @@ const ALL: &[Benchmark] = &[
     Benchmark { name: "path-insert", with_agent: false, run: tags::path_insert },
     Benchmark { name: "path-update", with_agent: false, run: tags::path_update },
     Benchmark { name: "tag-delete", with_agent: false, run: tags::tag_delete },
+    Benchmark { name: "in-place", with_agent: false, run: in_place::run },
     Benchmark { name: "load", with_agent: false, run: |_| load::elapsed() },
     Benchmark { name: "load-cpu", with_agent: false, run: |_| load::backends() },
 ];

@@ -15,10 +15,11 @@ use crate::restore::in_place::{fence, stage};
 use crate::restore::sink::Watch;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
-use coffer_wire::{Lsn, TenantKind};
+use coffer_wire::TenantKind;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tokio_postgres::error::SqlState;
+use uuid::Uuid;
 
 /// How long attempts go on.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -29,8 +30,9 @@ const LOCK_TIMEOUT_MS: u32 = 2000;
 #[derive(Clone, Debug)]
 pub struct Applied {
     pub comparison: Comparison,
-    /// A restore to here takes this restore back. Read while the tenant's writers were out, just before the commit.
-    pub undo: Lsn,
+    /// What takes this restore back: the id of its marker or, without the extension's leave to write one, a position
+    /// read while the tenant's writers were out, just before the commit.
+    pub undo: String,
 }
 
 /// Why an attempt ended without a result.
@@ -96,6 +98,12 @@ fn refused(e: Error) -> Error {
 pub struct Apply<'a> {
     pub client: &'a SqlClient,
     pub tenant: &'a Tenant,
+    /// The tenant's.
+    pub uid: Uuid,
+    /// Of single rows only.
+    pub rows: bool,
+    /// The tenant is new here, and came into being meanwhile if it has rows.
+    pub new_tenant: bool,
     pub pass: Pass<'a>,
     /// Staging tables that exist, with the comparison they come from.
     pub staged: BTreeSet<u32>,
@@ -171,14 +179,14 @@ impl Apply<'_> {
             comparison = again?;
             self.lock_rows(&comparison, uniques).await?;
         }
+        if self.new_tenant && comparison.tables.iter().any(|t| t.counts.live > 0) {
+            let what = format!("tenant {} got rows of its own meanwhile; nothing was changed", self.tenant);
+            return Err(Stop::Failed(Error::new(Kind::Refused, what).code("conflict")));
+        }
         self.write(&mut comparison, fks, uniques).await?;
         failpoints::hit(failpoints::RESTORE_BEFORE_COMMIT)?;
         self.watch.check()?;
-        let row = client
-            .query_one("SELECT pg_catalog.pg_current_wal_insert_lsn()::text", &[])
-            .await
-            .map_err(|e| stop(e, "cannot read the position in the log"))?;
-        let undo: Lsn = row.get::<_, &str>(0).parse().map_err(Error::other)?;
+        let undo = self.mark(&comparison).await?;
         client.batch_execute("COMMIT").await.map_err(|e| {
             if e.as_db_error().is_some() {
                 return stop(e, "cannot commit");
@@ -190,6 +198,25 @@ impl Apply<'_> {
             )
         })?;
         Ok(Applied { comparison, undo })
+    }
+
+    /// Notes in the log where this restore is.
+    async fn mark(&self, comparison: &Comparison) -> std::result::Result<String, Stop> {
+        if !self.settings {
+            let row = self
+                .client
+                .query_one("SELECT pg_catalog.pg_current_wal_insert_lsn()::text", &[])
+                .await
+                .map_err(|e| stop(e, "cannot read the position in the log"))?;
+            return Ok(row.get(0));
+        }
+        let id = Uuid::new_v4();
+        let changed: Vec<u32> = comparison.tables.iter().filter(|t| !t.counts.is_empty()).map(|t| t.relid).collect();
+        self.client
+            .execute("SELECT coffer._agent_restore_marker($1, $2, $3, $4)", &[&id, &self.uid, &changed, &self.rows])
+            .await
+            .map_err(|e| stop(e, "cannot mark the restore in the log"))?;
+        Ok(id.to_string())
     }
 
     fn tables<'b>(
@@ -324,8 +351,9 @@ impl Apply<'_> {
         for u in uniques {
             if let Some(s) = sql.taken_by_others(u) {
                 let what = format!(
-                    "rows of {} at the target belong to another tenant now ({})",
+                    "rows of {} at the target belong to another tenant {} ({})",
                     live.name(),
+                    if self.rows { "or to rows that are not restored" } else { "now" },
                     u.columns.join(", ")
                 );
                 self.must_be_empty(&s, &what).await?;

@@ -5,11 +5,11 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::merge::{Scratch, Sorter};
-use crate::restore::in_place::diff::{Changes, Counts, Op, TableDiff};
+use crate::restore::in_place::diff::{Changes, Counts, Op, Purpose, TableDiff};
 use crate::restore::in_place::live::{self, LiveTable, SortedRows};
 use crate::restore::in_place::mapping::Mapping;
 use crate::sql::{self, SqlClient, SqlContext};
-use coffer_wire::{Class, Relation};
+use coffer_wire::{Class, Relation, copy_text};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::runtime::Handle;
@@ -55,6 +55,19 @@ pub struct TableOutcome {
     pub relid: u32,
     pub mapping: Arc<Mapping>,
     pub counts: Counts,
+    /// The first differences, as many as were asked for.
+    pub rows: Vec<RowChange>,
+}
+
+/// A row that differs. Values are text as the server writes it; `None`: NULL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowChange {
+    /// What a restore would do with it.
+    pub op: Op,
+    /// Column and value; of a table without a key, all columns.
+    pub key: Vec<(String, Option<String>)>,
+    /// Of an update.
+    pub columns: Vec<String>,
 }
 
 /// What one pass came to.
@@ -77,6 +90,8 @@ pub struct Pass<'a> {
     pub scratch: &'a Scratch,
     /// Bytes for the sorts.
     pub memory: usize,
+    /// To look, with at most so many rows of each table.
+    pub look: Option<usize>,
 }
 
 impl Pass<'_> {
@@ -96,7 +111,8 @@ impl Pass<'_> {
             restricted: self.restricted,
             scratch: self.scratch.clone(),
             memory: self.memory,
-            out: Outlet { staged, batch: Vec::new() },
+            out: Outlet { staged, batch: Vec::new(), rows: Vec::new(), limit: self.look.unwrap_or(0), mapping: None },
+            look: self.look.is_some(),
             current: None,
             done: BTreeSet::new(),
             outcomes: Vec::new(),
@@ -121,9 +137,28 @@ impl Pass<'_> {
 struct Outlet {
     staged: Option<mpsc::Sender<Staged>>,
     batch: Vec<u8>,
+    /// Of the table at hand.
+    rows: Vec<RowChange>,
+    limit: usize,
+    mapping: Option<Arc<Mapping>>,
 }
 
 impl Outlet {
+    /// Keeps a difference to be shown.
+    fn keep(&mut self, op: Op, line: &[u8], now: Option<&[u8]>) {
+        let Some(m) = self.mapping.as_ref().filter(|_| self.rows.len() < self.limit) else { return };
+        let fields: Vec<&[u8]> = copy_text::fields(line).collect();
+        let text = |f: &[u8]| copy_text::unescape(f).map(|b| String::from_utf8_lossy(&b).into_owned());
+        let all: Vec<usize> = (0..m.columns.len()).collect();
+        let places = if m.key.is_empty() { &all } else { &m.key };
+        let key = places.iter().filter_map(|i| Some((m.columns[*i].name.clone(), text(fields.get(*i)?)))).collect();
+        let differs = |(i, (was, is)): (usize, (&[u8], &[u8]))| (was != is).then(|| m.columns[i].name.clone());
+        let columns = now
+            .map(|now| copy_text::fields(line).zip(copy_text::fields(now)).enumerate().filter_map(differs).collect())
+            .unwrap_or_default();
+        self.rows.push(RowChange { op, key, columns });
+    }
+
     fn send(&mut self, s: Staged) -> Result<()> {
         match &self.staged {
             None => Ok(()),
@@ -139,7 +174,8 @@ impl Outlet {
 }
 
 impl Changes for Outlet {
-    fn change(&mut self, op: Op, line: &[u8]) -> Result<()> {
+    fn change(&mut self, op: Op, line: &[u8], now: Option<&[u8]>) -> Result<()> {
+        self.keep(op, line, now);
         if self.staged.is_none() {
             return Ok(());
         }
@@ -171,6 +207,7 @@ struct Sink {
     restricted: bool,
     scratch: Scratch,
     memory: usize,
+    look: bool,
     out: Outlet,
     current: Option<Current>,
     done: BTreeSet<u32>,
@@ -182,10 +219,16 @@ impl Sink {
     fn begin(&mut self, live: &LiveTable, mapping: Mapping) -> Result<()> {
         let (client, memory) = (&self.client, self.memory / 2);
         let sorted = self.rt.block_on(live::read(client, live, &mapping, &self.scratch, memory))?;
-        let keep_extra = live.rule.class == Class::Audit;
+        let purpose = if self.look {
+            Purpose::Look
+        } else {
+            // Rows of the class are never deleted.
+            Purpose::Apply { keep_extra: live.rule.class == Class::Audit }
+        };
         let resort = (!mapping.same_order).then(|| Sorter::new(&self.scratch, self.memory / 2));
         self.out.send(Staged::Begin(live.rule.relid, Arc::new(mapping.clone())))?;
-        let diff = TableDiff::new(mapping, keep_extra, SortedRows::new(sorted)?)?;
+        self.out.mapping = Some(Arc::new(mapping.clone()));
+        let diff = TableDiff::new(mapping, purpose, SortedRows::new(sorted)?)?;
         self.current = Some(Current { relid: live.rule.relid, diff, resort, line: Vec::new(), key: Vec::new() });
         Ok(())
     }
@@ -211,20 +254,21 @@ impl Sink {
                 counts.kept
             ));
         }
-        if !mapping.newer.is_empty() && counts.inserted > 0 {
+        if !mapping.newer.is_empty() && counts.inserted > 0 && !self.look {
             self.warnings.push(format!(
                 "{name}: rows that come back get the default of columns newer than the target: {}",
                 mapping.newer.join(", ")
             ));
         }
-        if !mapping.dropped.is_empty() {
+        if !mapping.dropped.is_empty() && !self.look {
             self.warnings.push(format!(
                 "{name}: columns of the target that no longer exist are left out: {}",
                 mapping.dropped.join(", ")
             ));
         }
         self.done.insert(c.relid);
-        self.outcomes.push(TableOutcome { relid: c.relid, mapping, counts });
+        let rows = std::mem::take(&mut self.out.rows);
+        self.outcomes.push(TableOutcome { relid: c.relid, mapping, counts, rows });
         Ok(())
     }
 

@@ -35,7 +35,17 @@ pub trait LiveRows {
 
 /// Where the difference goes.
 pub trait Changes {
-    fn change(&mut self, op: Op, line: &[u8]) -> Result<()>;
+    /// `line`: the live row for a delete, else the row at the target. `now`: the live row of an update.
+    fn change(&mut self, op: Op, line: &[u8], now: Option<&[u8]>) -> Result<()>;
+}
+
+/// What a difference is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be applied. `keep_extra`: live rows that are not at the target stay, as those of the class `audit` do.
+    Apply { keep_extra: bool },
+    /// To be looked at.
+    Look,
 }
 
 /// What was found in one table.
@@ -63,8 +73,7 @@ impl Counts {
 /// The join of one table.
 pub struct TableDiff<L> {
     mapping: Mapping,
-    /// Rows of the class `audit` are never deleted.
-    keep_extra: bool,
+    purpose: Purpose,
     live: L,
     head: Option<(Vec<u8>, Vec<u8>)>,
     counts: Counts,
@@ -72,8 +81,8 @@ pub struct TableDiff<L> {
 }
 
 impl<L: LiveRows> TableDiff<L> {
-    pub fn new(mapping: Mapping, keep_extra: bool, live: L) -> Result<Self> {
-        let mut d = Self { mapping, keep_extra, live, head: None, counts: Counts::default(), key: Vec::new() };
+    pub fn new(mapping: Mapping, purpose: Purpose, live: L) -> Result<Self> {
+        let mut d = Self { mapping, purpose, live, head: None, counts: Counts::default(), key: Vec::new() };
         d.advance()?;
         Ok(d)
     }
@@ -97,7 +106,7 @@ impl<L: LiveRows> TableDiff<L> {
             self.extra(out)?;
         }
         match self.head.take_if(|(k, _)| *k == key) {
-            None => self.emit(Op::Insert, line, out)?,
+            None => self.emit(Op::Insert, line, None, out)?,
             Some((_, now)) => {
                 if now == line {
                     self.counts.unchanged += 1;
@@ -127,31 +136,33 @@ impl<L: LiveRows> TableDiff<L> {
             .map(|(i, _)| i)
             .collect();
         // An identity column that is always generated takes no value in an UPDATE.
-        if differ.iter().any(|i| self.mapping.columns[*i].flags.has(ColumnFlags::IDENTITY_ALWAYS)) {
-            self.emit(Op::Delete, now, out)?;
-            return self.emit(Op::Insert, line, out);
+        if self.purpose != Purpose::Look
+            && differ.iter().any(|i| self.mapping.columns[*i].flags.has(ColumnFlags::IDENTITY_ALWAYS))
+        {
+            self.emit(Op::Delete, now, None, out)?;
+            return self.emit(Op::Insert, line, None, out);
         }
         self.counts.changed_columns.extend(differ);
-        self.emit(Op::Update, line, out)
+        self.emit(Op::Update, line, Some(now), out)
     }
 
     fn extra(&mut self, out: &mut dyn Changes) -> Result<()> {
         let Some((_, line)) = self.head.take() else { return Ok(()) };
-        if self.keep_extra {
+        if self.purpose == (Purpose::Apply { keep_extra: true }) {
             self.counts.kept += 1;
         } else {
-            self.emit(Op::Delete, &line, out)?;
+            self.emit(Op::Delete, &line, None, out)?;
         }
         self.advance()
     }
 
-    fn emit(&mut self, op: Op, line: &[u8], out: &mut dyn Changes) -> Result<()> {
+    fn emit(&mut self, op: Op, line: &[u8], now: Option<&[u8]>, out: &mut dyn Changes) -> Result<()> {
         match op {
             Op::Insert => self.counts.inserted += 1,
             Op::Update => self.counts.updated += 1,
             Op::Delete => self.counts.deleted += 1,
         }
-        out.change(op, line)
+        out.change(op, line, now)
     }
 }
 
@@ -174,7 +185,7 @@ mod tests {
     struct Log(Vec<(Op, Vec<u8>)>);
 
     impl Changes for Log {
-        fn change(&mut self, op: Op, line: &[u8]) -> Result<()> {
+        fn change(&mut self, op: Op, line: &[u8], _: Option<&[u8]>) -> Result<()> {
             self.0.push((op, line.to_vec()));
             Ok(())
         }
@@ -209,7 +220,8 @@ mod tests {
             v
         };
         let mut log = Log(vec![]);
-        let mut d = TableDiff::new(m.clone(), keep, Rows(rows(live).into_iter())).unwrap();
+        let mut d =
+            TableDiff::new(m.clone(), Purpose::Apply { keep_extra: keep }, Rows(rows(live).into_iter())).unwrap();
         for (_, line) in rows(target) {
             d.target(&line, &mut log).unwrap();
         }

@@ -4,11 +4,12 @@ use crate::error::{Error, Kind, Result};
 use crate::merge::{Cursor, Scratch, Sorted, Sorter};
 use crate::restore::in_place::diff::LiveRows;
 use crate::restore::in_place::mapping::Mapping;
+use crate::restore::keys::RowKey;
 use crate::snapshot::catalog::{self, Rule};
 use crate::snapshot::read::Lines;
 use crate::sql::{SqlClient, SqlContext};
 use crate::tenant::Tenant;
-use coffer_wire::{Relation, Strategy, TenantKind, quote_ident};
+use coffer_wire::{Column, Relation, Strategy, TenantKind, quote_ident};
 use futures::StreamExt;
 
 /// `int2 int4 int8 oid uuid bool date`: types whose `=` holds exactly when the texts are equal.
@@ -65,6 +66,42 @@ pub async fn tables(
     Ok(out)
 }
 
+/// Restricts a table to the tenant's rows with these keys: no other row is read, compared, or changed. Not inside a
+/// transaction.
+pub async fn only(client: &SqlClient, table: &mut LiveTable, keys: &[RowKey], tenant: &Tenant) -> Result<()> {
+    let rel = &table.relation;
+    let mut any = Vec::new();
+    for values in keys.iter().map(|k| k.values(rel, table.rule.tenant_column.as_deref(), tenant)) {
+        let mut all = Vec::new();
+        // The tenant's column is known here, so there is one way to read a key.
+        for (k, value) in rel.key.iter().zip(values?.into_iter().next().unwrap_or_default()) {
+            let column = &rel.columns[usize::from(*k)];
+            let value = literal(&value);
+            if let Err(e) = client.simple_query(&format!("SELECT {value}::{}", column.type_name)).await {
+                let what = format!("--where-key: {value} is no value of {} ({})", column.name, column.type_name);
+                return Err(match e.code() {
+                    Some(c) if c.code().starts_with("22") => Error::usage(what),
+                    _ => crate::sql::sql_error(e, what),
+                });
+            }
+            all.push(equals(column, &value));
+        }
+        any.push(format!("({})", all.join(" AND ")));
+    }
+    table.is_tenants = format!("({} AND ({}))", table.is_tenants, any.join(" OR "));
+    Ok(())
+}
+
+/// True where the column's text is the literal's.
+fn equals(column: &Column, value: &str) -> String {
+    let at = format!("t.{}", quote_ident(&column.name));
+    if EXACT_TYPES.contains(&column.type_oid) {
+        return format!("{at} = {value}");
+    }
+    // `=` can be wider than the text (1.0 = 1.00), but it is what an index answers.
+    format!("({at} = {value} AND pg_catalog.concat({at}) COLLATE \"C\" = {value})")
+}
+
 /// `None`: no row of the table can be the tenant's.
 async fn condition(client: &SqlClient, rule: &Rule, relation: &Relation, tenant: &Tenant) -> Result<Option<String>> {
     if rule.strategy == Strategy::Shared {
@@ -119,12 +156,8 @@ async fn condition(client: &SqlClient, rule: &Rule, relation: &Relation, tenant:
             _ => Err(crate::sql::sql_error(e, format!("cannot compare the tenant column of {}", rule.qualified()))),
         };
     }
-    Ok(Some(if EXACT_TYPES.contains(&column.type_oid) {
-        format!("{at} = {value}")
-    } else {
-        // The tenant is the text; `=` can be wider (1.0 = 1.00), but it is what an index answers.
-        format!("({at} = {value} AND pg_catalog.concat({at}) COLLATE \"C\" = {value})")
-    }))
+    // The tenant is the text.
+    Ok(Some(equals(column, &value)))
 }
 
 /// The tenant's live rows of one table, sorted. `memory`: bytes for the sort.

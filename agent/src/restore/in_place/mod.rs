@@ -9,9 +9,9 @@
 mod apply;
 pub mod compare;
 mod constraints;
-mod diff;
+pub mod diff;
 mod fence;
-mod live;
+pub(super) mod live;
 mod mapping;
 mod stage;
 mod statements;
@@ -20,17 +20,19 @@ use crate::dsn::Dsn;
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::merge::Scratch;
+use crate::restore::keys::RowKey;
 use crate::restore::request::TableReport;
 use crate::restore::sink::Watch;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Class, Lsn, TenantKind, quote_ident};
-use compare::{Comparison, CoveredTable, Pass, Target};
+use compare::{Comparison, CoveredTable, Pass, RowChange, TableOutcome, Target};
 use live::LiveTable;
 pub(crate) use live::literal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio_postgres::error::SqlState;
+use uuid::Uuid;
 
 /// What the caller asks for.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +43,10 @@ pub struct Options {
     pub tables: Vec<String>,
     /// Empty: all.
     pub classes: Vec<Class>,
+    /// Only these rows of the one table; empty: all.
+    pub keys: Vec<RowKey>,
+    /// The tenant is to be new here: refused when it has rows.
+    pub new_tenant: bool,
 }
 
 /// What a restore in place did, or would do.
@@ -49,15 +55,30 @@ pub struct Outcome {
     pub tables: Vec<TableReport>,
     /// Of the target's rows, as text.
     pub bytes: u64,
-    /// A restore to here takes this one back; `None` when nothing was changed.
-    pub undo: Option<Lsn>,
+    /// What takes this one back ([`When::Undo`](crate::history::When), or a position); `None` when nothing was changed.
+    pub undo: Option<String>,
     pub warnings: Vec<String>,
+}
+
+/// What a table's rows then and now differ in. Counts and operations are those of a restore to then.
+pub struct Looked {
+    pub relation: String,
+    /// Names of the key's columns; none: rows are told apart by the whole row.
+    pub key: Vec<String>,
+    /// Columns that the target does not have.
+    pub added: Vec<String>,
+    /// Columns that the target had.
+    pub dropped: Vec<String>,
+    pub counts: diff::Counts,
+    pub rows: Vec<RowChange>,
 }
 
 /// A restore in place: where, whose, and what with.
 pub struct InPlace<'a> {
     pub dsn: &'a Dsn,
     pub tenant: &'a Tenant,
+    /// The tenant's uid.
+    pub uid: Uuid,
     pub target: Arc<dyn Target>,
     pub scratch: &'a Scratch,
     /// Bytes for sorting.
@@ -95,9 +116,11 @@ impl InPlace<'_> {
             restricted: !self.options.tables.is_empty() || !self.options.classes.is_empty(),
             scratch: self.scratch,
             memory: self.memory,
+            look: None,
         };
         if self.options.dry_run {
             let found = pass().run(None).await?;
+            self.require_new(&tables, &found)?;
             return Ok(outcome(&tables, found, None, warnings));
         }
         fence::only_one(&client).await?;
@@ -110,6 +133,7 @@ impl InPlace<'_> {
         // A staging that failed ends the comparison too; its own error says why.
         written?;
         let found = found?;
+        self.require_new(&tables, &found)?;
         if found.tables.iter().all(|t| t.counts.is_empty()) {
             return Ok(outcome(&tables, found, None, warnings));
         }
@@ -117,10 +141,22 @@ impl InPlace<'_> {
         let done = match self.fence(&client, &compared).await {
             Err(e) => Err(e),
             Ok(()) => {
-                let (tenant, watch) = (self.tenant, self.watch);
-                apply::Apply { client: &client, tenant, pass: pass(), staged, comparison: found, settings, watch }
-                    .run()
-                    .await
+                let (tenant, uid, watch) = (self.tenant, self.uid, self.watch);
+                let (rows, new_tenant) = (!self.options.keys.is_empty(), self.options.new_tenant);
+                apply::Apply {
+                    client: &client,
+                    tenant,
+                    pass: pass(),
+                    staged,
+                    comparison: found,
+                    settings,
+                    watch,
+                    uid,
+                    rows,
+                    new_tenant,
+                }
+                .run()
+                .await
             }
         };
         let unfenced = unfence(self.dsn, client, &compared).await;
@@ -139,11 +175,57 @@ impl InPlace<'_> {
         Ok(outcome(&tables, done.comparison, Some(done.undo), warnings))
     }
 
+    fn require_new(&self, tables: &BTreeMap<u32, LiveTable>, found: &Comparison) -> Result<()> {
+        match found.tables.iter().find(|t| self.options.new_tenant && t.counts.live > 0) {
+            None => Ok(()),
+            Some(t) => Err(Error::new(
+                Kind::Refused,
+                format!(
+                    "tenant {} has {} rows in {}: a copy goes to a key of nobody",
+                    self.tenant,
+                    t.counts.live,
+                    tables[&t.relid].name()
+                ),
+            )
+            .code("conflict")),
+        }
+    }
+
+    /// Compares, and changes and locks nothing: every table with at most `rows` of its differences.
+    pub async fn look(&self, rows: usize) -> Result<(Vec<Looked>, Vec<String>)> {
+        let client = sql::connect(&self.dsn.with_application_name("coffer diff")).await?;
+        let tables = self.tables(&client).await?;
+        let found = Pass {
+            dsn: self.dsn,
+            target: &self.target,
+            tables: &tables,
+            restricted: !self.options.tables.is_empty() || !self.options.classes.is_empty(),
+            scratch: self.scratch,
+            memory: self.memory,
+            look: Some(rows),
+        }
+        .run(None)
+        .await?;
+        let looked = |t: TableOutcome| {
+            let m = &t.mapping;
+            let key = m.key.iter().map(|k| m.columns[*k].name.clone()).collect();
+            Looked {
+                relation: tables[&t.relid].name(),
+                key,
+                added: m.newer.clone(),
+                dropped: m.dropped.clone(),
+                counts: t.counts,
+                rows: t.rows,
+            }
+        };
+        Ok((found.tables.into_iter().map(looked).collect(), found.warnings))
+    }
+
     async fn tables(&self, client: &SqlClient) -> Result<BTreeMap<u32, LiveTable>> {
         let o = self.options;
         let mut out = BTreeMap::new();
         let mut asked: BTreeSet<&String> = o.tables.iter().collect();
-        for t in live::tables(client, self.tenant, &|rule| {
+        for mut t in live::tables(client, self.tenant, &|rule| {
             let plain = format!("{}.{}", rule.schema, rule.name);
             let named = o.tables.iter().any(|n| *n == rule.name || *n == plain || *n == rule.qualified());
             (o.tables.is_empty() || named) && (o.classes.is_empty() || o.classes.contains(&rule.class))
@@ -152,6 +234,9 @@ impl InPlace<'_> {
         {
             let plain = format!("{}.{}", t.rule.schema, t.rule.name);
             asked.retain(|n| **n != t.rule.name && **n != plain && **n != t.rule.qualified());
+            if !o.keys.is_empty() {
+                live::only(client, &mut t, &o.keys, self.tenant).await?;
+            }
             out.insert(t.rule.relid, t);
         }
         if let Some(n) = asked.first() {
@@ -168,7 +253,7 @@ impl InPlace<'_> {
     }
 }
 
-async fn standby_is_refused(client: &SqlClient) -> Result<()> {
+pub(super) async fn standby_is_refused(client: &SqlClient) -> Result<()> {
     let row =
         client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await.sql("cannot ask for the server's role")?;
     if row.get(0) {
@@ -274,7 +359,7 @@ async fn move_sequences(
 fn outcome(
     tables: &BTreeMap<u32, LiveTable>,
     comparison: Comparison,
-    undo: Option<Lsn>,
+    undo: Option<String>,
     mut warnings: Vec<String>,
 ) -> Outcome {
     warnings.extend(comparison.warnings);

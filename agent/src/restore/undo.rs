@@ -1,0 +1,79 @@
+//! Taking a restore in place back: a restore of the same tables to just before its commit.
+//!
+//! A restore in place leaves a marker in its own transaction, so the log says where it is, whose it was and what it
+//! changed. What the undo needs is held from then on: a restore that went wrong may be noticed late.
+
+use super::run::POLL;
+use crate::catalog::{Catalog, Entry};
+use crate::error::{Error, Kind, Result};
+use crate::history::{Target, When};
+use crate::opened::Opened;
+use crate::repository::Repository;
+use crate::tenant::Tenant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// The hold begins this long before the restore was recorded, so that its commit is inside, in microseconds.
+const HOLD_BEFORE_US: i64 = 10 * 60 * 1_000_000;
+
+/// What an undo is of.
+#[derive(Clone, Debug)]
+pub struct Undo {
+    pub tenant: Tenant,
+    /// The tables that the restore changed, for [`super::Request::tables`].
+    pub tables: Vec<String>,
+    /// The restore was of single rows.
+    pub rows: bool,
+}
+
+/// Looks for the restore with this id, for as long as `wait` says.
+///
+/// # Errors
+/// `NotFound`: no such restore is durable.
+pub async fn find(opened: &Opened, source: Uuid, id: Uuid, wait: Option<Duration>) -> Result<Undo> {
+    let deadline = wait.map(|w| Instant::now() + w);
+    loop {
+        let mut history = opened.history(source).await?;
+        let found = match history.restored(id) {
+            Ok(r) => r.clone(),
+            Err(_) if deadline.is_some_and(|d| Instant::now() + POLL <= d) => {
+                tokio::time::sleep(POLL).await;
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
+        let entry = opened.keyring.by_uid(found.tenant).ok_or_else(|| {
+            Error::new(Kind::Key, format!("the keyring has no tenant {} (undo {id})", found.tenant.simple()))
+        })?;
+        history.load_catalog(found.tenant).await?;
+        let target: Target = history.resolve(&When::Undo(id)).await?;
+        let mut tables = Vec::new();
+        for t in history.known(&target).into_iter().filter(|t| found.relids.contains(&t.relid)) {
+            tables.push(t.name);
+        }
+        if tables.is_empty() {
+            return Err(Error::new(
+                Kind::OutsideWindow,
+                format!("none of the tables that restore {id} changed can be restored to before it"),
+            )
+            .window(history.windows(Some(found.tenant))));
+        }
+        return Ok(Undo { tenant: entry.tenant.clone(), tables, rows: found.rows });
+    }
+}
+
+/// Holds what the undo of a restore that was just committed needs. The repository is open for writing.
+pub async fn hold(repo: &Arc<Repository>, source: Uuid, tenant: Uuid, undo: &str, by: &str) -> Result<()> {
+    let now_us = repo.clock().now_us();
+    let mut catalog = Catalog::open(repo, source, tenant, None).await?;
+    let entry = Entry::Hold {
+        id: Uuid::try_parse(undo).unwrap_or_else(|_| Uuid::new_v4()),
+        number: 0,
+        reason: format!("undo of the restore in place {undo}"),
+        from_us: Some(now_us - HOLD_BEFORE_US),
+        to_us: Some(now_us),
+        by: by.to_owned(),
+    };
+    catalog.append(entry).await.map(drop)
+}
