@@ -75,6 +75,11 @@ BEGIN
         -- Only this tenant is concerned by what happens to the table.
         'tenant', (SELECT s.tenant FROM pg_class c JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
                    WHERE c.oid = root AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = root)))));
+    IF fresh THEN
+        -- No base follows, which would bring its definitions.
+        PERFORM coffer._mark('ddl', json_build_object('tag', action, 'objects', ARRAY[root::int8], 'relations', (
+            SELECT array_agg(t.relid::int8) FROM coffer._tree(root) t)));
+    END IF;
 END $$;
 
 -- While the extension itself runs DDL, the setting coffer.at_work holds this word and its event triggers look away. Nobody

@@ -56,6 +56,14 @@ DECLARE
     now_r   coffer.rules;
 BEGIN
     SELECT * INTO p FROM coffer._plan(root, tenant);
+    IF plan_strategy = 3 AND p.key_index = 0 AND NOT coffer._is_published(root) THEN
+        -- The log has to name a row by the key that its tenant is kept by: the whole old row will not do.
+        SELECT CASE WHEN k.is_primary THEN 'd' ELSE 'i' END, k.index_oid, k.sorted, format('rows are named by %I', k.index_name)
+        INTO p.identity, p.key_index, p.key_columns, p.reason
+        FROM coffer._keys(root) k WHERE k.obstacle IS NULL
+        ORDER BY k.is_primary DESC, cardinality(k.columns), k.index_oid LIMIT 1;
+        p.key_index := coalesce(p.key_index, 0);
+    END IF;
     IF plan_strategy = 3 AND p.key_index = 0 THEN
         RAISE EXCEPTION '% has no usable key: nothing tells later whose a row of it is', root::regclass
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'A primary key will do, or a tenant column.';

@@ -55,42 +55,36 @@ END $$;
 COMMENT ON FUNCTION coffer.changes IS
 'The changes of one tenant that are committed but not archived yet, in commit order: whole transactions up to upto_lsn, or until there are upto_nchanges. Nothing is consumed. A TRUNCATE appears for every tenant. Needs a free replication slot while it runs, and a transaction that has not written.';
 
--- STABLE: every statement inside sees the snapshot of the statement that calls it.
-CREATE FUNCTION coffer._snapshot(of_tenant text)
-RETURNS TABLE (relation text, row_data jsonb, snapshot pg_snapshot, lsn pg_lsn)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+-- One statement for all tables, so that all of them are seen by one snapshot, and answered without being copied once more.
+CREATE FUNCTION coffer._snapshot_query(of_tenant text) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-DECLARE
-    r     record;
-    -- Once, not for each row.
-    seen  pg_snapshot := pg_current_snapshot();
-    here  pg_lsn := pg_current_wal_insert_lsn();
-BEGIN
-    FOR r IN
-        SELECT u.relid, ' WHERE ' || coffer._tenant_condition(u.relid, '"the row"', of_tenant) AS condition, c.relkind
-        FROM coffer.rules u JOIN pg_class c ON c.oid = u.relid WHERE u.strategy IN (0, 1, 2, 3, 4)
-        UNION ALL
-        SELECT t.oid, '', c.relkind FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t (oid)
-        JOIN pg_class c ON c.oid = t.oid WHERE s.tenant = of_tenant
-        ORDER BY 1
-    LOOP
-        CONTINUE WHEN r.condition IS NULL;
+    SELECT 'WITH here AS MATERIALIZED (SELECT pg_current_snapshot() AS seen, pg_current_wal_insert_lsn() AS lsn) '
         -- Inheritance children are tables of their own, partitions are not.
-        RETURN QUERY EXECUTE format('SELECT %L::text, to_jsonb("the row".*), $1, $2 FROM %s%s AS "the row"%s',
-            r.relid::regclass, CASE r.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, r.relid::regclass, r.condition) USING seen, here;
-    END LOOP;
-END $$;
+        || string_agg(format('SELECT %L::text, to_jsonb("the row".*), (SELECT seen FROM here), (SELECT lsn FROM here) FROM %s "the row"%s',
+                             t.relid::regclass, coffer._from(t.relid), t.condition), ' UNION ALL ' ORDER BY t.relid)
+    FROM (SELECT u.relid, ' WHERE ' || coffer._tenant_condition(u.relid, '"the row"', of_tenant) AS condition
+          FROM coffer.rules u WHERE u.strategy IN (0, 1, 2, 3, 4)
+          UNION ALL
+          SELECT x.oid, '' FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) x (oid) WHERE s.tenant = of_tenant) t
+    WHERE t.condition IS NOT NULL
+$$;
 
 CREATE FUNCTION coffer.snapshot(tenant text)
 RETURNS TABLE (relation text, row_data jsonb, snapshot pg_snapshot, lsn pg_lsn)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET row_security = off SET search_path = pg_catalog, coffer, pg_temp
 AS $$
+DECLARE
+    query  text;
 BEGIN
     IF $1 IS NULL THEN
         RAISE EXCEPTION 'no tenant given' USING ERRCODE = 'null_value_not_allowed';
     END IF;
     PERFORM coffer._audit('snapshot', $1);
-    RETURN QUERY SELECT * FROM coffer._snapshot($1);
+    query := coffer._snapshot_query($1);
+    IF query IS NOT NULL THEN
+        RETURN QUERY EXECUTE query;
+    END IF;
 END $$;
 COMMENT ON FUNCTION coffer.snapshot IS
 'All rows of one tenant as they are now, all as of one snapshot, from every covered table; shared tables are not the tenant''s.';

@@ -216,7 +216,10 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
     IF EXISTS (SELECT FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid
-               WHERE m.root = $1 AND c.relkind = 'r' AND coffer._effective_key(m.relid) IS NULL) THEN
+               WHERE m.root = $1 AND c.relkind = 'r' AND coalesce(coffer._effective_key(m.relid), 0)
+                   -- The whole row will do where its tenant is not kept by its key.
+                   = CASE WHEN coffer._effective_key(m.relid) IS NULL OR EXISTS (SELECT FROM coffer.rules r WHERE r.relid = $1 AND r.strategy = 3)
+                     THEN 0 END) THEN
         RAISE EXCEPTION 'coffer: a DELETE on % would no longer be backed up', root::regclass
             USING ERRCODE = 'CF001', DETAIL = why, HINT = 'End its coverage first: coffer.remove_table() or coffer.exclude().';
     END IF;

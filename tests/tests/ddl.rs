@@ -7,6 +7,7 @@ use coffer_tests::restored::{self, Database};
 
 on_majors! {
     changes_without_rows: changes_without_rows;
+    tables_added_by_hand: tables_added_by_hand;
 }
 
 fn changes_without_rows(major: u32) {
@@ -68,4 +69,32 @@ fn changes_without_rows(major: u32) {
         assert_eq!(rows("shop", "SELECT DISTINCT w FROM renamed"), "(x)");
         assert_eq!(rows("shop", "SELECT DISTINCT n, o FROM d"), "(7,)");
     });
+}
+
+/// Tables that are made and then covered by hand come back with everything that defines them, without any base.
+fn tables_added_by_hand(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE t (tenant int NOT NULL, id int, PRIMARY KEY (tenant, id));
+         SELECT coffer.discover('tenant', true); INSERT INTO t VALUES (1, 1);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1"]);
+    cluster.script(
+        "shop",
+        "CREATE TABLE rates (id int PRIMARY KEY, twice int GENERATED ALWAYS AS (id * 2) STORED);
+         SELECT coffer.add_shared('rates'); INSERT INTO rates VALUES (3);
+         CREATE TABLE claims (id int PRIMARY KEY, twice int GENERATED ALWAYS AS (id * 2) STORED);
+         SELECT coffer.add_table('claims'); SET coffer.tenant = '1'; INSERT INTO claims VALUES (4);
+         SELECT coffer.restore_point('now');",
+    );
+    let made = Database::restore(&agent, &cluster, "1", "name:now");
+    for (table, row) in [("rates", "(3,6)"), ("claims", "(4,8)")] {
+        assert_eq!(cluster.psql(&made.name, &format!("SELECT t FROM {table} t")), row);
+        let keys = format!("SELECT count(*) FROM pg_index WHERE indrelid = '{table}'::regclass AND indisprimary");
+        assert_eq!(cluster.psql(&made.name, &keys), "1", "{table}");
+    }
 }

@@ -210,7 +210,7 @@ impl<'c> Case<'c> {
 
     /// What coffer.coverage says of every table.
     fn covered(&self) {
-        let sql = "SELECT coalesce(json_agg(json_build_array(n.nspname, c.relname, v.covered, v.strategy, v.cost)), '[]') \
+        let sql = "SELECT coalesce(json_agg(json_build_array(n.nspname, c.relname, v.covered, v.strategy, v.cost, v.reason)), '[]') \
                    FROM coffer.coverage v JOIN pg_class c ON c.oid = v.relation JOIN pg_namespace n ON n.oid = c.relnamespace";
         let said: Value = serde_json::from_str(&self.cluster.psql(&self.db, sql)).expect("JSON");
         let said = said.as_array().expect("a list");
@@ -220,6 +220,11 @@ impl<'c> Case<'c> {
                 r[0] == t.schema.as_str() && Some(r[1].as_str().expect("a name")) == t.names.last().map(String::as_str)
             };
             let row = said.iter().find(own).unwrap_or_else(|| panic!("{} is not in {said:?}", t.name()));
+            if t.unlogged {
+                let says = row[5].as_str().is_some_and(|r| r.starts_with("unlogged"));
+                assert!(row[2] == false && says, "{}: {row}", t.name());
+                continue;
+            }
             let strategies: &[&str] = match t.owner {
                 Owner::Column(_) => &["identity", "tag", "full_row"],
                 Owner::Parent { .. } => &["path"],
@@ -283,7 +288,7 @@ impl<'c> Case<'c> {
             sessions.alone(&[step], false, &mut self.script).await;
             return;
         }
-        for _ in 0..self.rng.random_range(1..4) {
+        for _ in 0..self.rng.random_range(2..7) {
             let Some(mut a) = self.model.alteration(&mut self.rng) else { continue };
             if !a.bare && self.rng.random_bool(0.3) {
                 a.steps.insert(0, self.model.change(&mut self.rng));

@@ -1,7 +1,7 @@
 //! Random statements that change rows.
 
 use super::values::{Kind, Value, literal};
-use super::{Column, Model, Owner, Role, Table, qualified};
+use super::{Column, Model, Owner, Role, Table};
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, IteratorRandom};
 use rand::{Rng, RngExt};
@@ -66,6 +66,13 @@ impl Model {
         format!("({})", values.join(", "))
     }
 
+    fn value_of(&self, rng: &mut StdRng, kind: Kind) -> Value {
+        if kind == Kind::Mood && rng.random_bool(0.9) {
+            return Value::Text(self.moods.choose(rng).expect("labels").clone());
+        }
+        if kind == Kind::Mood { Value::Null } else { kind.value(rng) }
+    }
+
     fn value(&self, rng: &mut StdRng, t: &Table, c: &Column, link: u32) -> String {
         match c.role {
             Role::Key => c.kind.key(rng.random_range(0..KEYS)).sql(c.kind),
@@ -74,7 +81,7 @@ impl Model {
                 Some(column) => column.replace("{n}", &link.to_string()),
                 None => c.kind.key(rng.random_range(0..KEYS)).sql(c.kind),
             },
-            _ => c.kind.value(rng).sql(c.kind),
+            _ => self.value_of(rng, c.kind).sql(c.kind),
         }
     }
 
@@ -132,7 +139,7 @@ impl Model {
             payload.remove(rng.random_range(0..payload.len()));
         }
         let sets: Vec<_> =
-            payload.iter().map(|c| format!("{} = {}", c.name(), c.kind.value(rng).sql(c.kind))).collect();
+            payload.iter().map(|c| format!("{} = {}", c.name(), self.value_of(rng, c.kind).sql(c.kind))).collect();
         if sets.is_empty() {
             return format!("DELETE FROM {} t WHERE {}", t.name(), self.some(rng, t));
         }
@@ -169,7 +176,7 @@ impl Model {
         let Some(c) = t.tenant() else { return self.update(rng, t) };
         let to = self.tenant_value(rng, c);
         let more = match t.columns.iter().filter(|c| c.role == Role::Payload).choose(rng) {
-            Some(p) if rng.random_bool(0.3) => format!(", {} = {}", p.name(), p.kind.value(rng).sql(p.kind)),
+            Some(p) if rng.random_bool(0.3) => format!(", {} = {}", p.name(), self.value_of(rng, p.kind).sql(p.kind)),
             _ => String::new(),
         };
         format!("UPDATE {} t SET {} = {to}{more} WHERE {condition}", t.name(), c.name())
@@ -207,7 +214,7 @@ impl Model {
                     Role::Key => c.kind.key(rng.random_range(0..KEYS)).copy(),
                     Role::Tenant => Value::Text(self.tenant(rng)).copy(),
                     Role::Link => c.kind.key(rng.random_range(0..KEYS)).copy(),
-                    _ => c.kind.value(rng).copy(),
+                    _ => self.value_of(rng, c.kind).copy(),
                 })
                 .collect();
             data.push_str(&format!("{}\n", fields.join("\t")));
@@ -233,7 +240,7 @@ impl Model {
 
 fn truncate(rng: &mut StdRng, t: &Table) -> String {
     let name = match t.leaves.choose(rng) {
-        Some(leaf) if rng.random_bool(0.6) => qualified(&leaf.schema, &leaf.name),
+        Some(leaf) if rng.random_bool(0.6) => leaf.qualified(),
         _ => t.name(),
     };
     let identity = if rng.random_bool(0.3) { " RESTART IDENTITY" } else { "" };

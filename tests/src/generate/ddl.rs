@@ -3,7 +3,7 @@
 use super::changes::Step;
 use super::schema::Shape;
 use super::values::{Kind, literal};
-use super::{Leaf, Model, Owner, Role, Table, qualified};
+use super::{Home, Leaf, Model, Owner, Role, Table};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -24,7 +24,7 @@ impl Model {
         let mut after = self.clone();
         after.version += 1;
         let mut bare = false;
-        let sql = match rng.random_range(0..15) {
+        let sql = match rng.random_range(0..21) {
             0..3 => after.add_column(rng, id)?,
             3 => after.drop_column(rng, id)?,
             4 => after.rename_column(rng, id)?,
@@ -36,6 +36,15 @@ impl Model {
             11 => after.retype(rng, id)?,
             12 => after.drop_key(rng, id)?,
             13 => after.cover_anew(id)?,
+            14 => after.relabel(rng),
+            15 => after.persist_otherwise(id)?,
+            16..18 => {
+                // Nothing that the model knows of changes.
+                after.version -= 1;
+                after.identity(rng, id)
+            }
+            18 => after.set_schema(rng, id)?,
+            19 => after.rename_tenant(id)?,
             _ => {
                 bare = true;
                 let how = ["VACUUM FULL", "REINDEX TABLE"].choose(rng)?;
@@ -105,7 +114,7 @@ impl Model {
     }
 
     fn new_table(&self, rng: &mut StdRng) -> Option<Alteration> {
-        const NEW: [Shape; 9] = [
+        const NEW: [Shape; 10] = [
             Shape::TenantInKey,
             Shape::TenantBesideKey,
             Shape::Keyless,
@@ -115,6 +124,7 @@ impl Model {
             Shape::Child,
             Shape::Shared,
             Shape::Session,
+            Shape::Unlogged,
         ];
         let mut after = self.clone();
         after.version += 1;
@@ -155,14 +165,19 @@ impl Model {
             return None;
         }
         let leaf = t.leaves.remove(rng.random_range(0..t.leaves.len()));
-        let sql = format!("ALTER TABLE {} DETACH PARTITION {}", t.name(), qualified(&leaf.schema, &leaf.name));
+        let name = leaf.qualified();
+        let sql = format!("ALTER TABLE {} DETACH PARTITION {name}", leaf.under.clone().unwrap_or_else(|| t.name()));
+        let is_below = |l: &Leaf| l.under.as_ref() == Some(&name);
+        let below = t.leaves.iter().filter(|l| is_below(l)).map(|l| Leaf { under: None, ..l.clone() }).collect();
+        t.leaves.retain(|l| !is_below(l));
         let own = Table {
             id: new,
             schema: leaf.schema,
+            former_schemas: Vec::new(),
             names: vec![leaf.name],
-            partition_by: String::new(),
-            leaves: Vec::new(),
-            home: Some((id, leaf.bounds)),
+            partition_by: leaf.partition_by,
+            leaves: below,
+            home: Some(Home { table: id, under: leaf.under, bounds: leaf.bounds }),
             ..t.clone()
         };
         self.tables.insert(new, own);
@@ -171,14 +186,31 @@ impl Model {
 
     /// And comes back.
     fn attach(&mut self) -> Option<Vec<String>> {
-        let (id, (home, bounds)) = self.tables.values().find_map(|t| Some((t.id, t.home.clone()?)))?;
-        if self.has_children(id) || !self.tables.contains_key(&home) {
+        let (id, home) = self.tables.values().find_map(|t| Some((t.id, t.home.clone()?)))?;
+        if self.has_children(id) || !self.tables.contains_key(&home.table) {
             return None;
         }
-        let leaf = self.tables.remove(&id)?;
-        let t = self.altered(home)?;
-        let sql = format!("ALTER TABLE {} ATTACH PARTITION {} {bounds}", t.name(), leaf.name());
-        t.leaves.push(Leaf { schema: leaf.schema.clone(), name: leaf.names.last()?.clone(), bounds });
+        let own = self.tables.remove(&id)?;
+        let t = self.altered(home.table)?;
+        let under = match home.under {
+            // What it was under may be a table of its own by now, or have another name.
+            Some(u) => Some(t.leaves.iter().find(|l| l.qualified() == u)?.qualified()),
+            None => None,
+        };
+        let name = own.name();
+        let sql = format!(
+            "ALTER TABLE {} ATTACH PARTITION {name} {}",
+            under.clone().unwrap_or_else(|| t.name()),
+            home.bounds
+        );
+        t.leaves.push(Leaf {
+            schema: own.schema.clone(),
+            name: own.names.last()?.clone(),
+            bounds: home.bounds,
+            under,
+            partition_by: own.partition_by,
+        });
+        t.leaves.extend(own.leaves.into_iter().map(|l| Leaf { under: Some(name.clone()), ..l }));
         Some(vec![sql])
     }
 
@@ -219,10 +251,79 @@ impl Model {
         )])
     }
 
+    /// A label of the type `mood` gets another name, which every row shows at once, or comes anew.
+    fn relabel(&mut self, rng: &mut StdRng) -> Vec<String> {
+        let new = self.new_name("mood ");
+        let place = rng.random_range(0..self.moods.len());
+        let old = literal(&self.moods[place]);
+        if rng.random_bool(0.6) {
+            let sql = format!("ALTER TYPE public.mood RENAME VALUE {old} TO {}", literal(&new));
+            self.moods[place] = new;
+            return vec![sql];
+        }
+        let sql = format!("ALTER TYPE public.mood ADD VALUE {} BEFORE {old}", literal(&new));
+        self.moods.insert(place, new);
+        vec![sql]
+    }
+
+    /// A table leaves the log, or comes into it.
+    fn persist_otherwise(&mut self, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id).filter(|t| !t.is_partitioned() && t.home.is_none())?;
+        t.unlogged = !t.unlogged;
+        // All rows are written anew.
+        t.columns.iter_mut().for_each(|c| c.missing = None);
+        Some(vec![format!("ALTER TABLE {} SET {}", t.name(), if t.unlogged { "UNLOGGED" } else { "LOGGED" })])
+    }
+
+    /// A hand at what the log says of old rows.
+    fn identity(&self, rng: &mut StdRng, id: usize) -> Vec<String> {
+        let t = &self.tables[&id];
+        let name = match t.leaves.choose(rng) {
+            Some(leaf) if rng.random_bool(0.6) => leaf.qualified(),
+            _ => t.name(),
+        };
+        match rng.random_range(0..4) {
+            0 => vec![format!("ALTER TABLE {name} REPLICA IDENTITY FULL")],
+            1 => vec![format!("ALTER TABLE {name} REPLICA IDENTITY NOTHING")],
+            2 => vec![format!("ALTER TABLE {name} REPLICA IDENTITY DEFAULT")],
+            _ => vec![format!(
+                "DO $$BEGIN EXECUTE (SELECT format('ALTER TABLE %s REPLICA IDENTITY USING INDEX %I', indrelid::regclass, \
+                 relname) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE indrelid = {}::regclass \
+                 AND indisunique ORDER BY indexrelid LIMIT 1); END$$",
+                literal(&name)
+            )],
+        }
+    }
+
+    fn set_schema(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        const PLACES: [&str; 2] = ["public", "another \"place\""];
+        let t = self.altered(id).filter(|t| PLACES.contains(&t.schema.as_str()) && t.home.is_none())?;
+        let to = *PLACES.iter().find(|p| **p != t.schema)?;
+        let quoted = coffer_wire::quote_ident(to);
+        let sql = format!("ALTER TABLE {} SET SCHEMA {quoted}", t.name());
+        let from = std::mem::replace(&mut t.schema, to.to_owned());
+        t.former_schemas.push(from);
+        let make = format!("CREATE SCHEMA IF NOT EXISTS {quoted}");
+        Some(if rng.random_bool(0.9) { vec![make, sql] } else { vec![sql] })
+    }
+
+    /// The tenant column gets another name.
+    fn rename_tenant(&mut self, id: usize) -> Option<Vec<String>> {
+        let new = self.new_name("owner");
+        let t = self.altered(id)?;
+        let c = t.tenant()?.id;
+        let sql = format!("ALTER TABLE {} RENAME COLUMN {} TO", t.name(), t.column(c).name());
+        t.column_mut(c).names.push(new);
+        Some(vec![format!("{sql} {}", t.column(c).name())])
+    }
+
     /// Coverage ends and begins again.
     fn cover_anew(&mut self, id: usize) -> Option<Vec<String>> {
         let t = &self.tables[&id];
         let name = literal(&t.name());
+        if t.unlogged {
+            return None;
+        }
         let again = match &t.owner {
             Owner::Column(c) => format!(", {}", literal(t.column(*c).names.last()?)),
             Owner::Parent { table, .. } => format!(", parent => {}::regclass", literal(&self.tables[table].name())),

@@ -80,12 +80,33 @@ pub struct Leaf {
     pub name: String,
     /// As in FOR VALUES …
     pub bounds: String,
+    /// The partition that it is a partition of; none: the table itself.
+    pub under: Option<String>,
+    /// PARTITION BY …; empty: it has rows of its own.
+    pub partition_by: String,
+}
+
+impl Leaf {
+    /// As SQL wants it.
+    pub fn qualified(&self) -> String {
+        qualified(&self.schema, &self.name)
+    }
+}
+
+/// Where a table was a partition, and of which rows.
+#[derive(Clone, Debug)]
+pub struct Home {
+    pub table: usize,
+    pub under: Option<String>,
+    pub bounds: String,
 }
 
 #[derive(Clone, Debug)]
 pub struct Table {
     pub id: usize,
     pub schema: String,
+    /// Schemas that it was in.
+    pub former_schemas: Vec<String>,
     /// Every name it had, the present one last.
     pub names: Vec<String>,
     pub columns: Vec<Column>,
@@ -97,8 +118,9 @@ pub struct Table {
     pub leaves: Vec<Leaf>,
     /// Inherits, or is inherited from: its columns are not its own to alter.
     pub inherits: bool,
-    /// Where it was a partition, and of which rows.
-    pub home: Option<(usize, String)>,
+    /// Not in the log, so not in the backup.
+    pub unlogged: bool,
+    pub home: Option<Home>,
     /// More lines in its definition.
     pub constraints: Vec<String>,
     /// Statements that make it what it is, after CREATE TABLE.
@@ -147,6 +169,8 @@ pub struct Model {
     pub major: u32,
     pub tenant_kind: Kind,
     pub tenants: Vec<String>,
+    /// The labels of the type `mood`.
+    pub moods: Vec<String>,
     pub tables: BTreeMap<usize, Table>,
     /// How often the schema was changed.
     pub version: usize,

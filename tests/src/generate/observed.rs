@@ -44,7 +44,7 @@ struct ObservedColumn {
 
 #[derive(Clone, Debug)]
 struct Observed {
-    schema: String,
+    schemas: Vec<String>,
     names: Vec<String>,
     from: String,
     columns: Vec<ObservedColumn>,
@@ -80,7 +80,7 @@ fn rows(copy: &str) -> Vec<Row> {
 /// Reads everything in the snapshot of the transaction that is open.
 pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, tokio_postgres::Error> {
     let mut tables = BTreeMap::new();
-    for t in model.tables.values() {
+    for t in model.tables.values().filter(|t| !t.unlogged) {
         let mut columns = vec![model.owner_expression(t.id, "t")];
         columns.extend(t.columns.iter().map(|c| format!("t.{}", c.name())));
         let lines = copy_out(db, &format!("SELECT {} FROM {} t", columns.join(", "), t.from())).await?;
@@ -103,7 +103,7 @@ pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, to
             computed: c.role == Role::Generated,
         });
         let observed = Observed {
-            schema: t.schema.clone(),
+            schemas: t.former_schemas.iter().chain([&t.schema]).cloned().collect(),
             names: t.names.clone(),
             from: t.from(),
             columns: columns.collect(),
@@ -144,7 +144,8 @@ impl Truth {
             let path = out.dir.join(file["file"].as_str().expect("file"));
             let have = rows(&std::fs::read_to_string(&path).expect("a file of COPY text"));
             let called = |t: &Observed| {
-                t.names.iter().any(|n| format!("{}.{}", quote_ident(&t.schema), quote_ident(n)) == relation)
+                let is = |s: &String, n: &String| format!("{}.{}", quote_ident(s), quote_ident(n)) == relation;
+                t.schemas.iter().any(|s| t.names.iter().any(|n| is(s, n)))
             };
             match self.tables.iter().find(|(_, t)| called(t)) {
                 Some((id, t)) => {

@@ -1,7 +1,7 @@
 //! Random tables of every shape that has a way of its own to the tenant.
 
 use super::values::{Kind, MOODS, literal};
-use super::{Column, Leaf, Model, Owner, Role, Table, qualified};
+use super::{Column, Leaf, Model, Owner, Role, Table};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt};
@@ -26,9 +26,11 @@ pub enum Shape {
     InSchema,
     Shared,
     Session,
+    /// Left out of the backup, and said to be.
+    Unlogged,
 }
 
-const SHAPES: [Shape; 19] = [
+const SHAPES: [Shape; 20] = [
     Shape::TenantInKey,
     Shape::TenantInKey,
     Shape::TenantBesideKey,
@@ -48,6 +50,7 @@ const SHAPES: [Shape; 19] = [
     Shape::InSchema,
     Shape::Shared,
     Shape::Session,
+    Shape::Unlogged,
 ];
 
 const KEYS: [Kind; 6] = [Kind::Int, Kind::Int, Kind::Int, Kind::Big, Kind::Text, Kind::Uuid];
@@ -71,6 +74,7 @@ impl Model {
             major,
             tenant_kind: kinds[n],
             tenants: TENANTS[n].map(str::to_owned).to_vec(),
+            moods: MOODS.map(str::to_owned).to_vec(),
             tables: Default::default(),
             version: 0,
             serial: 0,
@@ -86,7 +90,7 @@ impl Model {
 
     /// The script that makes its types, schemas and tables.
     pub fn script(&self) -> String {
-        let labels: Vec<_> = MOODS.iter().map(|m| literal(m)).collect();
+        let labels: Vec<_> = self.moods.iter().map(|m| literal(m)).collect();
         let mut sql = format!("CREATE TYPE public.mood AS ENUM ({});\n", labels.join(", "));
         for t in self.tables.values() {
             sql.push_str(&t.script());
@@ -100,6 +104,7 @@ impl Model {
         let mut t = Table {
             id,
             schema: "public".into(),
+            former_schemas: Vec::new(),
             names: vec![self.new_name("t")],
             columns: Vec::new(),
             key: Vec::new(),
@@ -107,6 +112,7 @@ impl Model {
             partition_by: String::new(),
             leaves: Vec::new(),
             inherits: false,
+            unlogged: shape == Shape::Unlogged,
             home: None,
             constraints: Vec::new(),
             after: Vec::new(),
@@ -183,7 +189,11 @@ impl Model {
     /// Tables that others may find their tenant in.
     fn parents(&self, wanted: impl Fn(&Table) -> bool) -> Vec<usize> {
         let fits = |t: &&Table| {
-            !t.key.is_empty() && !t.inherits && matches!(t.owner, Owner::Column(_) | Owner::Parent { .. }) && wanted(t)
+            !t.key.is_empty()
+                && !t.inherits
+                && !t.unlogged
+                && matches!(t.owner, Owner::Column(_) | Owner::Parent { .. })
+                && wanted(t)
         };
         self.tables.values().filter(fits).map(|t| t.id).filter(|t| self.depth(*t) < 3).collect()
     }
@@ -260,7 +270,9 @@ impl Model {
 
     /// An inheritance child of a plain table with the tenant.
     fn heir(&mut self, rng: &mut StdRng, t: &mut Table) {
-        let fits = |t: &&Table| !t.is_partitioned() && matches!(t.owner, Owner::Column(_)) && t.constraints.len() < 2;
+        let fits = |t: &&Table| {
+            !t.is_partitioned() && !t.unlogged && matches!(t.owner, Owner::Column(_)) && t.constraints.len() < 2
+        };
         let able: Vec<_> = self.tables.values().filter(fits).map(|t| t.id).filter(|t| !self.has_children(*t)).collect();
         let Some(parent) = able.choose(rng).copied() else {
             self.with_tenant(rng, t, Shape::TenantBesideKey);
@@ -330,17 +342,28 @@ impl Model {
         }
         let tenant_in_key = t.tenant().is_some_and(|c| t.key.contains(&c.id));
         for (n, bounds) in bounds.into_iter().enumerate() {
-            let leaf = Leaf { schema: "public".into(), name: self.new_name("p"), bounds };
-            let name = qualified(&leaf.schema, &leaf.name);
+            let name = self.new_name("p");
+            let mut leaf = Leaf { schema: "public".into(), name, bounds, under: None, partition_by: String::new() };
+            let name = leaf.qualified();
             if n == 1 && tenant_in_key && t.partition_by.starts_with("RANGE") {
+                leaf.partition_by = "LIST (tenant)".into();
                 t.after.push(format!(
-                    "CREATE TABLE {name} PARTITION OF {} {} PARTITION BY LIST (tenant)",
+                    "CREATE TABLE {name} PARTITION OF {} {} PARTITION BY {}",
                     t.name(),
-                    leaf.bounds
+                    leaf.bounds,
+                    leaf.partition_by
                 ));
+                t.leaves.push(leaf);
                 for bounds in [format!("FOR VALUES IN ({})", literal(&self.tenants[0])), "DEFAULT".into()] {
-                    let below = qualified("public", &self.new_name("p"));
-                    t.after.push(format!("CREATE TABLE {below} PARTITION OF {name} {bounds}"));
+                    let below = Leaf {
+                        schema: "public".into(),
+                        name: self.new_name("p"),
+                        bounds,
+                        under: Some(name.clone()),
+                        partition_by: String::new(),
+                    };
+                    t.after.push(format!("CREATE TABLE {} PARTITION OF {name} {}", below.qualified(), below.bounds));
+                    t.leaves.push(below);
                 }
                 continue;
             }
@@ -365,7 +388,8 @@ impl Table {
         }
         let by = if self.is_partitioned() { format!(" PARTITION BY {}", self.partition_by) } else { String::new() };
         let lines: Vec<_> = self.columns.iter().map(Column::definition).chain(self.constraints.clone()).collect();
-        sql.push_str(&format!("CREATE TABLE {} ({}){by};\n", self.name(), lines.join(", ")));
+        let unlogged = if self.unlogged { "UNLOGGED " } else { "" };
+        sql.push_str(&format!("CREATE {unlogged}TABLE {} ({}){by};\n", self.name(), lines.join(", ")));
         for a in &self.after {
             sql.push_str(a);
             sql.push_str(";\n");

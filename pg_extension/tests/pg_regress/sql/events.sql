@@ -136,6 +136,17 @@ RESET ROLE;
 DROP OWNED BY regress_developer;
 DROP ROLE regress_developer;
 
+-- The tenants of a table under `session` are kept by its key: the whole row is no replica identity for it.
+CREATE TABLE n11 (id int PRIMARY KEY, v text);
+SELECT strategy FROM coffer.add_table('n11');
+ALTER TABLE n11 REPLICA IDENTITY FULL;
+SELECT relreplident FROM pg_class WHERE oid = 'n11'::regclass;
+CREATE PUBLICATION regress_n11 FOR TABLE n11;
+ALTER TABLE n11 REPLICA IDENTITY FULL;
+DROP PUBLICATION regress_n11;
+SELECT relreplident FROM pg_class WHERE oid = 'n11'::regclass;
+DROP TABLE n11;
+
 -- Nothing is left.
 SET client_min_messages = warning;
 DELETE FROM coffer.settings;
