@@ -282,8 +282,8 @@ SELECT strategy FROM coffer.add_table('numbered', 'tenant');
 SELECT strategy FROM coffer.add_table('below_numbered', parent => 'numbered');
 INSERT INTO numbered VALUES (7, 1);
 INSERT INTO below_numbered VALUES (1, 1);
-SELECT count(*) FROM coffer._snapshot('7') WHERE relation ~ 'numbered';
-SELECT count(*) FROM coffer._snapshot('seven') WHERE relation ~ 'numbered';
+SELECT count(*) FROM coffer.snapshot('7') WHERE relation ~ 'numbered';
+SELECT count(*) FROM coffer.snapshot('seven') WHERE relation ~ 'numbered';
 -- TRUNCATE reaches below.
 TRUNCATE projects CASCADE;
 SELECT * FROM differences();
