@@ -63,11 +63,15 @@ END $$;
 
 -- A table's rule changed: decoding sessions forget what they cached, the agent hears of it. `rebase`: what is archived of
 -- the table so far does not continue into what follows; `fresh`: there is nothing to be continued, the table is empty.
-CREATE FUNCTION coffer._changed(root oid, action text, rebase bool DEFAULT false, fresh bool DEFAULT false) RETURNS void
+CREATE FUNCTION coffer._changed(root oid, action text, rebase bool DEFAULT false, fresh bool DEFAULT false, comes_back bool DEFAULT false) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
     PERFORM coffer._invalidate(t.relid) FROM coffer._tree(root) t;
+    IF NOT comes_back AND (SELECT c.relpersistence = 'u' FROM pg_class c WHERE c.oid = root) THEN
+        -- Its rule waits for it to come back into the log; a base would be waited for in vain.
+        action := 'remove'; rebase := false; fresh := false;
+    END IF;
     PERFORM coffer._mark('registry', json_strip_nulls(json_build_object('relid', root::int8, 'action', action, 'rebase', rebase,
         'fresh', nullif(fresh, false),
         'name', CASE WHEN fresh THEN (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

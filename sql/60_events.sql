@@ -121,7 +121,7 @@ BEGIN
     LOOP
         IF EXISTS (SELECT FROM pg_class c WHERE c.oid = gone) THEN
             PERFORM coffer._restore_identity(gone);
-            PERFORM coffer._consider(gone, 'CREATE TABLE');
+            PERFORM coffer._consider(gone, 'CREATE TABLE', col);
         ELSE
             DELETE FROM coffer.rule_relations m WHERE m.relid = gone;
         END IF;
@@ -164,8 +164,9 @@ BEGIN
     END IF;
 END $$;
 
--- Looks at a table without a rule: covers it by policy, else says that it is not covered.
-CREATE FUNCTION coffer._consider(rel oid, command text) RETURNS void
+-- Looks at a table without a rule: covers it by policy, else says that it is not covered. `was_column`: by which column it
+-- was covered as a partition, under whatever name that has by now.
+CREATE FUNCTION coffer._consider(rel oid, command text, was_column name DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
@@ -188,6 +189,9 @@ BEGIN
             PERFORM coffer._changed(rel, 'add', true, had.relid IS NULL AND coffer._is_fresh(rel));
         END IF;
         RETURN;
+    END IF;
+    IF auto IS NOT NULL AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = was_column AND NOT a.attisdropped) THEN
+        auto := was_column;
     END IF;
     IF had.relid IS NOT NULL THEN
         -- It was moved out of a tenant's schema.
@@ -430,7 +434,8 @@ BEGIN
     IF unlogs AND rel = pg_event_trigger_table_rewrite_oid() THEN
         PERFORM coffer._changed(rel, 'remove');
     ELSE
-        PERFORM coffer._changed(rel, 'add', true);
+        -- A table that comes back into the log is unlogged still.
+        PERFORM coffer._changed(rel, 'add', true, comes_back => pg_event_trigger_table_rewrite_reason() & 1 <> 0);
     END IF;
     -- What a rewrite computes may be the tenant of what lies below.
     PERFORM coffer._rebase_descendants(rel);

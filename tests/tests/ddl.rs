@@ -8,6 +8,8 @@ use coffer_tests::restored::{self, Database};
 on_majors! {
     changes_without_rows: changes_without_rows;
     tables_added_by_hand: tables_added_by_hand;
+    tables_that_leave_the_log: tables_that_leave_the_log;
+    partitions_of_another_name: partitions_of_another_name;
 }
 
 fn changes_without_rows(major: u32) {
@@ -97,4 +99,52 @@ fn tables_added_by_hand(major: u32) {
         let keys = format!("SELECT count(*) FROM pg_index WHERE indrelid = '{table}'::regclass AND indisprimary");
         assert_eq!(cluster.psql(&made.name, &keys), "1", "{table}");
     }
+}
+
+/// A table that becomes unlogged, with rows in the same transaction, holds nobody's window; it is covered again when it
+/// comes back.
+fn tables_that_leave_the_log(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE t (tenant int NOT NULL, id int, PRIMARY KEY (tenant, id));
+         CREATE TABLE d (tenant int NOT NULL, id int PRIMARY KEY);
+         SELECT coffer.discover('tenant', true); INSERT INTO t VALUES (1, 1); INSERT INTO d VALUES (1, 1);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1"]);
+    cluster.script(
+        "shop",
+        "BEGIN; INSERT INTO d VALUES (1, 2); ALTER TABLE d REPLICA IDENTITY FULL; ALTER TABLE d SET UNLOGGED; INSERT INTO d VALUES (1, 3); COMMIT;
+         INSERT INTO t VALUES (1, 2); INSERT INTO d VALUES (1, 4); SELECT coffer.restore_point('without');",
+    );
+    let coverage = "SELECT covered::text || ' ' || reason FROM coffer.coverage WHERE relation = 'd'::regclass";
+    assert_eq!(cluster.psql("shop", coverage), "false unlogged: its changes are not in the log");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
+    let made = Database::restore(&agent, &cluster, "1", "name:without");
+    assert_eq!(cluster.psql(&made.name, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM t"), "1 2");
+    cluster.script("shop", "ALTER TABLE d SET LOGGED; INSERT INTO d VALUES (1, 5);");
+    let based = || (agent.log().matches("bases are recorded").count() == 2).then_some(());
+    coffer_tests::wait_for("the base of the table that came back", 60, based);
+    cluster.psql("shop", "SELECT coffer.restore_point('with')");
+    let made = Database::restore(&agent, &cluster, "1", "name:with");
+    assert_eq!(cluster.psql(&made.name, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM d"), "1 2 3 4 5");
+}
+
+/// A partition that is detached after its tenant column was renamed stays covered.
+fn partitions_of_another_name(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE t (tenant int NOT NULL, id int, PRIMARY KEY (tenant, id)) PARTITION BY RANGE (id);
+         CREATE TABLE t_1 PARTITION OF t FOR VALUES FROM (0) TO (10);
+         SELECT coffer.discover('tenant', true);
+         ALTER TABLE t RENAME tenant TO owner; ALTER TABLE t DETACH PARTITION t_1;",
+    );
+    let coverage =
+        "SELECT string_agg(concat(relation, covered, tenant_column), ' ' ORDER BY relation::text) FROM coffer.coverage";
+    assert_eq!(cluster.psql("shop", coverage), "ttowner t_1towner");
 }
