@@ -1,10 +1,12 @@
 //! `coffer show`: one backup, or one object.
 
+use crate::catalog::{Catalog, FullEntry};
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::crypto::{Expect, Header, Opener};
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::Target;
+use crate::keyring::TenantEntry;
 use crate::opened::Opened;
 use crate::repository::{Body, ObjectRef};
 use bytes::Bytes;
@@ -42,7 +44,13 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &ShowA
 
 async fn backup(opened: &Opened, source: Option<&str>, json: bool, id: Uuid) -> Result<()> {
     for (name, uid) in opened.sources(source).await? {
-        let history = opened.history(uid).await?;
+        let mut history = opened.history(uid).await?;
+        history.load_catalogs().await?;
+        for t in opened.keyring.tenants(uid) {
+            if let Some(f) = history.catalog(t.uid).and_then(|c| c.full(id)) {
+                return print(&synthetic(&name, &t, f), json);
+            }
+        }
         for r in history.records() {
             let Body::Base(b) = &r.body else { continue };
             let own = b.fulls.iter().find(|f| f.object == id);
@@ -78,6 +86,26 @@ async fn backup(opened: &Opened, source: Option<&str>, json: bool, id: Uuid) -> 
     Err(Error::new(Kind::NotFound, format!("there is no backup {id}")).hint("see `coffer list`"))
 }
 
+/// A full that was merged from others.
+fn synthetic(source: &str, t: &TenantEntry, f: &FullEntry) -> Value {
+    let object = |o: &ObjectRef| {
+        json!({"object": o.path, "bytes": o.bytes, "rows": o.rows, "sha256": o.sha256, "key_version": o.key_version,
+            "of_this": o.lsn_end == f.point_lsn})
+    };
+    let tables: Vec<Value> = f
+        .tables
+        .iter()
+        .map(|t| json!({"relation": t.name, "relid": t.relid, "class": t.class, "rows": t.rows}))
+        .collect();
+    json!({"version": 1, "id": f.id, "kind": if f.trigger == "archive" { "archive" } else { "full" }, "source": source,
+        "tenant": t.tenant.key, "tenant_kind": t.tenant.kind.name(), "tenant_uid": t.uid, "trigger": f.trigger,
+        "reason": f.reason, "record": f.log_n, "point_lsn": f.point_lsn.to_string(),
+        "point_time": rfc3339(f.point_time_us), "verified_at": f.read_back_us.map(rfc3339), "rows": f.rows,
+        "bytes": f.bytes, "tables": tables, "objects": f.objects.iter().map(object).collect::<Vec<_>>(),
+        "manifest": f.manifest.as_ref().map(object), "schema": f.schema.as_ref().map(|s| s.path.clone()),
+        "roles": f.roles.as_ref().map(|s| s.path.clone())})
+}
+
 /// Prints a document; for people, indented.
 fn print(document: &Value, json: bool) -> Result<()> {
     let text = if json {
@@ -94,6 +122,13 @@ async fn object(opened: Opened, json: bool, key: String, plaintext: bool) -> Res
     for (_, uid) in opened.sources(None).await? {
         let log = crate::repository::Log::open(&opened.repo, uid, opened.from.as_deref()).await?;
         found = log.records().iter().flat_map(|r| r.objects()).find(|o| o.path == key).cloned();
+        for tenant in opened.keyring.tenants(uid) {
+            if found.is_some() {
+                break;
+            }
+            let catalog = Catalog::open(&opened.repo, uid, tenant.uid, opened.from.as_deref()).await?;
+            found = catalog.state().objects().find(|o| o.path == key).cloned();
+        }
         if found.is_some() {
             break;
         }

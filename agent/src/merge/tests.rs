@@ -677,3 +677,147 @@ fn damaged_plaintext_is_an_error_never_a_panic() {
         }
     }
 }
+
+/// A part of a full, in memory.
+#[derive(Clone)]
+struct InPart {
+    known: KnownPart,
+    bytes: Vec<u8>,
+}
+
+/// Cuts what a merge gives into parts of a few rows, and where there are rows of a part that was taken over.
+struct Cutter {
+    most: usize,
+    borders: Vec<(u32, Vec<u8>)>,
+    parts: Vec<InPart>,
+    plain: Plain,
+    rows: usize,
+    relid: u32,
+    rel: Option<Arc<Relation>>,
+    last: Vec<u8>,
+}
+
+impl RowSink for Cutter {
+    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        (self.relid, self.rows) = (rel.relid, usize::MAX);
+        self.leaf(rel)
+    }
+    fn leaf(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        self.rel = Some(rel.clone());
+        Ok(())
+    }
+    fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        let (rel, line) = (self.rel.clone().unwrap(), image.to_line()?);
+        let sort_key = sort_key_of_row(rel.key_mode, key, &line).into_owned();
+        let before = self.borders.len();
+        self.borders.retain(|b| *b > (self.relid, sort_key.clone()));
+        let crossed = before > self.borders.len();
+        if self.rows == usize::MAX || (crossed || self.rows >= self.most) && self.last != sort_key {
+            self.plain = Plain::default();
+            let known = KnownPart { relid: self.relid, first: Some(sort_key.clone()), relations: Vec::new() };
+            self.parts.push(InPart { known, bytes: Vec::new() });
+            self.rows = 0;
+        }
+        let mut data = Vec::new();
+        put_insert(&mut data, 0, key, &line);
+        self.plain.run(&rel, 1, &data, None);
+        let part = self.parts.last_mut().unwrap();
+        part.bytes = self.plain.bytes.clone();
+        let encoded = rel.encode();
+        if !part.known.relations.contains(&encoded) {
+            part.known.relations.push(encoded);
+        }
+        (self.rows, self.last) = (self.rows + 1, sort_key);
+        Ok(())
+    }
+    fn end_table(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The full at `upto` from the one at `from`: its parts, and how many were taken over.
+fn next_full(world: &World, before: &[InPart], from: u64, upto: u64, most: usize) -> (Vec<InPart>, usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let scratch = Scratch::new(dir.path()).unwrap();
+    let mut m = Merge::new(&scratch, 1 << 20).unwrap();
+    m.keep_leaves();
+    for p in &world.plain {
+        m.changes(&mut p.bytes.as_slice(), &mut After(from, upto)).unwrap();
+    }
+    let known: Vec<KnownPart> = before.iter().map(|p| p.known.clone()).collect();
+    let touched = m.touched(0, &known).unwrap();
+    let (read, kept): (Vec<_>, Vec<_>) = before.iter().cloned().zip(&touched).partition(|(_, t)| **t);
+    m.full(
+        0,
+        Box::new(std::io::Cursor::new(read.iter().flat_map(|(p, _)| p.bytes.clone()).collect::<Vec<u8>>())),
+        None,
+    );
+    let kept: Vec<InPart> = kept.into_iter().map(|(p, _)| p).collect();
+    let borders = kept.iter().map(|p| (p.known.relid, p.known.first.clone().unwrap_or_default())).collect();
+    let mut sink = Cutter {
+        most,
+        borders,
+        parts: Vec::new(),
+        plain: Plain::default(),
+        rows: 0,
+        relid: 0,
+        rel: None,
+        last: Vec::new(),
+    };
+    m.run(&mut sink).unwrap();
+    let n = kept.len();
+    let mut all = [kept, sink.parts].concat();
+    all.sort_by(|a, b| (a.known.relid, &a.known.first).cmp(&(b.known.relid, &b.known.first)));
+    (all, n)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn a_chain_of_fulls_that_take_parts_over_is_the_oracle_at_each(
+        steps in proptest::collection::vec(step(), 1..200),
+        most in 1usize..6,
+        every in 1usize..5,
+    ) {
+        let mut w = World::new(None);
+        for s in &steps {
+            w.step(s);
+        }
+        w.commit();
+        let (mut parts, mut from) = (Vec::new(), 0);
+        for (lsn, rows) in w.versions.iter().step_by(every) {
+            (parts, _) = next_full(&w, &parts, from, *lsn, most);
+            from = *lsn;
+            let bytes: Vec<u8> = parts.iter().flat_map(|p: &InPart| p.bytes.clone()).collect();
+            let (got, _) = merge(&w, 1 << 20, *lsn, *lsn, Base::Full(&bytes));
+            for (t, rows) in rows.iter().enumerate() {
+                prop_assert_eq!(got.lines(10 + t as u32), expect(rows), "table {} at {}", t, lsn);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_part_that_no_change_touches_is_taken_over() {
+    let rel = keyed(10, &[0]);
+    let insert = |id: u32| {
+        let mut data = Vec::new();
+        put_insert(&mut data, 0, format!("{id:03}").as_bytes(), format!("{id:03}\t0\ta\tb").as_bytes());
+        data
+    };
+    let mut first = Plain::default();
+    first.begin(1);
+    for id in 0..100 {
+        first.run(&rel, 1, &insert(2 * id), None);
+    }
+    let mut second = Plain::default();
+    second.begin(2);
+    second.run(&rel, 1, &insert(51), None);
+    let w = World { plain: vec![first, second], ..World::new(None) };
+    let (parts, _) = next_full(&w, &[], 0, 1, 10);
+    assert_eq!(parts.len(), 10);
+    let (parts, kept) = next_full(&w, &parts, 1, 2, 10);
+    assert_eq!((parts.len(), kept), (11, 9));
+    assert_eq!(next_full(&w, &parts, 2, 2, 10).1, 11);
+}
