@@ -177,7 +177,7 @@ fn cancelled(major: u32) {
     let queued = cluster.psql("shop", "SELECT coffer.backup('1')");
     assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({queued})")), "t");
     let job = cluster.psql("shop", "SELECT coffer.backup('1')");
-    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim=sleep(3000)".into())];
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim=sleep(10000)".into())];
     agent.start();
     let state = format!("SELECT state FROM coffer.jobs WHERE job = {job}");
     wait_for("the job to begin", 30, || (cluster.psql("shop", &state) == "running").then_some(()));

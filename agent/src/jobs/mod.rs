@@ -25,8 +25,10 @@ use mirror::Mirror;
 use std::sync::Arc;
 use std::time::Duration;
 use step::Step;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_postgres::Notification;
 
 /// Every kind; the quick ones.
 const ALL: &[&str] = &["backup", "restore", "verify", "hold", "release", "policy"];
@@ -54,6 +56,9 @@ pub async fn run(ctx: Arc<AgentContext>, flow: Arc<Flow>) {
         lanes.join_next().await;
     }
 }
+
+/// What wakes a lane.
+type Woken = mpsc::UnboundedReceiver<Notification>;
 
 /// One job after the other.
 struct Lane {
@@ -96,7 +101,7 @@ impl Lane {
         while !self.ctx.is_stopping() {
             if let Some(job) = claim::next(&client, self.kinds, &self.ctx).await? {
                 // A session that broke meanwhile shows at the next claim.
-                self.work(&client, &job).await?;
+                self.work(&client, &mut woken, &job).await?;
                 continue;
             }
             tokio::select! {
@@ -113,7 +118,7 @@ impl Lane {
     }
 
     /// Carries a job out, and says so.
-    async fn work(&self, client: &sql::SqlClient, job: &Claimed) -> Result<()> {
+    async fn work(&self, client: &sql::SqlClient, woken: &mut Woken, job: &Claimed) -> Result<()> {
         tracing::info!(source = self.ctx.source, job = job.job, kind = job.kind, "begun, attempt {}", job.attempt);
         failpoints::hit(failpoints::JOB_AFTER_CLAIM)?;
         let step = Step::default();
@@ -125,13 +130,22 @@ impl Lane {
         let done = loop {
             tokio::select! {
                 r = &mut done => break r,
-                () = self.ctx.stopped(), if !step.is_cancelled() => step.cancel(),
-                _ = beat.tick(), if broken.is_none() => match job.progress(client, &step).await {
-                    Ok(Verdict::Go) => {}
-                    // Lost: another has it, which will find what is recorded; two are of no use.
-                    Ok(Verdict::Cancel | Verdict::Lost) => step.cancel(),
-                    Err(e) => broken = Some(e),
+                () = self.ctx.stopped(), if !step.is_cancelled() => {
+                    step.cancel();
+                    continue;
                 }
+                // A cancellation says so; whatever else was said is found by the next claim.
+                Some(_) = woken.recv() => {}
+                _ = beat.tick() => {}
+            }
+            if broken.is_some() {
+                continue;
+            }
+            match job.progress(client, &step).await {
+                Ok(Verdict::Go) => {}
+                // Lost: another has it, which will find what is recorded; two are of no use.
+                Ok(Verdict::Cancel | Verdict::Lost) => step.cancel(),
+                Err(e) => broken = Some(e),
             }
         };
         // The session is gone, and with it the claim's life: whoever claims it next finds what is done.
