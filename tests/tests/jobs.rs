@@ -242,6 +242,13 @@ fn restore_and_verify(major: u32) {
         let left = cluster.psql("shop", "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'aaa_coffer_fence%'");
         assert_eq!(left, "0", "the fence is still there");
 
+        // Beside the live rows, by an operator, who can read what came.
+        cluster.psql("shop", "CREATE ROLE op LOGIN IN ROLE coffer_operator");
+        let op = |sql: &str| cluster.psql("shop", &format!("SET SESSION AUTHORIZATION op; {sql}"));
+        let n = op("SELECT coffer.restore('2', 'name:bad', 'schema', false)");
+        let schema = op(&format!("SELECT quote_ident(result ->> 'schema') FROM coffer.wait({n}, '1min')"));
+        assert_eq!(op(&format!("SELECT count(*) FROM {schema}.a")), "151", "schema {schema}");
+
         // A point that is not there, and one before everything.
         let n = cluster.psql("shop", "SELECT coffer.restore('2', 'name:never')");
         let said = cluster.psql_err("shop", &format!("SELECT coffer.wait({n})"));

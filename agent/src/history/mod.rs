@@ -148,6 +148,11 @@ impl History {
         Ok(())
     }
 
+    /// The same of a catalog that is open elsewhere.
+    pub fn set_catalog(&mut self, tenant: Uuid, state: State) {
+        self.catalogs.insert(tenant, state);
+    }
+
     /// The same of every tenant that has one.
     pub async fn load_catalogs(&mut self) -> Result<()> {
         let having = catalog::tenants(&self.repo, self.source, self.from.as_deref()).await?;

@@ -94,7 +94,7 @@ impl Mirror {
                 history = Some(self.history().await?);
                 is_stale = false;
             }
-            if let Some(h) = &history {
+            if let Some(h) = &mut history {
                 self.round(&client, h, &mut known).await?;
             }
             let next = Instant::now() + ROUND;
@@ -125,7 +125,7 @@ impl Mirror {
     }
 
     /// Sends what changed, and as of when that is all.
-    async fn round(&self, client: &SqlClient, history: &History, known: &mut Known) -> Result<()> {
+    async fn round(&self, client: &SqlClient, history: &mut History, known: &mut Known) -> Result<()> {
         let began_us = self.ctx.clock.now_us();
         let mut tenants = self.ctx.keyring.tenants(self.ctx.source_uid);
         tenants.retain(|t| t.tenant.kind == TenantKind::Normal);
@@ -133,6 +133,9 @@ impl Mirror {
         let mut docs = Vec::new();
         for t in &tenants {
             let Some(catalog) = known.catalogs.get(&t.uid) else { continue };
+            if history.catalog(t.uid) != Some(catalog.state()) {
+                history.set_catalog(t.uid, catalog.state().clone());
+            }
             let doc = document(history, catalog.state(), t);
             let hash = sha256(doc.to_string().as_bytes());
             if known.sent.get(&t.uid) != Some(&hash) {
@@ -211,21 +214,14 @@ fn document(history: &History, catalog: &State, t: &TenantEntry) -> Value {
         checks.map(|c| c.at_us).max()
     };
     let mut backups: Vec<Value> = Vec::new();
-    for f in &catalog.fulls {
-        let kind = if f.trigger == "archive" { "archive" } else { "full" };
-        backups.push(json!({"backup": f.id, "kind": kind, "trigger": f.trigger, "reason": f.reason,
-            "point_lsn": lsn(f.point_lsn), "point_time": rfc3339(f.point_time_us), "rows": f.rows, "bytes": f.bytes,
-            "verified_at": verified(f.id).max(f.read_back_us).map(rfc3339)}));
-    }
     for i in &catalog.incrementals {
         backups.push(json!({"backup": i.id, "kind": "incremental", "point_lsn": lsn(i.to_lsn), "point_time": rfc3339(i.to_time_us),
             "rows": i.rows, "bytes": i.bytes, "verified_at": verified(i.id).map(rfc3339)}));
     }
     for b in history.backups(t.uid) {
-        if catalog.full(b.id).is_none() {
-            backups.push(json!({"backup": b.id, "kind": "full", "trigger": "base", "point_lsn": lsn(b.point),
-                "point_time": rfc3339(b.time_us), "rows": b.rows, "bytes": b.bytes, "verified_at": verified(b.id).map(rfc3339)}));
-        }
+        backups.push(json!({"backup": b.id, "kind": b.kind, "trigger": b.trigger, "reason": b.reason,
+            "point_lsn": lsn(b.point), "point_time": rfc3339(b.time_us), "rows": b.rows, "bytes": b.bytes,
+            "verified_at": verified(b.id).max(b.verified_us).map(rfc3339)}));
     }
     let checks: Vec<Value> = catalog
         .checks
