@@ -7,6 +7,7 @@ use crate::compact::{Compactor, Occasion};
 use crate::error::{Error, Kind, Result};
 use crate::history::{History, Target};
 use crate::keyring::TenantEntry;
+use crate::lease::Lease;
 use crate::opened::scratch;
 use coffer_wire::Lsn;
 use serde_json::{Value, json};
@@ -20,6 +21,8 @@ impl Work<'_> {
         self.own_commit().await?;
         let tenant = self.tenant().await?;
         self.step.begin(0.1, 0.2, "reading the history")?;
+        // Before the catalog is read: what it names by then is not removed until the full that refers to it is recorded.
+        let _intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
         let mut history = self.opened().history(self.ctx.source_uid).await?;
         history.load_catalog(tenant.uid).await?;
         let point = self.point(&history)?;

@@ -6,7 +6,7 @@ use super::in_place::Looked;
 use super::in_place::compare::RowChange;
 use super::in_place::diff::Op;
 use super::request::{Means, Place, Request};
-use super::run::{Prepared, merged, options};
+use super::run::{Prepared, leased, merged, options};
 use crate::clock::rfc3339;
 use crate::error::{Error, Result};
 use crate::history::Target;
@@ -26,6 +26,10 @@ pub struct Difference {
 
 /// Compares the tenant at the request's target with its live rows. `rows`: how many of each table are named.
 pub async fn difference(means: &Means<'_>, request: &Request, rows: usize) -> Result<Difference> {
+    leased(means, request, look(means, request, rows)).await
+}
+
+async fn look(means: &Means<'_>, request: &Request, rows: usize) -> Result<Difference> {
     let started = Instant::now();
     let Place::InPlace(dsn) = &request.place else { return Err(Error::usage("live rows are in a database")) };
     let Prepared { uid, target, at, selection, .. } = Prepared::new(means, request).await?;

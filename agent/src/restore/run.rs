@@ -54,17 +54,25 @@ impl Outcome {
 /// `OutsideWindow`: the target cannot be restored to. `Refused`: the place is taken, or the rows do not fit; nothing was
 /// changed. Code `cancelled`: [`Watch::cancel`] was called in time; nothing was changed.
 pub async fn run(means: &Means<'_>, request: &Request) -> Result<Report> {
+    leased(means, request, restore(means, request)).await
+}
+
+/// Does the work with leases on what the request reads: it is not removed meanwhile.
+pub(super) async fn leased<T>(
+    means: &Means<'_>,
+    request: &Request,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
     let (repo, source) = (&means.opened.repo, means.source.1);
     let mut tenants = vec![means.opened.tenant(means.source, &request.tenant).await?.uid];
     if matches!(request.place, Place::Database(_)) {
         tenants.push(means.opened.keyring.tenant_uid(source, &Reserved::Shared.tenant()));
     }
-    // What is being read is not removed meanwhile.
     let mut leases = Vec::new();
     for tenant in tenants {
         leases.push(Lease::take(repo, source, tenant).await?);
     }
-    let done = restore(means, request).await;
+    let done = work.await;
     for lease in leases {
         lease.release().await;
     }
