@@ -184,6 +184,10 @@ impl Prepared {
         let opened = means.opened;
         let uid = opened.tenant(means.source, &request.tenant).await?.uid;
         let (history, target) = wait_for(means, request, uid).await?;
+        if request.wait.is_some() {
+            // The first row of a shared table may have come meanwhile, and with it the key of such rows.
+            opened.keyring.refresh().await?;
+        }
         let tables = history.require(&target, uid, &|qualified| wanted(&request.tables, qualified))?;
         if !request.keys.is_empty() && tables.len() != 1 {
             let names: Vec<_> = tables.iter().map(|t| t.name.as_str()).collect();
