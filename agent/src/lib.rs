@@ -40,3 +40,4 @@ pub mod spool;
 pub mod sql;
 pub mod status;
 pub mod tenant;
+pub mod validation;

@@ -47,3 +47,4 @@ mod retention;
 mod side;
 mod thread;
 mod types;
+mod validation;

@@ -8,22 +8,30 @@ use super::progress::Progress;
 use crate::catalog::{self, Catalog};
 use crate::config::Config;
 use crate::crypto::ObjectKind;
+use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
-use crate::keyring::lost;
+use crate::keyring::{TenantEntry, lost};
 use crate::large_objects::frames;
 use crate::merge::{check, from_io};
-use crate::opened::Opened;
+use crate::opened::{Opened, scratch};
 use crate::repository::{Body, Log, LogRecord, ObjectRef, paths};
+use crate::restore::Watch;
+use crate::restore::request::merge_memory;
 use crate::tenant::Tenant;
+use crate::validation::Validation;
+use coffer_wire::TenantKind;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
+/// How long a comparison with live rows waits for the repository to catch up.
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Objects read at a time.
 const PARALLEL: usize = 4;
 
@@ -32,7 +40,7 @@ pub struct VerifyArgs {
     /// Only this tenant's objects
     #[arg(long, value_name = "KEY")]
     pub tenant: Option<String>,
-    /// Compare with the live database (not in this version)
+    /// Compare the tenant's rows (of all tenants without --tenant) with those in the live database, too
     #[arg(long)]
     pub against_live: bool,
     /// Only this store
@@ -71,11 +79,6 @@ fn is_finding(e: &Error) -> bool {
 
 /// Verifies; the exit code: 0, 5 or 7.
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &VerifyArgs) -> Result<u8> {
-    if args.against_live {
-        return Err(Error::new(Kind::Refused, "--against-live is not available in this version")
-            .code("not_available")
-            .hint("`coffer restore --mode in-place --dry-run --to latest` counts what differs from the live rows"));
-    }
     let opened = Opened::new(config, args.from.as_deref()).await?;
     let mut stores: Vec<(String, bool)> = opened.repo.stores().map(|s| (s.name().to_owned(), s.required())).collect();
     stores.retain(|(s, _)| args.from.as_ref().is_none_or(|f| f == s));
@@ -86,12 +89,89 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Verif
         Some(_) => Some(opened.sources(source).await?),
         None => None,
     };
-    let document = verify(&opened, sources, &stores, args, &Tally::default(), json).await?;
+    let mut document = verify(&opened, sources, &stores, args, &Tally::default(), json).await?;
+    if args.against_live {
+        against_live(config, source, &opened, args, &mut document).await?;
+    }
     use std::io::Write;
     let mut out = std::io::stdout().lock();
     let written = if json { writeln!(out, "{document}") } else { out.write_all(text(&document).as_bytes()) };
     written.context(Kind::Other, "cannot write to standard output")?;
     Ok(exit_code(&document))
+}
+
+/// Compares with the live databases: of the source that is named, or of all that are configured.
+async fn against_live(
+    config: &Config,
+    source: Option<&str>,
+    opened: &Opened,
+    args: &VerifyArgs,
+    document: &mut Value,
+) -> Result<()> {
+    let names: Vec<String> = match source {
+        Some(name) => vec![config.pick_source(Some(name))?.0.to_owned()],
+        None => config.source.keys().cloned().collect(),
+    };
+    if names.is_empty() {
+        return Err(Error::usage("--against-live needs a [source.NAME] section with the database's url"));
+    }
+    for name in names {
+        let (name, uid) = opened.source(config, Some(&name)).await?;
+        let tenants = match &args.tenant {
+            Some(k) => vec![opened.tenant((&name, uid), &Tenant::normal(k)).await?],
+            None => opened.keyring.tenants(uid),
+        };
+        let dsn = Dsn::parse(&config.pick_source(Some(&name))?.1.url)?;
+        let validation = Validation {
+            opened,
+            source: (&name, uid),
+            dsn: &dsn,
+            scratch: scratch(config)?,
+            memory: merge_memory(config.limits.memory),
+            watch: Watch::default(),
+            patience: PATIENCE,
+        };
+        // Rows of reference data and those that nobody could attribute have no place that is theirs alone.
+        let comparable = |t: &&TenantEntry| matches!(t.tenant.kind, TenantKind::Normal | TenantKind::Unassigned);
+        for t in tenants.iter().filter(comparable) {
+            add_live(&validation, t, document).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Compares a tenant with its live rows and puts what was found into a document of [`verify`]: `live` has an entry for
+/// each tenant, and what differs is among the failures.
+pub(crate) async fn add_live(validation: &Validation<'_>, tenant: &TenantEntry, document: &mut Value) -> Result<()> {
+    let mut failures = Vec::new();
+    let live = match validation.run(&tenant.tenant).await {
+        Ok(v) => {
+            failures.extend(v.failures().into_iter().map(|f| {
+                json!({"object": f.relation, "tenant_uid": tenant.uid, "kind": f.kind.name(), "message": f.message,
+                    "relation": f.relation, "key": f.key})
+            }));
+            v.document()
+        }
+        // An object that the comparison needs is not what it was.
+        Err(e) if is_finding(&e) => {
+            let f = Failure::of(&named_in(&e, &paths::source_dir(validation.source.1)), Some(tenant.uid), &e);
+            failures
+                .push(json!({"object": f.object, "tenant_uid": f.tenant_uid, "kind": f.kind, "message": f.message}));
+            json!({"tenant": tenant.tenant.key, "kind": tenant.tenant.kind.name(), "ok": false, "lsn": null,
+                "tables": [], "skipped": [], "warnings": [e.to_string()]})
+        }
+        Err(e) => return Err(e),
+    };
+    if !failures.is_empty() {
+        document["ok"] = false.into();
+    }
+    let mut add = |field: &str, more: Vec<Value>| match document[field].as_array_mut() {
+        Some(list) => list.extend(more),
+        None => document[field] = more.into(),
+    };
+    add("failures", failures);
+    add("live", vec![live]);
+    Ok(())
 }
 
 /// How far a verification is, for whoever watches it, and whether it is to end.
@@ -331,6 +411,13 @@ fn text(d: &Value) -> String {
     }
     for w in d["warnings"].as_array().into_iter().flatten() {
         out.push_str(&format!("warning: {}\n", s(w)));
+    }
+    for l in d["live"].as_array().into_iter().flatten() {
+        let same: u64 = l["tables"].as_array().into_iter().flatten().filter_map(|t| t["same"].as_u64()).sum();
+        out.push_str(&format!("tenant {}: {same} live rows are as archived, at {}\n", s(&l["tenant"]), s(&l["lsn"])));
+        for t in l["skipped"].as_array().into_iter().flatten() {
+            out.push_str(&format!("not compared: {}: {}\n", s(&t["relation"]), s(&t["reason"])));
+        }
     }
     let verdict = if d["ok"] == true { "all good" } else { "NOT GOOD" };
     out.push_str(&format!("{} objects read back and authenticated: {verdict}\n", d["objects"]));

@@ -77,6 +77,7 @@ impl Compactor {
             memory: self.memory,
             // A row that came from another tenant may have values that only a later change brings.
             holes: Holes::Keep,
+            seen: None,
         };
         let job = full::Job {
             compactor: self.clone(),

@@ -361,6 +361,16 @@ impl History {
         Ok(entries)
     }
 
+    /// Where the first transaction ends that a snapshot does not see. `xmin`: it sees every one below.
+    pub async fn first_unseen(&self, xmin: u64, sees: &(dyn Fn(u64) -> bool + Sync)) -> Result<Option<Lsn>> {
+        for s in self.line.ships.iter().filter(|s| s.ship().max_xid >= xmin) {
+            if let Some(e) = self.entries(s).await?.iter().find(|e| !sees(e.xid)) {
+                return Ok(Some(e.end_lsn));
+            }
+        }
+        Ok(None)
+    }
+
     /// The commit time of the last transaction at or before a position.
     async fn commit_time(&self, at: Lsn) -> Result<i64> {
         for s in self.line.ships.iter().rev().filter(|s| s.record.from_lsn < at) {
@@ -441,9 +451,14 @@ impl History {
     ///
     /// The newest synthetic full up to the target that holds a table stands for what is older of it, if the tenant's
     /// catalog was taken in.
-    pub async fn inputs(&self, tenant: Uuid, target: Lsn, mut tables: Vec<TableAt>) -> Result<Inputs> {
+    pub async fn inputs(&self, tenant: Uuid, target: Lsn, tables: Vec<TableAt>) -> Result<Inputs> {
+        self.inputs_from(tenant, target, target, tables).await
+    }
+
+    /// The same from a full at or before `begin`.
+    pub async fn inputs_from(&self, tenant: Uuid, begin: Lsn, target: Lsn, mut tables: Vec<TableAt>) -> Result<Inputs> {
         let definitions: Vec<usize> = tables.iter().filter_map(|t| t.base).collect();
-        let full = self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= target).cloned();
+        let full = self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= begin).cloned();
         let mut parts = Vec::new();
         if let Some(f) = &full {
             let mut from_it = BTreeSet::new();

@@ -14,7 +14,7 @@ use crate::repository::{ObjectRef, ObjectWriter, paths};
 use crate::restore::in_place::literal;
 use crate::run::AgentContext;
 use crate::snapshot::catalog::{self, Rule};
-use crate::snapshot::read::{Lines, someone_waits};
+use crate::snapshot::read::{Lines, migration_waits};
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, Strategy, TenantKind, copy_text, quote_ident};
@@ -102,10 +102,10 @@ pub async fn read_large_objects(ctx: &Arc<AgentContext>) -> Result<Reading> {
     let scratch = Scratch::new(&ctx.config.spool.dir)?;
     let memory = usize::try_from(ctx.memory.base / 4).unwrap_or(usize::MAX);
     let listing = list(&client, &columns, Sorter::new(&scratch, memory));
-    let waiting = futures::future::select_all(tables.iter().map(|r| Box::pin(someone_waits(&dsn, r))));
+    let relids: Vec<u32> = tables.iter().map(|r| r.relid).collect();
     let sorted = tokio::select! {
         s = listing => s?,
-        (w, _, _) = waiting => { w?; return Err(yielded("a migration waits for a table whose large objects are listed")) }
+        w = migration_waits(&dsn, &relids) => { w?; return Err(yielded("a migration waits for a table whose large objects are listed")) }
     };
     client.batch_execute("COMMIT").await.sql("cannot end the reading transaction")?;
     let job = Job::new(ctx, read, objects).await?;

@@ -7,6 +7,7 @@ use crate::crypto::Opener;
 use crate::error::{Error, Result};
 use crate::history::Inputs;
 use crate::repository::{ObjectRef, Repository};
+use crate::snapshot::visibility::PgSnapshot;
 use crate::tenant::Tenant;
 use bytes::Bytes;
 use coffer_wire::{Begin, Lsn, TenantKind};
@@ -37,6 +38,8 @@ pub struct TenantAt {
     /// Bytes of memory.
     pub memory: usize,
     pub holes: Holes,
+    /// Only transactions that this snapshot sees count; `None`: all up to the target.
+    pub seen: Option<Arc<PgSnapshot>>,
 }
 
 impl TenantAt {
@@ -52,7 +55,7 @@ impl TenantAt {
         let mut merge = Merge::new(&self.scratch, self.memory)?;
         merge.on_holes(self.holes);
         let cuts: HashMap<u32, Lsn> = self.inputs.tables.iter().map(|t| (t.relid, t.cut)).collect();
-        let mut pick = TenantPick { tenant: &self.tenant, cuts: &cuts, limit: Lsn::MAX };
+        let mut pick = TenantPick { tenant: &self.tenant, cuts: &cuts, limit: Lsn::MAX, seen: self.seen.as_deref() };
         let mut objects = self.fetch_ahead();
         for ship in &self.inputs.ships {
             pick.limit = ship.limit.min(self.inputs.target);
@@ -126,6 +129,13 @@ struct TenantPick<'a> {
     tenant: &'a Tenant,
     cuts: &'a HashMap<u32, Lsn>,
     limit: Lsn,
+    seen: Option<&'a PgSnapshot>,
+}
+
+impl TenantPick<'_> {
+    fn counts(&self, txn: &Begin) -> bool {
+        txn.end_lsn <= self.limit && self.seen.is_none_or(|s| s.sees(txn.xid))
+    }
 }
 
 impl Pick for TenantPick<'_> {
@@ -134,11 +144,11 @@ impl Pick for TenantPick<'_> {
     }
 
     fn table(&mut self, txn: &Begin, relid: u32) -> bool {
-        txn.end_lsn <= self.limit && self.cuts.get(&relid).is_some_and(|cut| txn.end_lsn > *cut)
+        self.counts(txn) && self.cuts.get(&relid).is_some_and(|cut| txn.end_lsn > *cut)
     }
 
     fn dropped(&mut self, txn: &Begin, relid: u32) -> bool {
         // What is not a table may be a leaf of one; a dropped leaf has no rows in a base behind it.
-        txn.end_lsn <= self.limit && self.cuts.get(&relid).is_none_or(|cut| txn.end_lsn > *cut)
+        self.counts(txn) && self.cuts.get(&relid).is_none_or(|cut| txn.end_lsn > *cut)
     }
 }

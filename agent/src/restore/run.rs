@@ -206,6 +206,7 @@ impl Prepared {
             scratch: means.scratch.clone(),
             memory: means.memory,
             holes: if request.allow_incomplete { Holes::Null } else { Holes::Refuse },
+            seen: None,
         };
         let rename = match &request.rename {
             Some(r) if request.tenant.kind != TenantKind::Normal || r.key == request.tenant.key => {

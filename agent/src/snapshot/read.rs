@@ -154,7 +154,8 @@ pub async fn read_table(
     let ranges = ranges(&client, &now).await?;
     let copy = CopyJob { ranges: &ranges, next: AtomicUsize::new(0), rows, progress };
     let reading = copy.all(dsn, client, &now, &exported, sessions);
-    let waiting = someone_waits(dsn, &now);
+    let relids = [now.relid];
+    let waiting = migration_waits(dsn, &relids);
     let n = tokio::select! {
         n = reading => match n? {
             Some(n) => n,
@@ -369,21 +370,22 @@ impl Lines {
     }
 }
 
-/// Returns when a session waits for a lock on the table that the base's own lock refuses.
-pub(crate) async fn someone_waits(dsn: &Dsn, rule: &Rule) -> Result<()> {
+/// Returns when a session waits for a lock on one of the tables that a reader's own lock refuses.
+pub(crate) async fn migration_waits(dsn: &Dsn, relids: &[u32]) -> Result<()> {
     let client = sql::connect(dsn).await?;
     let check = client
         .prepare(
             "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE NOT l.granted AND l.locktype = 'relation' \
              AND l.mode = 'AccessExclusiveLock' \
              AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()) \
-             AND (l.relation = $1 OR l.relation IN (SELECT p.relid FROM pg_catalog.pg_partition_tree($1::oid) p)))",
+             AND (l.relation = ANY ($1) OR l.relation IN (SELECT p.relid FROM pg_catalog.unnest($1::oid[]) r (oid) \
+                  CROSS JOIN LATERAL pg_catalog.pg_partition_tree(r.oid) p)))",
         )
         .await
         .sql("cannot look for waiting migrations")?;
     loop {
         tokio::time::sleep(YIELD_CHECK).await;
-        let row = client.query_one(&check, &[&rule.relid]).await.sql("cannot look for waiting migrations")?;
+        let row = client.query_one(&check, &[&relids]).await.sql("cannot look for waiting migrations")?;
         if row.get(0) {
             return Ok(());
         }

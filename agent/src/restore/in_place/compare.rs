@@ -92,13 +92,19 @@ pub struct Pass<'a> {
     pub memory: usize,
     /// To look, with at most so many rows of each table.
     pub look: Option<usize>,
+    /// For a validation: the exported snapshot to read the live rows under, and no row is let off for its class.
+    pub exact: Option<&'a str>,
 }
 
 impl Pass<'_> {
     /// Compares. With `staged`, every difference is sent there.
     pub async fn run(&self, staged: Option<mpsc::Sender<Staged>>) -> Result<Comparison> {
         let client = sql::connect(self.dsn).await?;
-        client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await.sql("cannot begin to read")?;
+        let mut begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY".to_owned();
+        if let Some(snapshot) = self.exact {
+            begin.push_str(&format!("; SET TRANSACTION SNAPSHOT {}", live::literal(snapshot)));
+        }
+        client.batch_execute(&begin).await.sql("cannot begin to read")?;
         let row = client
             .query_one("SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text", &[])
             .await
@@ -109,6 +115,7 @@ impl Pass<'_> {
             client,
             tables: self.tables.clone(),
             restricted: self.restricted,
+            exact: self.exact.is_some(),
             scratch: self.scratch.clone(),
             memory: self.memory,
             out: Outlet { staged, batch: Vec::new(), rows: Vec::new(), limit: self.look.unwrap_or(0), mapping: None },
@@ -205,6 +212,7 @@ struct Sink {
     client: SqlClient,
     tables: BTreeMap<u32, LiveTable>,
     restricted: bool,
+    exact: bool,
     scratch: Scratch,
     memory: usize,
     look: bool,
@@ -223,7 +231,7 @@ impl Sink {
             Purpose::Look
         } else {
             // Rows of the class are never deleted.
-            Purpose::Apply { keep_extra: live.rule.class == Class::Audit }
+            Purpose::Apply { keep_extra: live.rule.class == Class::Audit && !self.exact }
         };
         let resort = (!mapping.same_order).then(|| Sorter::new(&self.scratch, self.memory / 2));
         self.out.send(Staged::Begin(live.rule.relid, Arc::new(mapping.clone())))?;

@@ -11,8 +11,8 @@ pub mod compare;
 mod constraints;
 pub mod diff;
 mod fence;
-pub(super) mod live;
-mod mapping;
+pub(crate) mod live;
+pub(crate) mod mapping;
 mod stage;
 mod statements;
 
@@ -117,6 +117,7 @@ impl InPlace<'_> {
             scratch: self.scratch,
             memory: self.memory,
             look: None,
+            exact: None,
         };
         if self.options.dry_run {
             let found = pass().run(None).await?;
@@ -203,6 +204,7 @@ impl InPlace<'_> {
             scratch: self.scratch,
             memory: self.memory,
             look: Some(rows),
+            exact: None,
         }
         .run(None)
         .await?;

@@ -1,0 +1,151 @@
+//! The repository against the live rows: never a false alarm under load, and nothing that differs goes unseen.
+
+use crate::isolation::files;
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored;
+use coffer_tests::workload::{self, TENANTS, Workload};
+use coffer_tests::{block_on, seed};
+use serde_json::Value;
+use std::time::Duration;
+
+on_majors! {
+    exact_under_load: exact_under_load;
+    planted_damage: planted_damage;
+}
+
+/// How often each tenant is compared.
+fn rounds() -> u32 {
+    std::env::var("COFFER_TEST_CYCLES").map_or(4, |v| v.parse().expect("a number"))
+}
+
+fn exact_under_load(major: u32) {
+    block_on(async {
+        let seed = seed();
+        let cluster = Cluster::start(major);
+        workload::prepare(&cluster, "shop");
+        let load = Workload::start(&cluster, "shop", 4, seed, Duration::from_millis(10));
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &TENANTS);
+        let (mut rows, mut runs) = (0, 0);
+        for round in 0..rounds() {
+            for tenant in TENANTS {
+                let said = agent.json(&["verify", "--tenant", tenant, "--against-live"]);
+                let live = &said["live"][0];
+                assert_eq!(
+                    (&said["ok"], &live["ok"]),
+                    (&true.into(), &true.into()),
+                    "round {round}, SEED={seed}: {said}"
+                );
+                assert_eq!(live["skipped"], serde_json::json!([]), "{said}");
+                assert!(!live["tables"].as_array().expect("tables").is_empty(), "{said}");
+                rows +=
+                    live["tables"].as_array().expect("tables").iter().filter_map(|t| t["same"].as_u64()).sum::<u64>();
+                runs += 1;
+            }
+            load.after(10).await;
+        }
+        assert!(rows > 0);
+        println!("PostgreSQL {major}: {runs} comparisons under load, {rows} rows the same");
+        // All of them at once, those without a tenant, too.
+        let said = agent.json(&["verify", "--against-live"]);
+        assert!(said["live"].as_array().expect("tenants").len() >= TENANTS.len(), "{said}");
+        load.stop().await;
+    });
+}
+
+/// Changes rows of a table while its rule is away: the output plugin does not see it.
+fn unseen(cluster: &Cluster, table: &str, sql: &str) {
+    cluster.script(
+        "shop",
+        &format!(
+            "BEGIN; CREATE TEMP TABLE kept ON COMMIT DROP AS SELECT * FROM coffer.rules WHERE relid = '{table}'::regclass;
+             DELETE FROM coffer.rules WHERE relid = '{table}'::regclass; SELECT coffer._invalidate('{table}'::regclass);
+             SET LOCAL session_replication_role = replica; {sql};
+             INSERT INTO coffer.rules SELECT * FROM kept; SELECT coffer._invalidate('{table}'::regclass); COMMIT;"
+        ),
+    );
+}
+
+/// Kind and key of what differs, sorted.
+fn found(said: &Value) -> Vec<String> {
+    let of = |f: &Value| {
+        format!("{} {} {}", f["kind"].as_str().expect("a kind"), f["relation"].as_str()?, f["key"].as_str()?).into()
+    };
+    let mut all: Vec<String> = said["failures"].as_array().expect("failures").iter().filter_map(of).collect();
+    all.sort();
+    all
+}
+
+fn planted_damage(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+         CREATE TABLE b (id int PRIMARY KEY, tenant int NOT NULL, v text);
+         CREATE TABLE c (tenant int NOT NULL, v text);
+         SELECT * FROM coffer.add_table('a', 'tenant'); SELECT * FROM coffer.add_table('b', 'tenant');
+         SELECT * FROM coffer.add_table('c', 'tenant', class => 'audit');
+         INSERT INTO a SELECT t, i, 'v' || i FROM generate_series(1, 2) t, generate_series(1, 50) i;
+         INSERT INTO b SELECT t * 100 + i, t, 'v' || i FROM generate_series(1, 2) t, generate_series(1, 50) i;
+         INSERT INTO c SELECT t, 'v' || i % 3 FROM generate_series(1, 2) t, generate_series(1, 9) i;",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    cluster.psql("shop", "UPDATE a SET v = v || '+' WHERE id % 2 = 0; DELETE FROM b WHERE id % 10 = 0");
+    let live = |tenant: &str| ["verify", "--tenant", tenant, "--against-live"].map(str::to_owned);
+    for tenant in ["1", "2"] {
+        let args = live(tenant);
+        let said = agent.json(&args.each_ref().map(String::as_str));
+        assert_eq!((said["live"][0]["ok"].as_bool(), found(&said)), (Some(true), vec![]), "{said}");
+        assert_eq!(said["live"][0]["tables"][0]["same"], 50, "{said}");
+    }
+
+    // A row that the archive never got, one with another value, one that is gone, one that is another tenant's.
+    unseen(&cluster, "a", "INSERT INTO a VALUES (1, 100, 'new')");
+    unseen(&cluster, "a", "UPDATE a SET v = 'other' WHERE tenant = 1 AND id = 1");
+    unseen(&cluster, "a", "DELETE FROM a WHERE tenant = 1 AND id = 2");
+    unseen(&cluster, "b", "UPDATE b SET tenant = 2 WHERE id = 103");
+    // One of three equal rows of a table of the class audit, whose rows a restore would not take away.
+    unseen(&cluster, "c", "INSERT INTO c VALUES (1, 'v1')");
+    // What comes after is seen, and is no difference.
+    cluster.psql(
+        "shop",
+        "UPDATE a SET v = 'later' WHERE tenant = 1 AND id BETWEEN 10 AND 20; INSERT INTO c VALUES (1, 'v1')",
+    );
+    let (exit, said) = agent.json_err(&live("1").each_ref().map(String::as_str));
+    assert_eq!(exit, 5, "{said}");
+    let want = [
+        "changed_value public.a tenant = 1, id = 1",
+        "extra_row public.a tenant = 1, id = 2",
+        "extra_row public.b id = 103",
+        "lost_row public.a tenant = 1, id = 100",
+        "lost_row public.c tenant = 1, v = v1",
+    ];
+    assert_eq!(found(&said), want, "{said}");
+    let (exit, said) = agent.json_err(&live("2").each_ref().map(String::as_str));
+    assert_eq!((exit, found(&said)), (5, vec!["lost_row public.b id = 103".to_owned()]), "{said}");
+
+    // An object that is missing.
+    let uid = restored::listed(&agent, "2")["uid"].as_str().expect("a uid").replace('-', "");
+    let of_tenant = |kind: &str| {
+        let folder = format!("/t/{uid}/{kind}/");
+        files(&agent.repository()).into_iter().find(|f| f.to_str().is_some_and(|f| f.contains(&folder))).expect("one")
+    };
+    let full = of_tenant("f");
+    std::fs::remove_file(&full).expect("our file");
+    let (exit, said) = agent.json_err(&live("2").each_ref().map(String::as_str));
+    assert_eq!(exit, 5, "{said}");
+    let missing: Vec<&Value> =
+        said["failures"].as_array().expect("failures").iter().filter(|f| f["kind"] == "missing").collect();
+    assert!(!missing.is_empty() && said["live"][0]["ok"] == false, "{said}");
+    let name = missing[0]["object"].as_str().expect("a name");
+    assert!(full.to_str().expect("ASCII").ends_with(name), "{said}");
+
+    // Without anybody who ships, nothing is said about the rows.
+    let (exit, said) = agent.json_err(&["verify", "--tenant", "nobody", "--against-live"]);
+    assert_eq!(exit, 3, "{said}");
+}
