@@ -21,6 +21,18 @@ pub(crate) fn column(attnum: i16, name: &str) -> Column {
     }
 }
 
+/// Gives each line as an image.
+#[cfg(feature = "parquet")]
+pub(crate) fn with_lines(lines: &[&[u8]], mut f: impl FnMut(Image<'_>)) {
+    let scratch = Scratch::new(&std::env::temp_dir()).unwrap();
+    let blobs = scratch.blobs().unwrap();
+    for line in lines {
+        let mut encoded = Vec::new();
+        super::image::put_line(&mut encoded, line);
+        f(Image::new(&encoded, &blobs));
+    }
+}
+
 /// Columns 1 and 2 are candidates for the key, 3 and 4 are values.
 fn keyed(relid: u32, key: &[u16]) -> Relation {
     Relation {

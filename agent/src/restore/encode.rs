@@ -72,6 +72,14 @@ impl Unescape {
     }
 }
 
+/// A whole field without COPY's escapes.
+#[cfg(feature = "parquet")]
+pub(super) fn unescaped(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    Unescape::default().feed(field, &mut out);
+    out
+}
+
 fn plain(letter: u8) -> u8 {
     match letter {
         b'b' => 8,

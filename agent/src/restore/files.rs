@@ -30,7 +30,7 @@ pub enum Format {
     Sql,
     /// One JSON object per row
     Jsonl,
-    /// Not in this version
+    /// Parquet, where the program was built with it
     Parquet,
 }
 
@@ -47,10 +47,10 @@ impl Format {
 
     /// An error for what this version does not write.
     pub fn require(self) -> Result<()> {
-        if self == Self::Parquet {
-            return Err(Error::new(Kind::Refused, "--format parquet is not available in this version")
-                .code("not_available")
-                .hint("use --format copy, csv, sql or jsonl"));
+        if self == Self::Parquet && !cfg!(feature = "parquet") {
+            return Err(Error::new(Kind::Refused, "this coffer was built without Parquet").code("not_available").hint(
+                "use --format copy, csv, sql or jsonl, or build with: cargo build -p coffer --features parquet",
+            ));
         }
         Ok(())
     }
@@ -89,6 +89,9 @@ struct Table {
     /// Of the INSERT at hand.
     insert_rows: u32,
     insert_bytes: u64,
+    /// Writes the file instead of `out`.
+    #[cfg(feature = "parquet")]
+    parquet: Option<super::parquet::ParquetTable>,
 }
 
 /// What one table's file came to.
@@ -238,7 +241,13 @@ impl RowSink for Files {
             // Two tables of one name: one was dropped and made anew, or moved, while the other's rows were still there.
             file = format!("{}-{file}", rel.relid);
         }
-        let mut out = BufWriter::with_capacity(BUFFER, self.open(&file)?);
+        let opened = self.open(&file)?;
+        #[cfg(feature = "parquet")]
+        let parquet = match self.format {
+            Format::Parquet => Some(super::parquet::ParquetTable::new(&opened, rel)?),
+            _ => None,
+        };
+        let mut out = BufWriter::with_capacity(BUFFER, opened);
         let names = rel.image_columns().map(|c| format!("{}:", encode::json_name(&c.name))).collect();
         let styles = rel
             .image_columns()
@@ -260,8 +269,18 @@ impl RowSink for Files {
             _ => String::new(),
         };
         out.write_all(head.as_bytes()).context(Kind::Other, format_args!("cannot write {file}"))?;
-        self.table =
-            Some(Table { rel: rel.clone(), file, out, styles, names, rows: 0, insert_rows: 0, insert_bytes: 0 });
+        self.table = Some(Table {
+            rel: rel.clone(),
+            file,
+            out,
+            styles,
+            names,
+            rows: 0,
+            insert_rows: 0,
+            insert_bytes: 0,
+            #[cfg(feature = "parquet")]
+            parquet,
+        });
         Ok(())
     }
 
@@ -277,6 +296,10 @@ impl RowSink for Files {
         if self.format == Format::Sql {
             let end: &[u8] = if t.insert_rows > 0 { b";\nCOMMIT;\n" } else { b"COMMIT;\n" };
             t.out.write_all(end).context(Kind::Other, &what)?;
+        }
+        #[cfg(feature = "parquet")]
+        if let Some(p) = t.parquet.take() {
+            p.finish().map_err(|e| e.during(&what))?;
         }
         let file = t.out.into_inner().map_err(std::io::IntoInnerError::into_error).context(Kind::Other, &what)?;
         file.sync_all().context(Kind::Other, &what)?;
@@ -310,6 +333,12 @@ impl Table {
                 self.out.write_all(b"}\n").map_err(io)
             }
             Format::Sql => self.insert(image),
+            #[cfg(feature = "parquet")]
+            Format::Parquet => match &mut self.parquet {
+                Some(p) => p.row(image),
+                None => Err(Error::other("a row came before its file")),
+            },
+            #[cfg(not(feature = "parquet"))]
             Format::Parquet => format.require(),
         }
     }
@@ -397,6 +426,8 @@ mod tests {
         f.finish("3", &target, None).unwrap();
         assert_eq!(std::fs::read_dir(&out).unwrap().count(), 1);
         assert_eq!(Files::create(&out, Format::Copy).err().unwrap().kind(), Kind::Refused);
-        assert_eq!(Files::create(&dir.path().join("x"), Format::Parquet).err().unwrap().kind(), Kind::Refused);
+        if !cfg!(feature = "parquet") {
+            assert_eq!(Files::create(&dir.path().join("x"), Format::Parquet).err().unwrap().kind(), Kind::Refused);
+        }
     }
 }

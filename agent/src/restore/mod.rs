@@ -9,6 +9,8 @@ pub mod keys;
 pub mod large_objects;
 pub mod large_takers;
 mod load;
+#[cfg(feature = "parquet")]
+mod parquet;
 pub mod rename;
 pub mod request;
 mod run;
