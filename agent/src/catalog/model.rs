@@ -40,6 +40,7 @@ pub struct CatalogRecord {
 /// What a record records.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "records are few, and read one after another")]
 pub enum Entry {
     Full(FullEntry),
     Incremental(IncrementalEntry),
