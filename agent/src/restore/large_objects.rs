@@ -307,7 +307,7 @@ mod tests {
             found.missing.insert(oid);
         }
         let w = found.warnings();
-        assert_eq!(w[0], "2 large objects are as they were at 1970-01-01T00:00:04Z");
+        assert_eq!(w[0], "2 large objects are as they were at 1970-01-01T00:00:04.000000Z");
         assert!(w[1].ends_with(", which is after the target") && w[2].ends_with(": 7"), "{w:?}");
         assert!(w[3].ends_with("98, 99 and 2 more"), "{w:?}");
         let d = found.document();
