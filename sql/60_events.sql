@@ -276,6 +276,15 @@ BEGIN
                     PERFORM coffer._recheck(rel, TG_TAG);
                     touched := touched || rel;
                 END LOOP;
+                -- Of the tables of a tenant's schema no rule has kept what their types looked like: each change counts.
+                FOR rel IN SELECT DISTINCT m.root FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.root
+                           JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
+                           WHERE cmd.command_tag <> 'CREATE TYPE' AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = m.root)
+                             AND coffer._types(m.root) ? cmd.type::text LOOP
+                    UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
+                    PERFORM coffer._changed(rel, 'add', true);
+                    touched := touched || rel;
+                END LOOP;
             ELSIF cmd.relevant THEN
                 SELECT coffer._root(coalesce(
                     (SELECT c.oid FROM pg_class c WHERE c.oid = cmd.objid AND cmd.classid = 'pg_class'::regclass AND c.relkind IN ('r', 'p')),

@@ -10,6 +10,7 @@ on_majors! {
     tables_added_by_hand: tables_added_by_hand;
     tables_that_leave_the_log: tables_that_leave_the_log;
     partitions_of_another_name: partitions_of_another_name;
+    labels_in_a_tenants_schema: labels_in_a_tenants_schema;
 }
 
 fn changes_without_rows(major: u32) {
@@ -147,4 +148,26 @@ fn partitions_of_another_name(major: u32) {
     let coverage =
         "SELECT string_agg(concat(relation, covered, tenant_column), ' ' ORDER BY relation::text) FROM coffer.coverage";
     assert_eq!(cluster.psql("shop", coverage), "ttowner t_1towner");
+}
+
+/// A label of an enum that gets another name has it in the tables of a tenant's schema, too.
+fn labels_in_a_tenants_schema(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TYPE mood AS ENUM ('sad', 'glad'); CREATE SCHEMA one;
+         CREATE TABLE one.t (id int PRIMARY KEY, m mood); SELECT coffer.add_schema('one', '1');
+         INSERT INTO one.t VALUES (1, 'sad'), (2, 'glad');",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1"]);
+    let based = agent.log().matches("bases are recorded").count();
+    cluster.script("shop", "ALTER TYPE mood RENAME VALUE 'sad' TO 'blue';");
+    let again = || (agent.log().matches("bases are recorded").count() > based).then_some(());
+    coffer_tests::wait_for("a new base", 60, again);
+    cluster.psql("shop", "SELECT coffer.restore_point('renamed')");
+    let made = Database::restore(&agent, &cluster, "1", "name:renamed");
+    assert_eq!(cluster.psql(&made.name, "SELECT string_agg(m::text, ' ' ORDER BY id) FROM one.t"), "blue glad");
 }
