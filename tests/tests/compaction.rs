@@ -83,11 +83,20 @@ fn fulls(major: u32) {
         let (last, _) = points.last().expect("points");
         let wrong = Database::check(&agent, &cluster, last, &watched(), "2").await;
         assert!(wrong.is_empty(), "{wrong:#?}");
+        for point in ["full-after-objects", "catalog-after-sequencer"] {
+            agent.env = vec![("COFFER_FAILPOINTS".into(), format!("{point}=abort"))];
+            let out = agent.coffer(&["compact", "--tenant", "1"]);
+            assert!(out.status.code().is_none(), "{point}: {out:?}");
+            agent.env.clear();
+            let wrong = Database::check(&agent, &cluster, last, &watched(), "1").await;
+            assert!(wrong.is_empty(), "after {point}: {wrong:#?}");
+        }
         let verified = agent.json(&["verify"]);
         assert_eq!(verified["ok"], true, "{verified}");
         let listed = restored::listed(&agent, "1");
         let backups = listed["backups"].as_array().expect("backups");
-        assert_eq!(backups.iter().filter(|b| b["trigger"] == "schedule").count(), CHANGES.len(), "{listed}");
+        // That of the second abort is in the catalog: the sequencer had its record.
+        assert_eq!(backups.iter().filter(|b| b["trigger"] == "schedule").count(), CHANGES.len() + 1, "{listed}");
     });
 }
 
