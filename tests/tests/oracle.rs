@@ -242,16 +242,22 @@ impl<'c> Case<'c> {
     fn settle(&mut self) {
         let lsn = self.cluster.psql(&self.db, "SELECT pg_current_wal_insert_lsn()");
         self.cluster.psql(&self.db, "SELECT coffer.wait_durable()");
-        let seen = || format!("SELECT pg_lsn '{lsn}' <= pg_lsn ");
         wait_for("a base of every table", 90, || {
             if let Some(code) = self.agent.ended() {
                 panic!("the agent ended ({code:?}):\n{}", self.agent.log());
             }
             let out = self.agent.coffer(&["--json", "list"]);
             let doc: Value = serde_json::from_slice(&out.stdout).ok()?;
-            let tenants = doc["tenants"].as_array()?.iter().chain(doc["reserved"].as_array()?);
-            let to = tenants.filter_map(|t| t["window"].as_array()?.last()?["to_lsn"].as_str()).next()?.to_owned();
-            (self.cluster.psql(&self.db, &format!("{}'{to}'", seen())) == "t").then_some(())
+            // A base of a tenant's own table is waited for by that tenant alone.
+            let everybody = doc["tenants"].as_array()?.iter().chain(doc["reserved"].as_array()?);
+            let ends: Option<Vec<String>> = everybody
+                .map(|t| Some(format!("pg_lsn '{}'", t["window"].as_array()?.last()?["to_lsn"].as_str()?)))
+                .collect();
+            let all = format!(
+                "SELECT coalesce(bool_and(pg_lsn '{lsn}' <= e), false) FROM unnest(ARRAY[{}]::pg_lsn[]) e",
+                ends?.join(", ")
+            );
+            (self.cluster.psql(&self.db, &all) == "t").then_some(())
         });
         self.settled = true;
     }
