@@ -113,7 +113,8 @@ pub async fn read(
     for (id, encoded) in &m.relations {
         relations.insert(id.as_str(), decoded(encoded)?);
     }
-    m.parts
+    let parts: Vec<PartAt> = m
+        .parts
         .iter()
         .map(|p| {
             let uid = m.objects.get(p.object).ok_or_else(|| bad("a part is in no object".into()))?;
@@ -134,5 +135,13 @@ pub async fn read(
                 relations: p.relations.iter().map(of).collect::<Result<_>>()?,
             })
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    if !parts.is_sorted_by_key(|p| (p.relid, &p.first)) {
+        return Err(bad("its parts are not in order".into()));
+    }
+    let rows: u64 = parts.iter().map(|p| p.rows).sum();
+    if rows != manifest.rows {
+        return Err(bad(format!("its parts have {rows} rows, it was written with {}", manifest.rows)));
+    }
+    Ok(parts)
 }

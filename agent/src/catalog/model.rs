@@ -97,6 +97,7 @@ pub struct FullTable {
 
 /// Every row of the tenant at one point.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(Default))]
 pub struct FullEntry {
     pub id: Uuid,
     /// `schedule`, `manual`, `pre-migration`, `pre-maintenance`, `incident`, `compliance`, `archive`.

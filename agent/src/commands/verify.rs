@@ -5,7 +5,7 @@
 //! parse, rows of one tenant, as many as recorded.
 
 use super::progress::Progress;
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Catalog, manifest};
 use crate::config::Config;
 use crate::crypto::ObjectKind;
 use crate::dsn::Dsn;
@@ -327,6 +327,17 @@ async fn catalogs(
         match Catalog::open(&opened.repo, source, uid, Some(store)).await {
             Ok(c) => {
                 objects.extend(c.state().objects().cloned());
+                // That a manifest authenticates does not say that it adds up.
+                for (f, m) in c.state().fulls.iter().filter_map(|f| Some((f, f.manifest.as_ref()?))) {
+                    match manifest::read(&opened.repo, m, &f.objects, Some(store)).await {
+                        // What cannot be opened is found again with the other objects.
+                        Err(e) if e.is_code("malformed") => {
+                            failures.push(Failure::of(&m.path, Some(uid), &e.during(format_args!("store {store}"))));
+                        }
+                        Err(e) if !is_finding(&e) => return Err(e),
+                        _ => {}
+                    }
+                }
                 seen.extend(numbers.into_iter().map(|n| paths::catalog_record(source, uid, n)));
             }
             Err(e) if is_finding(&e) => {

@@ -35,6 +35,8 @@ pub(super) struct Written {
     pub rows: Vec<(u32, u64)>,
     /// Sealed bytes that were written.
     pub bytes: u64,
+    /// Of the objects and the manifest, those that an older full wrote.
+    pub taken_over: Vec<ObjectRef>,
 }
 
 /// Blocking.
@@ -95,7 +97,9 @@ pub(super) fn write(job: &Job, at: &TenantAt) -> Result<Written> {
             Some(m)
         }
     };
-    Ok(Written { manifest, objects, rows, bytes })
+    let old = |o: &&ObjectRef| new_object.as_ref().is_none_or(|n| n.object != o.object);
+    let taken_over = objects.iter().filter(old).chain(manifest.iter().filter(|_| same.is_some())).cloned().collect();
+    Ok(Written { manifest, objects, rows, bytes, taken_over })
 }
 
 /// How many parts the full before has; those of tables that are read from elsewhere were left out of the inputs.

@@ -12,16 +12,17 @@ mod full;
 
 pub use all::{PARALLEL, on_schedule};
 
-use crate::catalog::{Catalog, Entry, FullEntry, FullTable};
+use crate::catalog::{Catalog, Entry, FullEntry, FullTable, State};
 use crate::clock::{SharedClock, skew_us};
 use crate::error::{Context, Error, Kind, Result};
 use crate::failpoints;
 use crate::history::{History, Target};
 use crate::keyring::{Keyring, TenantEntry};
 use crate::merge::{Holes, Scratch, TenantAt};
-use crate::repository::Repository;
+use crate::repository::{ObjectRef, Repository};
+use crate::retention::FUTURE_US;
 use full::Written;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use tokio::runtime::Handle;
 use uuid::Uuid;
@@ -90,7 +91,8 @@ impl Compactor {
             .await
             .context(Kind::Other, "a worker thread broke off")??;
         failpoints::hit(failpoints::FULL_AFTER_OBJECTS)?;
-        let Written { manifest, objects, rows, bytes } = written;
+        let Written { manifest, objects, rows, bytes, taken_over } = written;
+        self.still_there(&taken_over).await?;
         let mut by_table: HashMap<u32, u64> = HashMap::new();
         for (relid, n) in rows {
             *by_table.entry(relid).or_default() += n;
@@ -126,7 +128,15 @@ impl Compactor {
             read_back_us: Some(self.clock.now_us()),
         };
         let mut catalog = Catalog::open(&self.repo, self.source, tenant.uid, None).await?;
-        catalog.append(Entry::Full(full.clone())).await?;
+        let recorded =
+            catalog.append_if(Entry::Full(full.clone()), |s| stay(s, &taken_over, self.clock.now_us())).await?;
+        if recorded.is_none() {
+            return Err(Error::other(format!(
+                "the full of tenant {} at {} is not recorded: what it takes over from an older one is being removed",
+                tenant.uid, point.lsn
+            ))
+            .hint("make it again"));
+        }
         tracing::info!(
             tenant_uid = %tenant.uid,
             point = %full.point_lsn,
@@ -136,5 +146,65 @@ impl Compactor {
             full.trigger
         );
         Ok(full)
+    }
+
+    /// Whether every object is where a full that refers to it needs it, and as long as it was. Its bytes were read back
+    /// when it was written.
+    async fn still_there(&self, taken_over: &[ObjectRef]) -> Result<()> {
+        for store in self.repo.required_stores() {
+            for o in taken_over {
+                let size = store.size(&o.path).await?;
+                if size != Some(o.bytes) {
+                    let found = size.map_or_else(|| "is missing".to_owned(), |n| format!("has {n} bytes"));
+                    let what = format!("object {} {found} in store {}, it had {} bytes", o.path, store.name(), o.bytes);
+                    return Err(Error::new(Kind::Verification, what)
+                        .code(if size.is_none() { "missing" } else { "corrupt" })
+                        .hint("`coffer verify` shows what else is concerned"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether nobody removes the objects before a full that takes them over is recorded: a backup that counts has them, or
+/// their removal is not due for longer than clocks may differ.
+fn stay(s: &State, taken_over: &[ObjectRef], now_us: i64) -> bool {
+    let soon_us = now_us.saturating_add(FUTURE_US);
+    let later = s.removals.iter().filter(|r| r.not_before_us > soon_us).flat_map(|r| &r.objects);
+    let safe: HashSet<&str> = s.objects().chain(later).map(|o| o.path.as_str()).collect();
+    taken_over.iter().all(|o| safe.contains(o.path.as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::model::Removal;
+    use crate::crypto::ObjectKind;
+    use coffer_wire::Lsn;
+
+    #[test]
+    fn what_is_about_to_be_removed_is_not_taken_over() {
+        let object = |n: u64| ObjectRef {
+            path: format!("o{n}"),
+            kind: ObjectKind::Full,
+            tenant: Uuid::nil(),
+            object: Uuid::nil(),
+            key_version: 1,
+            bytes: n,
+            sha256: String::new(),
+            lsn_start: Lsn::ZERO,
+            lsn_end: Lsn::ZERO,
+            rows: 0,
+        };
+        let removal = |not_before_us, objects| Removal { n: 1, backups: vec![], objects, not_before_us, at_us: 0 };
+        let now_us = 7 * FUTURE_US;
+        let mut s = State::default();
+        assert!(stay(&s, &[], now_us));
+        assert!(!stay(&s, &[object(1)], now_us), "nothing that counts has it");
+        s.removals =
+            vec![removal(now_us + FUTURE_US + 1, vec![object(1)]), removal(now_us + FUTURE_US, vec![object(2)])];
+        assert!(stay(&s, &[object(1)], now_us));
+        assert!(!stay(&s, &[object(1), object(2)], now_us), "it may be gone by now");
     }
 }

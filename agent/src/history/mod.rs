@@ -184,6 +184,12 @@ impl History {
         all
     }
 
+    /// Whether no check found a full's objects damaged: what can be merged without it is.
+    fn is_sound(&self, tenant: Uuid, f: &FullEntry) -> bool {
+        let checks = self.catalogs.get(&tenant).map_or(&[][..], |c| &c.checks);
+        !checks.iter().any(|c| c.backup == f.id && !c.ok && c.what == "read_back")
+    }
+
     pub fn source(&self) -> Uuid {
         self.source
     }
@@ -458,11 +464,13 @@ impl History {
     /// The same from a full at or before `begin`.
     pub async fn inputs_from(&self, tenant: Uuid, begin: Lsn, target: Lsn, mut tables: Vec<TableAt>) -> Result<Inputs> {
         let definitions: Vec<usize> = tables.iter().filter_map(|t| t.base).collect();
-        let full = self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= begin).cloned();
+        let full = self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= begin && self.is_sound(tenant, f)).cloned();
         let mut parts = Vec::new();
         if let Some(f) = &full {
             let mut from_it = BTreeSet::new();
-            for t in tables.iter_mut().filter(|t| t.cut < f.point_lsn) {
+            // A base that was recorded after the full was made is not in it, wherever its cut is.
+            let knows = |t: &TableAt| t.base.is_none_or(|b| self.line.bases[b].record.n <= f.log_n);
+            for t in tables.iter_mut().filter(|t| t.cut < f.point_lsn && knows(t)) {
                 if f.tables.iter().any(|h| h.relid == t.relid) {
                     (t.cut, t.base) = (f.point_lsn, None);
                     from_it.insert(t.relid);
@@ -470,6 +478,7 @@ impl History {
             }
             if let Some(m) = &f.manifest {
                 parts = manifest::read(&self.repo, m, &f.objects, self.from_store()).await?;
+                check_rows(f, m, &parts)?;
                 parts.retain(|p| from_it.contains(&p.relid));
             }
         }
@@ -700,4 +709,20 @@ impl History {
         };
         Error::new(Kind::NotFound, format!("there is no durable restore point '{name}'")).hint(hint)
     }
+}
+
+/// A full's manifest has the rows of each table that its entry says it has.
+fn check_rows(f: &FullEntry, m: &ObjectRef, parts: &[PartAt]) -> Result<()> {
+    let mut by_table: BTreeMap<u32, u64> = BTreeMap::new();
+    for p in parts {
+        *by_table.entry(p.relid).or_default() += p.rows;
+    }
+    for t in &f.tables {
+        let found = by_table.get(&t.relid).copied().unwrap_or(0);
+        if found != t.rows {
+            let what = format!("object {}: it has {found} rows of {}, full {} has {}", m.path, t.name, f.id, t.rows);
+            return Err(Error::new(Kind::Verification, what).code("malformed"));
+        }
+    }
+    Ok(())
 }

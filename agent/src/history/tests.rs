@@ -186,3 +186,35 @@ fn a_table_that_came_and_went_in_one_transaction_is_waited_for_by_nobody() {
     let facts = Facts { registry, ..Facts::default() };
     assert_eq!(Line::default().all_closed(&facts, None), []);
 }
+
+/// A base that is recorded when a full beyond its cut was made already is not in that full.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_stands_for_the_bases_that_it_was_made_from() {
+    let mut w = World::new().await;
+    w.base(10, 10).await;
+    w.ship(10, 200, &[(100, 1), (150, 2)], &[]).await;
+    let made_from = w.log.last().unwrap().n;
+    w.base(200, 80).await;
+    let mut h = w.history().await;
+    let tenant = Uuid::from_u128(77);
+    let full = FullEntry {
+        point_lsn: Lsn(100),
+        log_n: made_from,
+        timeline: 1,
+        tables: vec![catalog::FullTable { relid: 1, name: "public.a".into(), class: None, rows: 0 }],
+        ..FullEntry::default()
+    };
+    let check = |ok| catalog::model::Check { backup: full.id, what: "read_back".into(), ok, message: None, at_us: 1 };
+    for (log_n, checks, from_full) in [
+        (made_from, vec![], false),
+        (made_from + 1, vec![check(true)], true),
+        (made_from + 1, vec![check(false)], false),
+    ] {
+        let fulls = vec![FullEntry { log_n, ..full.clone() }];
+        h.set_catalog(tenant, State { fulls, checks, ..State::default() });
+        let target = h.resolve(&When::Lsn(Lsn(150))).await.unwrap();
+        let tables = h.require(&target, tenant, &|_| true).unwrap();
+        let inputs = h.inputs(tenant, target.lsn, tables).await.unwrap();
+        assert_eq!(inputs.tables[0].cut, Lsn(if from_full { 100 } else { 80 }), "made from record {log_n}");
+    }
+}

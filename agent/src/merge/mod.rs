@@ -57,7 +57,7 @@ use intake::{Gathered, Intake, put_value, what};
 use key::{SUB_IN, TABLE_LEN};
 use presorted::{Full, FullCursor, Placer, RowsCursor};
 pub use presorted::{SortedRow, SortedRows};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -174,7 +174,12 @@ impl Merge {
 
     /// A full's plaintext; its rows are read when the merge runs. `tables`: `None` for all of them.
     pub fn full(&mut self, group: u32, input: Box<dyn Read + Send>, tables: Option<BTreeSet<u32>>) {
-        self.fulls.push(Full { group, input, tables });
+        self.fulls.push(Full { group, input, tables, rows: None });
+    }
+
+    /// The same of parts of fulls, which have so many rows.
+    pub fn parts(&mut self, group: u32, input: Box<dyn Read + Send>, rows: u64) {
+        self.fulls.push(Full { group, input, tables: None, rows: Some(rows) });
     }
 
     /// Rows of a base that are sorted already; they are read when the merge runs.
@@ -383,9 +388,10 @@ impl Running<'_> {
             let last_change = newest.map_or(Lsn::ZERO, |(p, _)| p.end_lsn);
             let (out, image) = (&mut self.out, &mut self.image);
             let mut extra = FoldStats::default();
+            let mut leaves = HashMap::new();
             let r = fold::fold_table(g, input, &mut stats, &mut |row: &Folded<'_>| {
                 let table = newest.map_or(row.desc, |(_, d)| d);
-                let to = if keep_leaves { g.newest_of_leaf(row.desc) } else { table };
+                let to = if keep_leaves { leaf_under(g, &mut leaves, table, row.desc)? } else { table };
                 fold::finish_image(g, blobs, row, to, holes, &mut extra, image)?;
                 extra.rows += 1;
                 let (rel, leaf_rel) = (g.descriptors.relation(table), g.descriptors.relation(to));
@@ -400,6 +406,24 @@ impl Running<'_> {
         result?;
         carry.map(|(k, s)| Ok((k, s.finish()?))).transpose()
     }
+}
+
+/// The descriptor that a row of a full is written under: its leaf's newest, or the table's with that leaf where the two
+/// are not alike. A change that nobody marked describes only the leaves that rows came for, and a reader takes the first
+/// row's descriptor for the whole table's.
+fn leaf_under(g: &Gathered, known: &mut HashMap<DescId, DescId>, table: DescId, row: DescId) -> Result<DescId> {
+    if let Some(d) = known.get(&row) {
+        return Ok(*d);
+    }
+    let newest = g.newest_of_leaf(row);
+    let d = if g.descriptors.alike(table, newest) {
+        newest
+    } else {
+        let leaf = g.descriptors.relation(newest).leaf;
+        g.descriptors.add(&Relation { leaf, ..(*g.descriptors.relation(table)).clone() }.encode())?
+    };
+    known.insert(row, d);
+    Ok(d)
 }
 
 /// A row of one epoch as an entry of the next: its image under the next epoch's descriptor, its key from that image.

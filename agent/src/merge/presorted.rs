@@ -18,6 +18,8 @@ pub(super) struct Full {
     pub input: Box<dyn Read + Send>,
     /// `None`: all.
     pub tables: Option<BTreeSet<u32>>,
+    /// How many there must be of those that count, where that is known.
+    pub rows: Option<u64>,
 }
 
 /// Rows of a base in the order of a full: by table, then by [`super::sort_key_of_row`].
@@ -160,13 +162,14 @@ pub(super) struct FullCursor<'a> {
     frame: Vec<u8>,
     next_row: std::ops::Range<usize>,
     stream: Option<RunState>,
+    taken: u64,
     /// The descriptors that the run's rows may name; `None`: of a table that does not count.
     descs: Vec<Option<DescId>>,
 }
 
 impl<'a> FullCursor<'a> {
     pub fn new(full: Full, at: Placer<'a>) -> Result<Self> {
-        let mut c = Self { full, at, frame: Vec::new(), next_row: 0..0, stream: None, descs: Vec::new() };
+        let mut c = Self { full, at, frame: Vec::new(), next_row: 0..0, stream: None, taken: 0, descs: Vec::new() };
         c.advance()?;
         Ok(c)
     }
@@ -287,11 +290,18 @@ impl Cursor for FullCursor<'_> {
     fn advance(&mut self) -> Result<()> {
         loop {
             if self.next_in_run()? {
+                self.taken += 1;
                 return Ok(());
             }
             if !self.next_frame()? {
                 self.at.ended = true;
-                return Ok(());
+                return match self.full.rows {
+                    Some(rows) if rows != self.taken => {
+                        let what = format!("the parts of a full hold {} rows, its manifest says {rows}", self.taken);
+                        Err(Error::new(Kind::Verification, what).code("malformed"))
+                    }
+                    _ => Ok(()),
+                };
             }
         }
     }

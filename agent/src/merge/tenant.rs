@@ -80,7 +80,8 @@ impl TenantAt {
         let parts: VecDeque<PartAt> = numbered.filter(|(n, _)| wanted(*n)).map(|(_, p)| p.clone()).collect();
         if !parts.is_empty() {
             let (repo, rt, from) = (self.repo.clone(), self.rt.clone(), self.from.clone());
-            merge.full(0, Box::new(PartsReader { repo, rt, from, parts, open: None, current: None }), None);
+            let rows = parts.iter().map(|p| p.rows).sum();
+            merge.parts(0, Box::new(PartsReader { repo, rt, from, parts, open: None, current: None }), rows);
         }
         Ok(())
     }

@@ -833,3 +833,58 @@ fn a_part_that_no_change_touches_is_taken_over() {
     assert_eq!((parts.len(), kept), (11, 9));
     assert_eq!(next_full(&w, &parts, 2, 2, 10).1, 11);
 }
+
+/// A change that nobody marked describes one leaf of two: a full has both under what is true of the table.
+#[test]
+fn leaves_are_alike_in_a_full() {
+    let leaf = |leaf: u32, class: Class| Relation { leaf, class, ..keyed(10, &[0]) };
+    let insert = |id: u32| {
+        let mut data = Vec::new();
+        put_insert(&mut data, 0, format!("{id:03}").as_bytes(), format!("{id:03}\t0\ta\tb").as_bytes());
+        data
+    };
+    let mut first = Plain::default();
+    first.begin(1);
+    first.run(&leaf(11, Class::Data), 1, &insert(1), None);
+    first.run(&leaf(12, Class::Data), 1, &insert(2), None);
+    let mut second = Plain::default();
+    second.begin(2);
+    second.run(&leaf(12, Class::Config), 1, &insert(3), None);
+    let w = World { plain: vec![first, second], ..World::new(None) };
+    let (parts, _) = next_full(&w, &[], 0, 1, 10);
+    let (parts, _) = next_full(&w, &parts, 1, 2, 10);
+    let described: Vec<Relation> =
+        parts.iter().flat_map(|p| &p.known.relations).map(|r| Relation::decode(r).unwrap()).collect();
+    assert_eq!(
+        described.iter().map(|r| (r.leaf, r.class)).collect::<Vec<_>>(),
+        [(11, Class::Config), (12, Class::Config)]
+    );
+    // Nothing changed since: nothing is written again.
+    assert_eq!(next_full(&w, &parts, 2, 2, 10).1, parts.len());
+}
+
+/// Parts that hold other rows than the manifest says are refused.
+#[test]
+fn parts_have_the_rows_that_their_manifest_says() {
+    let rel = keyed(10, &[0]);
+    let mut data = Vec::new();
+    put_insert(&mut data, 0, b"1", b"1\t0\ta\tb");
+    let mut plain = Plain::default();
+    plain.run(&rel, 1, &data, None);
+    for (said, right) in [(1, true), (2, false), (0, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut m = Merge::new(&Scratch::new(dir.path()).unwrap(), 1 << 20).unwrap();
+        m.parts(0, Box::new(std::io::Cursor::new(plain.bytes.clone())), said);
+        let mut sink = Cutter {
+            most: 9,
+            borders: Vec::new(),
+            parts: Vec::new(),
+            plain: Plain::default(),
+            rows: 0,
+            relid: 0,
+            rel: None,
+            last: Vec::new(),
+        };
+        assert_eq!(m.run(&mut sink).is_ok(), right, "{said} rows");
+    }
+}

@@ -39,10 +39,11 @@ impl Repository {
         self.required().map(|m| &m.store)
     }
 
-    /// Brings a catalog's records to every required store.
-    pub async fn level_catalog(&self, source: Uuid, tenant: Uuid) -> Result<()> {
+    /// Brings a catalog to every required store: what its records name, then the records. One that was optional before
+    /// may lack both.
+    pub async fn level_catalog(self: &Arc<Self>, source: Uuid, tenant: Uuid) -> Result<()> {
         for m in self.required() {
-            patiently(&m.store, || self.copy_records(m, source, tenant)).await?;
+            patiently(&m.store, || self.catch_up_catalog(m, source, tenant)).await?;
         }
         Ok(())
     }
@@ -69,14 +70,18 @@ impl Repository {
             Some(some) => some,
             None => catalog::tenants(self, source, None).await?.into_keys().collect(),
         };
-        for tenant in &grown {
-            let copied = self.catch_up_catalog(m, source, *tenant).await;
-            if copied.is_err() {
-                m.catalogs.lock().unwrap_or_else(PoisonError::into_inner).insert(source, None);
-                return copied;
+        // What is wrong with one tenant keeps no other from being copied.
+        let mut failed = None;
+        for tenant in grown {
+            if let Err(e) = self.catch_up_catalog(m, source, tenant).await {
+                let mut all = m.catalogs.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(Some(again)) = all.get_mut(&source) {
+                    again.insert(tenant);
+                }
+                failed.get_or_insert(e);
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     async fn catch_up_catalog(self: &Arc<Self>, m: &Member, source: Uuid, tenant: Uuid) -> Result<()> {

@@ -11,12 +11,13 @@ use super::sink::{Counts, Selection};
 use crate::accounts::{Roles, Stage};
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
+use crate::history::Inputs;
 use crate::merge::{MergeStats, TenantAt};
 use crate::repository::ObjectRef;
 use crate::repository::model::SequenceState;
 use crate::sql::{self, SqlClient, SqlContext};
 use coffer_wire::{Column, ColumnFlags, Lsn, Relation, quote_ident};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 
 /// What is wanted.
@@ -125,7 +126,12 @@ impl NewDatabase {
     async fn load(&mut self, client: &SqlClient, warnings: &mut Vec<String>) -> Result<Vec<MergeStats>> {
         let (rows, counts) = (std::mem::take(&mut self.rows), std::mem::take(&mut self.counts));
         client.batch_execute("BEGIN").await.sql("cannot begin")?;
-        let mut tables = Fitted { schema: self.schema.lsn_end, warnings };
+        let of_full = |i: &Inputs| {
+            let point = i.full.as_ref().map(|f| f.point_lsn);
+            i.tables.iter().filter(|t| Some(t.cut) == point).map(|t| (t.relid, t.cut)).collect::<Vec<_>>()
+        };
+        let as_of = rows.iter().flat_map(|r| of_full(&r.inputs)).collect();
+        let mut tables = Fitted { schema: self.schema.lsn_end, as_of, warnings };
         match load::load(client, rows, self.selection.clone(), counts, &mut tables).await {
             Ok((stats, counts)) => {
                 client.batch_execute("COMMIT").await.sql("cannot commit the rows")?;
@@ -144,12 +150,15 @@ impl NewDatabase {
 struct Fitted<'a> {
     /// The position of the definitions.
     schema: Lsn,
+    /// Tables that are read from a synthetic full, whose rows look as they did there; a base brings definitions of its own.
+    as_of: HashMap<u32, Lsn>,
     warnings: &'a mut Vec<String>,
 }
 
 impl Tables for Fitted<'_> {
     async fn ready(&mut self, client: &SqlClient, rel: &Relation, last_change: Lsn) -> Result<Ready> {
-        let (columns, gone) = fit_table(client, rel, last_change <= self.schema, self.warnings).await?;
+        let as_of = self.as_of.get(&rel.relid).map_or(last_change, |cut| last_change.max(*cut));
+        let (columns, gone) = fit_table(client, rel, as_of <= self.schema, self.warnings).await?;
         let name = rel.qualified();
         let after = gone.iter().map(|c| format!("ALTER TABLE {name} DROP COLUMN {c}")).collect();
         Ok(Ready { table: name, columns, after })

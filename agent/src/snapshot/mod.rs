@@ -72,7 +72,7 @@ pub struct BaseTaker {
     /// A base was taken of a table that refers to some.
     objects_due: bool,
     /// They are being read, which may take long: bases do not wait for it.
-    objects: Option<JoinHandle<Result<Reading>>>,
+    objects: Option<JoinHandle<Result<(Reading, Lease)>>>,
 }
 
 impl BaseTaker {
@@ -346,6 +346,7 @@ impl BaseTaker {
             return Ok(());
         }
         let client = sql::connect(&self.ctx.dsn).await?;
+        let intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
         for _ in 0..DUMPS {
             tokio::time::sleep(DEFINITIONS_REST).await;
             self.hear_all()?;
@@ -374,8 +375,10 @@ impl BaseTaker {
                 // Ships bring the sequences, at positions of their own.
                 ..Base::default()
             };
-            return self.record(base, None).await;
+            self.record(base, None).await?;
+            break;
         }
+        intent.release().await;
         Ok(())
     }
 
@@ -423,14 +426,16 @@ impl BaseTaker {
             let read = task.await.unwrap_or_else(|e| Err(Error::other(format!("their reading broke off: {e}"))));
             self.objects_after = Instant::now() + ROLES;
             match read {
-                Ok(r) => {
+                Ok((r, intent)) => {
                     self.ctx.alarms.clear(alarms::LARGE_OBJECTS_FAILED, &self.ctx.source);
                     tracing::info!(objects = r.objects.len(), at = %r.read.lsn, "large objects are read");
                     let (cut_lsn, large_objects) = (r.read.lsn, r.objects);
                     let large_objects_read = Some(Box::new(r.read));
                     let job = Uuid::new_v4();
                     let base = Base { job, cut_lsn, large_objects, large_objects_read, ..Base::default() };
-                    return self.record(base, None).await;
+                    self.record(base, None).await?;
+                    intent.release().await;
+                    return Ok(());
                 }
                 Err(e) if e.is_code("yielded") => {
                     tracing::info!("{e}");
@@ -461,7 +466,11 @@ impl BaseTaker {
         self.objects_due = false;
         if due {
             let ctx = self.ctx.clone();
-            self.objects = Some(tokio::spawn(async move { large_objects::read_large_objects(&ctx).await }));
+            self.objects = Some(tokio::spawn(async move {
+                // Reading takes as long as it takes; what is uploaded meanwhile is named by the record at its end.
+                let intent = Lease::intent(&ctx.repo, ctx.source_uid).await?;
+                Ok((large_objects::read_large_objects(&ctx).await?, intent))
+            }));
         } else {
             self.objects_after = Instant::now() + ROLES;
         }
@@ -543,7 +552,7 @@ impl BaseTaker {
 }
 
 /// Ready when there is a task and it has ended.
-async fn finished(task: &mut Option<JoinHandle<Result<Reading>>>) {
+async fn finished<T>(task: &mut Option<JoinHandle<T>>) {
     loop {
         match task {
             Some(t) if t.is_finished() => return,
