@@ -179,45 +179,51 @@ EXCEPTION WHEN data_exception THEN
     RETURN false;
 END $$;
 
--- A condition for the rows of one tenant that an index can answer, where coffer._tenant_expression() would have to be
--- computed for each row. NULL: no row can be the tenant's.
-CREATE FUNCTION coffer._tenant_condition(rel oid, row_name text, tenant text) RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+-- For each of several tables a condition for the rows of one tenant that an index can answer, where
+-- coffer._tenant_expression() would have to be computed for each row. A table of which no row can be the tenant's is not
+-- in the answer. In plpgsql, because its plans are kept: this is asked at every reading, of all tables at once.
+CREATE FUNCTION coffer._tenant_conditions(rels oid[], row_name text, tenant text) RETURNS TABLE (relid oid, condition text)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp SET plan_cache_mode = force_generic_plan
 AS $$
-DECLARE
-    r   coffer.rules;
-    a   pg_attribute;
-    up  text;
-    of  text;
+#variable_conflict use_column
 BEGIN
-    SELECT * INTO r FROM coffer.rules u WHERE u.relid = rel;
-    IF r.tenant_attnum > 0 THEN
-        SELECT * INTO a FROM pg_attribute x WHERE x.attrelid = rel AND x.attnum = r.tenant_attnum;
-        IF NOT coffer._fits(tenant, a.atttypid) THEN
-            RETURN NULL;
-        END IF;
-        of := format('%s.%I = %L::%s', row_name, a.attname, tenant, format_type(a.atttypid, NULL));
-        -- For most types = is as narrow as the text is; for others (1.0 = 1.00) it is only what an index can answer.
-        RETURN CASE WHEN coffer._key_family(a.atttypid, a.attcollation) IS NOT NULL THEN of
-                    ELSE format('(%s AND %s.%I::text COLLATE "C" = %L)', of, row_name, a.attname, tenant) END;
-    END IF;
-    IF r.strategy = 3 THEN
-        RETURN format('%s IN (SELECT coffer_s.key FROM coffer.session_rows coffer_s WHERE coffer_s.relid = %s AND coffer_s.tenant = %L)',
-                      coffer._session_key(rel, r.key_columns, row_name), rel, tenant);
-    END IF;
-    IF r.strategy IS DISTINCT FROM 2 THEN
-        RETURN NULL;
-    END IF;
-    up := format('coffer_%s', r.parent);
-    of := coffer._tenant_condition(r.parent, up, tenant);
-    IF of IS NULL THEN
-        RETURN NULL;
-    END IF;
-    RETURN format('(%s) IN (SELECT %s FROM %s %s WHERE %s)',
-        (SELECT string_agg(format('%s.%I', row_name, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(rel, r.path_attnums)) WITH ORDINALITY u (c, ord)),
-        (SELECT string_agg(format('%s.%I', up, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(r.parent, r.parent_attnums)) WITH ORDINALITY u (c, ord)),
-        coffer._from(r.parent), up, of);
+    RETURN QUERY
+    -- Up to the table that says the tenant; the control character stands for the condition on it.
+    WITH RECURSIVE up (relid, here, name, condition) AS (
+        SELECT r.oid, r.oid, $2, E'\x01' FROM unnest($1) r (oid)
+        UNION ALL
+        SELECT u.relid, r.parent, x.name,
+               replace(u.condition, E'\x01', format(E'(%s) IN (SELECT %s FROM %s %s WHERE \x01)',
+                   (SELECT string_agg(format('%s.%I', u.name, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(r.relid, r.path_attnums)) WITH ORDINALITY n (c, ord)),
+                   (SELECT string_agg(format('%s.%I', x.name, c), ', ' ORDER BY ord) FROM unnest(coffer._column_names(r.parent, r.parent_attnums)) WITH ORDINALITY n (c, ord)),
+                   coffer._from(r.parent), x.name))
+        FROM up u
+        JOIN coffer.rules r ON r.relid = u.here AND r.strategy = 2 AND r.tenant_attnum = 0
+        CROSS JOIN LATERAL (SELECT format('coffer_%s', r.parent)) x (name)
+    ),
+    ends AS MATERIALIZED (
+        SELECT u.*, r.key_columns, a.attname, a.atttypid, a.attcollation
+        FROM up u
+        JOIN coffer.rules r ON r.relid = u.here AND (r.tenant_attnum > 0 OR r.strategy = 3)
+        LEFT JOIN pg_attribute a ON a.attrelid = r.relid AND a.attnum = r.tenant_attnum AND r.tenant_attnum > 0
+    ),
+    types AS MATERIALIZED (
+        SELECT t.*, coffer._fits($3, t.type) AS fits, coffer._key_family(t.type, t.coll) IS NOT NULL AS is_exact, format_type(t.type, NULL) AS name
+        FROM (SELECT DISTINCT e.atttypid, e.attcollation FROM ends e WHERE e.attname IS NOT NULL) t (type, coll)
+    )
+    SELECT e.relid, replace(e.condition, E'\x01',
+               -- For most types = is as narrow as the text is; for others (1.0 = 1.00) it is only what an index can answer.
+               CASE WHEN t.is_exact THEN format('%s.%I = %L::%s', e.name, e.attname, $3, t.name)
+                    WHEN e.attname IS NOT NULL THEN format('(%s.%I = %L::%s AND %1$s.%2$I::text COLLATE "C" = %3$L)', e.name, e.attname, $3, t.name)
+                    ELSE format('%s IN (SELECT coffer_s.key FROM coffer.session_rows coffer_s WHERE coffer_s.relid = %s AND coffer_s.tenant = %L)',
+                                coffer._session_key(e.here, e.key_columns, e.name), e.here, $3) END)
+    FROM ends e LEFT JOIN types t ON t.type = e.atttypid AND t.coll = e.attcollation
+    WHERE e.attname IS NULL OR t.fits;
 END $$;
+
+CREATE FUNCTION coffer._tenant_condition(rel oid, row_name text, tenant text) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT c.condition FROM coffer._tenant_conditions(ARRAY[rel], row_name, tenant) c $$;
 
 -- How a trigger finds a parent: the columns that lead to it, the query (key as text in, tenant or next key as text out),
 -- and the indexes in which a version that is deleted already can be found.

@@ -57,18 +57,20 @@ COMMENT ON FUNCTION coffer.changes IS
 
 -- One statement for all tables, so that all of them are seen by one snapshot, and answered without being copied once more.
 CREATE FUNCTION coffer._snapshot_query(of_tenant text) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp SET plan_cache_mode = force_generic_plan
 AS $$
-    SELECT 'WITH here AS MATERIALIZED (SELECT pg_current_snapshot() AS seen, pg_current_wal_insert_lsn() AS lsn) '
-        -- Inheritance children are tables of their own, partitions are not.
-        || string_agg(format('SELECT %L::text, to_jsonb("the row".*), (SELECT seen FROM here), (SELECT lsn FROM here) FROM %s "the row"%s',
-                             t.relid::regclass, coffer._from(t.relid), t.condition), ' UNION ALL ' ORDER BY t.relid)
-    FROM (SELECT u.relid, ' WHERE ' || coffer._tenant_condition(u.relid, '"the row"', of_tenant) AS condition
-          FROM coffer.rules u WHERE u.strategy IN (0, 1, 2, 3, 4)
-          UNION ALL
-          SELECT x.oid, '' FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) x (oid) WHERE s.tenant = of_tenant) t
-    WHERE t.condition IS NOT NULL
-$$;
+BEGIN
+    RETURN (
+        SELECT 'WITH here AS MATERIALIZED (SELECT pg_current_snapshot() AS seen, pg_current_wal_insert_lsn() AS lsn) '
+               'SELECT x.relation, x.row_data, (SELECT seen FROM here), (SELECT lsn FROM here) FROM ('
+            -- Inheritance children are tables of their own, partitions are not.
+            || string_agg(format('SELECT %L::text, coffer._row_jsonb("the row".*) FROM %s "the row"%s', t.relid::regclass, coffer._from(t.relid), t.condition),
+                          ' UNION ALL ' ORDER BY t.relid) || ') x (relation, row_data)'
+        FROM (SELECT c.relid, ' WHERE ' || c.condition
+              FROM coffer._tenant_conditions(ARRAY(SELECT u.relid FROM coffer.rules u WHERE u.strategy IN (0, 1, 2, 3, 4)), '"the row"', of_tenant) c
+              UNION ALL
+              SELECT x.oid, '' FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) x (oid) WHERE s.tenant = of_tenant) t (relid, condition));
+END $$;
 
 CREATE FUNCTION coffer.snapshot(tenant text)
 RETURNS TABLE (relation text, row_data jsonb, snapshot pg_snapshot, lsn pg_lsn)

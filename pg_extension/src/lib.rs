@@ -10,6 +10,7 @@ mod layout;
 mod output_plugin;
 mod path;
 mod render;
+mod row_json;
 mod row_trigger;
 mod session;
 mod settings;

@@ -11,6 +11,7 @@ mod in_place;
 mod load;
 mod null_client;
 mod pipeline;
+mod snapshot;
 mod tags;
 mod world;
 
@@ -33,6 +34,8 @@ const ALL: &[Benchmark] = &[
     Benchmark { name: "path-insert", with_agent: false, run: tags::path_insert },
     Benchmark { name: "path-update", with_agent: false, run: tags::path_update },
     Benchmark { name: "tag-delete", with_agent: false, run: tags::tag_delete },
+    Benchmark { name: "snapshot", with_agent: false, run: snapshot::one_table },
+    Benchmark { name: "snapshot-20", with_agent: false, run: snapshot::many_tables },
     Benchmark { name: "in-place", with_agent: false, run: in_place::run },
     Benchmark { name: "load", with_agent: false, run: |_| load::elapsed() },
     Benchmark { name: "load-cpu", with_agent: false, run: |_| load::backends() },
