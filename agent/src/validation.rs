@@ -28,7 +28,7 @@ use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, Relation, copy_text};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -308,6 +308,7 @@ impl Validation<'_> {
             dsn: self.dsn,
             target: &target,
             tables: &tables,
+            others: &BTreeSet::new(),
             restricted: true,
             scratch: &self.scratch,
             memory: self.memory / 2,

@@ -9,6 +9,7 @@ pub mod generate;
 pub mod proxy;
 pub mod restored;
 pub mod s3;
+pub mod sql_proxy;
 pub mod truth;
 pub mod workload;
 

@@ -4,7 +4,8 @@ use crate::isolation::files;
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database};
-use coffer_tests::wait_for;
+use coffer_tests::sql_proxy::{self, SqlProxy};
+use coffer_tests::{block_on, wait_for};
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -12,6 +13,8 @@ on_majors! {
     every_mode: every_mode;
     isolation_and_damage: isolation_and_damage;
     killed_in_the_middle: killed_in_the_middle;
+    committed_or_not: committed_or_not;
+    only_what_is_wanted: only_what_is_wanted;
 }
 
 /// Tenants 1 and 2 with documents of 0 bytes, 3 bytes and 5 MB; one that nobody refers to, one of no tenant's row.
@@ -239,4 +242,74 @@ fn killed_in_the_middle(major: u32) {
     let restored = Database::restore(&agent, &cluster, "2", "latest");
     assert_eq!(cluster.psql(&restored.name, OBJECTS), truth(&cluster, "shop", 70011, 70013));
     assert_eq!(agent.json(&["verify"])["ok"], true);
+}
+
+/// Large objects go only with a restore that did not commit, and that nobody else's counts on.
+fn committed_or_not(major: u32) {
+    let cluster = database(major);
+    let agent = started(&cluster);
+    cluster.psql("shop", "SELECT coffer.restore_point('whole')");
+    let want = truth(&cluster, "shop", 70001, 70003);
+    let lose = || {
+        cluster.psql("shop", "SELECT lo_unlink(70003)");
+        cluster.psql("shop", "DELETE FROM docs WHERE tenant = 1 AND id = 2");
+    };
+    // The server commits and the answer is lost; the server ends the session behind the commit.
+    for instead in [Vec::new(), sql_proxy::fatal()] {
+        lose();
+        let proxy = SqlProxy::start(cluster.port, "_agent_restore_marker", instead);
+        let url = format!("postgres://coffer_agent@127.0.0.1:{}/shop", proxy.port);
+        let mut args = restored::in_place("1", "name:whole");
+        args.extend(["--target", &url]);
+        let (exit, said) = agent.json_err(&args);
+        assert_eq!((exit, said["error"]["code"].as_str(), proxy.hits()), (8, Some("commit_unknown"), 1), "{said}");
+        assert_eq!(cluster.psql("shop", "SELECT scan FROM docs WHERE tenant = 1 AND id = 2"), "70003");
+        assert_eq!(truth(&cluster, "shop", 70001, 70003), want);
+    }
+
+    // While another restore is in the database, none makes an object that the other would take for one that was there.
+    lose();
+    block_on(async {
+        let other = cluster.connect("shop").await;
+        other.batch_execute("SELECT pg_advisory_lock(6516584, 0)").await.expect("the lock of a restore in place");
+        cluster.psql("shop", "ALTER ROLE coffer_agent SET log_statement = 'all'");
+        let before = cluster.log().len();
+        let (exit, said) = agent.json_err(&restored::in_place("1", "name:whole"));
+        assert_eq!((exit, said["error"]["code"].as_str()), (6, Some("fenced")), "{said}");
+        let log = cluster.log()[before..].to_owned();
+        assert!(log.contains("pg_try_advisory_lock") && !log.contains("_agent_large_object_create("), "{log}");
+        cluster.psql("shop", "ALTER ROLE coffer_agent RESET log_statement");
+    });
+    agent.json(&restored::in_place("1", "name:whole"));
+    assert_eq!(truth(&cluster, "shop", 70001, 70003), want);
+}
+
+/// Those of the rows that are restored; one that reference data and a tenant refer to is made once.
+fn only_what_is_wanted(major: u32) {
+    let cluster = database(major);
+    cluster.script(
+        "shop",
+        "CREATE TABLE plans (id int PRIMARY KEY, paper oid); SELECT coffer.add_shared('plans');
+         SELECT coffer.add_large_objects('plans', 'paper'); INSERT INTO plans VALUES (1, 70002), (2, 70099);",
+    );
+    let agent = started(&cluster);
+    wait_for("the large objects of reference data, too", 60, || (archived(&agent).len() >= 3).then_some(()));
+    cluster.psql("shop", "SELECT coffer.restore_point('whole')");
+    let want = [truth(&cluster, "shop", 70001, 70003), truth(&cluster, "shop", 70099, 70099)].join("\n");
+    let copy = Database::named(&cluster, "copy");
+    let url = cluster.url("postgres", &copy.name);
+    let said = agent.json(&restored::args("1", "name:whole", "database", &url));
+    assert_eq!(cluster.psql(&copy.name, OBJECTS), want);
+    let o = &said["large_objects"];
+    assert_eq!((o["created"].as_u64(), o["missing_count"].as_u64()), (Some(4), Some(0)), "{said}");
+
+    cluster.psql("shop", "SELECT lo_unlink(70003)");
+    let mut args = restored::in_place("1", "name:whole");
+    args.extend(["--table", "docs", "--where-key", "1"]);
+    let said = agent.json(&args);
+    assert_eq!(said["large_objects"]["created"], 0, "{said}");
+    assert_eq!(cluster.psql("shop", "SELECT count(*) FROM pg_largeobject_metadata WHERE oid = 70003"), "0");
+    let last = args.len() - 1;
+    args[last] = "3";
+    assert_eq!(agent.json(&args)["large_objects"]["created"], 1);
 }

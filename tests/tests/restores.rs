@@ -17,6 +17,8 @@ on_majors! {
     undone: undone;
     in_place_keeps_its_promises: in_place_keeps_its_promises;
     as_another_tenant: as_another_tenant;
+    nobody_elses_rows: nobody_elses_rows;
+    keys_as_they_are_written: keys_as_they_are_written;
 }
 
 const DDL: &str = "
@@ -552,4 +554,120 @@ fn as_another_tenant(major: u32) {
         assert_eq!(agent.json_err(&again).0, 2);
         assert_eq!(sql("SELECT count(*) FROM customer WHERE tenant = 3"), "20");
     });
+}
+
+/// Tenants with orders, with what is behind their foreign keys, and with tables that stand alone.
+const MORE: &str = "
+CREATE TABLE orders (id int PRIMARY KEY, org int NOT NULL, UNIQUE (org, id));
+CREATE TABLE items (id int PRIMARY KEY, order_id int NOT NULL REFERENCES orders, what text);
+CREATE TABLE memos (org int NOT NULL, order_id int NOT NULL, body text, FOREIGN KEY (org, order_id) REFERENCES orders (org, id));
+CREATE TABLE stock (org int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (org, id));
+CREATE TABLE days (org int NOT NULL, day date NOT NULL, v text, PRIMARY KEY (org, day));
+CREATE TABLE things (org int NOT NULL, id uuid NOT NULL, v text, PRIMARY KEY (org, id));
+SELECT * FROM coffer.add_table('orders', 'org'); SELECT * FROM coffer.add_table('items', parent => 'orders');
+SELECT * FROM coffer.add_table('memos', parent => 'orders'); SELECT * FROM coffer.add_table('stock', 'org');
+SELECT * FROM coffer.add_table('days', 'org'); SELECT * FROM coffer.add_table('things', 'org');
+INSERT INTO orders SELECT 100 * t + i, t FROM generate_series(2, 4) t, generate_series(1, 5) i;
+INSERT INTO items SELECT id, id, 'item' FROM orders;
+INSERT INTO memos SELECT org, id, 'memo' FROM orders, generate_series(1, 2);
+INSERT INTO stock SELECT t, i, 'then' FROM generate_series(2, 4) t, generate_series(1, 5) i;
+INSERT INTO days SELECT t, date '2024-01-05', 'then' FROM generate_series(2, 4) t;
+INSERT INTO things SELECT t, '0a1b2c3d-0000-4000-8000-00000000000a', 'then' FROM generate_series(2, 4) t;
+";
+
+fn with_orders(major: u32) -> (Cluster, Agent) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script("shop", MORE);
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["2", "3", "4"]);
+    cluster.psql("shop", "SELECT coffer.restore_point('before')");
+    (cluster, agent)
+}
+
+/// A restore in place that is refused: exit code and code.
+fn refused(agent: &Agent, tenant: &str, more: &[&str]) -> (i32, Value) {
+    let mut args = vec!["restore", "--tenant", tenant, "--to", "name:before", "--mode", "in-place", "--wait", "120s"];
+    args.extend(more);
+    agent.json_err(&args)
+}
+
+fn conflicts(agent: &Agent, tenant: &str, more: &[&str]) -> Value {
+    let (exit, said) = refused(agent, tenant, more);
+    assert_eq!((exit, said["error"]["code"].as_str()), (10, Some("conflict")), "{more:?}: {said}");
+    said
+}
+
+fn nobody_elses_rows(major: u32) {
+    block_on(async {
+        let (cluster, mut agent) = with_orders(major);
+        let sql = |s: &str| cluster.psql("shop", s);
+        // An order became another tenant's, and one of its items went: that would come back as the other's.
+        sql("DELETE FROM memos WHERE order_id = 301");
+        sql("DELETE FROM items WHERE id = 301; UPDATE orders SET org = 4 WHERE id = 301");
+        let said = conflicts(&agent, "3", &["--table", "items", "--confirm"]);
+        assert!(said.to_string().contains("would be another tenant's"), "{said}");
+        assert_eq!(sql("SELECT count(*) FROM items WHERE id = 301"), "0");
+        // The rows of a table behind a foreign key say the tenant, and a copy does not rewrite them.
+        let memos = sql("SELECT org, count(*) FROM memos GROUP BY 1 ORDER BY 1");
+        conflicts(&agent, "2", &["--as", "900", "--table", "memos", "--confirm"]);
+        assert_eq!(sql("SELECT org, count(*) FROM memos GROUP BY 1 ORDER BY 1"), memos);
+
+        // A key that somebody has is no key for a copy, whatever tables are chosen; nor one that somebody gets meanwhile.
+        sql("INSERT INTO days VALUES (400, '2026-01-01', 'of 400')");
+        for how in ["--dry-run", "--confirm"] {
+            conflicts(&agent, "2", &["--as", "400", "--table", "things", how]);
+        }
+        agent.env = vec![("COFFER_FAILPOINTS".into(), "restore-after-fence=sleep(5000)".into())];
+        std::thread::scope(|scope| {
+            let agent = &agent;
+            let copy = scope
+                .spawn(move || conflicts(agent, "2", &["--as", "500", "--table", "things", "--confirm"]).to_string());
+            coffer_tests::wait_for("the fence", 60, || {
+                (sql("SELECT count(*) > 0 FROM pg_trigger WHERE tgname LIKE 'aaa%fence%'") == "t").then_some(())
+            });
+            sql("INSERT INTO days VALUES (500, '2026-01-01', 'of 500')");
+            let said = copy.join().expect("the copy");
+            assert!(said.contains("meanwhile"), "{said}");
+        });
+        agent.env.clear();
+        assert_eq!(sql("SELECT count(*) FROM things WHERE org IN (400, 500)"), "0");
+        let done = restore(&agent, "2", "name:before", "in-place", &["--as", "600", "--table", "things"]);
+        assert_eq!(counts(&done, "public.things")[0], 1, "{done}");
+
+        // A table that took another's name since is not the one that was backed up.
+        cluster.script(
+            "shop",
+            "CREATE TABLE stock_new (LIKE stock INCLUDING ALL); SELECT * FROM coffer.add_table('stock_new', 'org');
+             INSERT INTO stock_new SELECT t, i, 'now' FROM generate_series(2, 4) t, generate_series(4, 9) i;
+             BEGIN; ALTER TABLE stock RENAME TO stock_old; ALTER TABLE stock_new RENAME TO stock; COMMIT;
+             DELETE FROM stock_old WHERE id = 1;",
+        );
+        let done = restore(&agent, "2", "name:before", "in-place", &["--table", "stock"]);
+        assert!(done["warnings"].to_string().contains("public.stock: not backed up at the target"), "{done}");
+        let done = restore(&agent, "2", "name:before", "in-place", &["--table", "stock", "--table", "stock_old"]);
+        assert_eq!(counts(&done, "public.stock_old"), [1, 0, 0, 4], "{done}");
+        assert_eq!(sql("SELECT count(*) || min(v) FROM stock WHERE org = 2"), "6now");
+    });
+}
+
+fn keys_as_they_are_written(major: u32) {
+    let (cluster, agent) = with_orders(major);
+    let sql = |s: &str| cluster.psql("shop", s);
+    sql("UPDATE things SET v = 'now'; UPDATE days SET v = 'now'");
+    let one = |table: &'static str, key: &'static str| ["--table", table, "--where-key", key, "--confirm"];
+    for (table, key, written) in [
+        ("things", "0a1b2c3d00004000800000000000000a", "0a1b2c3d-0000-4000-8000-00000000000a"),
+        ("days", "2024-1-5", "2024-01-05"),
+    ] {
+        let (exit, said) = refused(&agent, "2", &one(table, key));
+        assert!(exit == 2 && said["error"]["hint"].as_str().is_some_and(|h| h.ends_with(written)), "{exit} {said}");
+        assert_eq!(sql(&format!("SELECT v FROM {table} WHERE org = 2")), "now");
+    }
+    for (table, key) in [("things", "0A1B2C3D-0000-4000-8000-00000000000A"), ("days", "2024-01-05")] {
+        let done = restore(&agent, "2", "name:before", "in-place", &one(table, key)[..4]);
+        assert_eq!(counts(&done, &format!("public.{table}")), [0, 1, 0, 0], "{done}");
+        assert_eq!(sql(&format!("SELECT v FROM {table} WHERE org = 2")), "then");
+    }
 }

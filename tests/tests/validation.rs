@@ -104,6 +104,15 @@ fn planted_damage(major: u32) {
         assert_eq!(said["live"][0]["tables"][0]["same"], 50, "{said}");
     }
 
+    // A column that no row has been written with since: every row has what it came with.
+    cluster.psql("shop", "ALTER TABLE a ADD COLUMN w int DEFAULT 5, ADD COLUMN u text");
+    let said = agent.json(&live("1").each_ref().map(String::as_str));
+    assert_eq!((said["live"][0]["ok"].as_bool(), found(&said)), (Some(true), vec![]), "{said}");
+    unseen(&cluster, "a", "UPDATE a SET w = 6 WHERE tenant = 1 AND id = 31");
+    let (exit, said) = agent.json_err(&live("1").each_ref().map(String::as_str));
+    assert_eq!((exit, found(&said)), (5, vec!["changed_value public.a tenant = 1, id = 31".to_owned()]), "{said}");
+    unseen(&cluster, "a", "UPDATE a SET w = 5 WHERE tenant = 1 AND id = 31");
+
     // A row that the archive never got, one with another value, one that is gone, one that is another tenant's.
     unseen(&cluster, "a", "INSERT INTO a VALUES (1, 100, 'new')");
     unseen(&cluster, "a", "UPDATE a SET v = 'other' WHERE tenant = 1 AND id = 1");

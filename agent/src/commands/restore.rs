@@ -152,7 +152,7 @@ fn undo_id(id: &str) -> Result<Uuid> {
 
 /// Whose an undo is, and of which tables.
 async fn undone(opened: &Opened, source: Uuid, id: Uuid, args: &RestoreArgs) -> Result<(Tenant, Vec<String>)> {
-    let found = undo::find(opened, source, id, args.wait).await?;
+    let found = undo::find(opened, source, id, &args.tables, args.wait).await?;
     if found.rows && args.keys.is_empty() {
         return Err(Error::new(
             Kind::Refused,

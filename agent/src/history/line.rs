@@ -225,7 +225,7 @@ impl Line {
     }
 
     /// The name that the newest base, or the registration, has for the table.
-    fn name<'a>(&'a self, relid: u32, facts: &'a Facts) -> Option<&'a str> {
+    pub fn name<'a>(&'a self, relid: u32, facts: &'a Facts) -> Option<&'a str> {
         let based = self.bases.iter().rev().flat_map(|b| &b.base().tables).find(|t| t.relid == relid);
         let pending = || self.pending().find(|p| p.relid == relid).map(|p| p.name.as_str());
         let fresh = || facts.registry.iter().rev().find(|r| r.relid == relid)?.name.as_deref();

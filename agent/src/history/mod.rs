@@ -622,6 +622,25 @@ impl History {
         of_bases.filter_map(|b| Some((b.cut_lsn, b.database.as_ref()?))).max_by_key(|(cut, _)| *cut).map(|(_, d)| d)
     }
 
+    /// Tables whose rows at the target are not known, each with the reason, but those in which only others than the tenant
+    /// were ever found to have rows.
+    pub fn unknown(&self, target: &Target, tenant: Uuid) -> Vec<(String, String)> {
+        let unknown = self.line.tables_at(target.lsn, &self.facts, Some(tenant), &|_| true).err().unwrap_or_default();
+        let others = |relid: u32| {
+            let relid = relid.to_string();
+            let holders =
+                || self.line.bases.iter().flat_map(|b| &b.base().holds).filter(|(_, h)| h.contains_key(&relid));
+            holders().next().is_some() && !holders().any(|(who, _)| *who == tenant)
+        };
+        let named = |relid: u32| self.table_name(relid).map_or_else(|| format!("OID {relid}"), str::to_owned);
+        unknown.into_iter().filter(|(r, _)| !others(*r)).map(|(r, c)| (named(r), c.reason.to_string())).collect()
+    }
+
+    /// What a table is called, as far as the log says.
+    pub fn table_name(&self, relid: u32) -> Option<&str> {
+        self.line.name(relid, &self.facts)
+    }
+
     /// The class of a table, as the newest base that notes it has it.
     pub fn class(&self, relid: u32) -> Option<&str> {
         let relid = relid.to_string();

@@ -13,8 +13,8 @@ use crate::large_objects::frames::{self, Begin, ObjectSink};
 use crate::merge::{Field, Image, RowSink, TenantAt};
 use crate::repository::ObjectRef;
 use crate::repository::model::LargeObjectsRead;
-use crate::restore::sink::Watch;
-use coffer_wire::{Class, Relation, copy_text};
+use crate::restore::sink::{Filter, Selection, Watch};
+use coffer_wire::{Relation, copy_text};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -72,13 +72,13 @@ pub struct Found {
 }
 
 impl LargeObjects {
-    /// `None`: the rows at the target refer to none. `classes`: of the tables that are restored; empty: all.
+    /// `None`: the rows at the target that are wanted refer to none.
     pub async fn of(
         history: &History,
         tenant: uuid::Uuid,
         target: &Target,
         at: &TenantAt,
-        classes: &[Class],
+        selection: &Selection,
         watch: &Watch,
     ) -> Result<Option<Self>> {
         let readings = history.large_objects(tenant, target);
@@ -91,7 +91,10 @@ impl LargeObjects {
         }
         let inputs = Arc::new(history.inputs(tenant, target.lsn, tables).await?);
         let only = TenantAt { inputs, ..at.clone() };
-        let mut sink = Named { columns, classes: classes.to_vec(), place: Vec::new(), oids: OidSet::default() };
+        // Under whatever key the rows go out.
+        let selection = Selection { rename: None, ..selection.clone() };
+        let mut sink =
+            Named { columns, selection, filter: Filter::default(), place: Vec::new(), oids: OidSet::default() };
         let oids = tokio::task::spawn_blocking(move || only.read(&mut sink).map(|_| sink.oids))
             .await
             .context(Kind::Other, "a worker thread broke off")??;
@@ -99,6 +102,13 @@ impl LargeObjects {
             return Ok(None);
         }
         Ok(Some(Self { at: at.clone(), readings, wanted: oids, target_us: target.time_us, watch: watch.clone() }))
+    }
+
+    /// Those that are there already are not wanted.
+    pub fn leave_out(&mut self, there: &OidSet) {
+        for oid in there.iter() {
+            self.wanted.remove(oid);
+        }
     }
 
     /// Gives every object that is wanted and archived to the taker. Blocking.
@@ -197,7 +207,9 @@ impl ObjectSink for Giving<'_> {
 /// Notes the OIDs that rows name.
 struct Named {
     columns: Vec<(u32, i16)>,
-    classes: Vec<Class>,
+    selection: Selection,
+    /// Of the table at hand.
+    filter: Filter,
     /// Fields of the table at hand.
     place: Vec<usize>,
     oids: OidSet,
@@ -205,37 +217,49 @@ struct Named {
 
 impl RowSink for Named {
     fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
-        let taken = self.classes.is_empty() || self.classes.contains(&rel.class);
+        let classes = &self.selection.classes;
+        let taken = classes.is_empty() || classes.contains(&rel.class);
+        self.filter = if taken { self.selection.of_table(rel)? } else { Filter::default() };
         let named = |attnum: i16| taken && self.columns.contains(&(rel.relid, attnum));
         self.place = rel.image_columns().enumerate().filter(|(_, c)| named(c.attnum)).map(|(i, _)| i).collect();
         Ok(())
     }
 
-    fn row(&mut self, _: &[u8], image: &Image<'_>) -> Result<()> {
-        let mut note = |field: &[u8]| {
-            if let Some(oid) = std::str::from_utf8(field).ok().and_then(|t| t.parse().ok()).filter(|o| *o != 0) {
-                self.oids.insert(oid);
-            }
-        };
-        match image.as_line() {
-            Some(line) => {
-                let fields = copy_text::fields(line).enumerate();
-                fields.filter(|(i, _)| self.place.contains(i)).for_each(|(_, f)| note(f));
-            }
-            None => {
-                let fields = image.fields();
-                for f in self.place.iter().filter_map(|i| fields.get(*i)) {
-                    if let Field::Bytes(b) = f {
-                        note(b);
-                    }
-                }
-            }
-        }
-        Ok(())
+    fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        let (place, oids) = (&self.place, &mut self.oids);
+        self.filter
+            .row(key, image, &mut |_, image| {
+                note_fields(image, place, oids);
+                Ok(())
+            })
+            .map(drop)
     }
 
     fn end_table(&mut self) -> Result<()> {
         Ok(())
+    }
+}
+
+/// Notes the OIDs in these fields.
+fn note_fields(image: &Image<'_>, place: &[usize], oids: &mut OidSet) {
+    let mut note = |field: &[u8]| {
+        if let Some(oid) = std::str::from_utf8(field).ok().and_then(|t| t.parse().ok()).filter(|o| *o != 0) {
+            oids.insert(oid);
+        }
+    };
+    match image.as_line() {
+        Some(line) => {
+            let fields = copy_text::fields(line).enumerate();
+            fields.filter(|(i, _)| place.contains(i)).for_each(|(_, f)| note(f));
+        }
+        None => {
+            let fields = image.fields();
+            for f in place.iter().filter_map(|i| fields.get(*i)) {
+                if let Field::Bytes(b) = f {
+                    note(b);
+                }
+            }
+        }
     }
 }
 

@@ -138,6 +138,7 @@ struct NewObjects {
     session: Session,
     owners: BTreeMap<String, Option<String>>,
     role: Option<String>,
+    made: OidSet,
 }
 
 impl NewObjects {
@@ -170,7 +171,9 @@ impl Taker for NewObjects {
         }
         s.begin(oid)?;
         let made = s.rt.block_on(s.client.execute(&s.create, &[&oid]));
-        made.sql(format_args!("cannot make large object {oid}")).map(drop)
+        made.sql(format_args!("cannot make large object {oid}"))?;
+        self.made.insert(oid);
+        Ok(())
     }
 
     fn piece(&mut self, bytes: &[u8]) -> Result<()> {
@@ -182,19 +185,23 @@ impl Taker for NewObjects {
     }
 }
 
-/// Makes them in a new database, before its rows.
+/// Makes them in a new database, before its rows. One that several refer to, reference data and the tenant, is made once.
 pub async fn into_database(dsn: &Dsn, objects: Vec<LargeObjects>) -> Result<Option<Found>> {
     if objects.is_empty() {
         return Ok(None);
     }
     let session = Session::new(dsn, "SELECT pg_catalog.lo_create($1)", "SELECT pg_catalog.lo_put($1, $2, $3)").await?;
-    let mut made = NewObjects { session, owners: BTreeMap::new(), role: None };
+    let mut made = NewObjects { session, owners: BTreeMap::new(), role: None, made: OidSet::default() };
     let work = move || {
         let mut found = Found::default();
-        for o in &objects {
+        for mut o in objects {
+            o.leave_out(&made.made);
             found.add(o.give(&mut made)?);
         }
         made.session.commit()?;
+        for oid in made.made.iter() {
+            found.missing.remove(oid);
+        }
         Ok(Some(found))
     };
     tokio::task::spawn_blocking(work).await.context(Kind::Other, "a worker thread broke off")?
@@ -285,8 +292,9 @@ impl Taker for LiveObjects {
 }
 
 /// Makes those that the live database lacks and compares the others. Those that rows refer to, that are not archived and
-/// that exist are nothing to speak of.
-pub async fn into_live(dsn: &Dsn, objects: LargeObjects, dry_run: bool) -> Result<Made> {
+/// that exist are nothing to speak of. `alone`: the session that keeps other restores in place out, which would count on
+/// what this one made and may take back.
+pub async fn into_live(dsn: &Dsn, alone: &SqlClient, objects: LargeObjects, dry_run: bool) -> Result<Made> {
     let create = "SELECT coffer._agent_large_object_create($1, pg_catalog.to_regclass($2))";
     let session = Session::new(dsn, create, "SELECT coffer._agent_large_object_write($1, $2, $3)").await?;
     let read = session
@@ -329,7 +337,7 @@ pub async fn into_live(dsn: &Dsn, objects: LargeObjects, dry_run: bool) -> Resul
         Ok(made) => Ok(made),
         // Some may be committed.
         Err((e, created)) => {
-            let hint = Made { found: Found::default(), created }.take_back(dsn).await;
+            let hint = Made { found: Found::default(), created }.take_back(alone).await;
             Err(match hint {
                 Ok(()) => e,
                 Err(left) => e.hint(format!("large objects that it made are left behind: {left}")),
@@ -339,15 +347,15 @@ pub async fn into_live(dsn: &Dsn, objects: LargeObjects, dry_run: bool) -> Resul
 }
 
 impl Made {
-    /// Removes what was made.
-    pub async fn take_back(self, dsn: &Dsn) -> Result<()> {
+    /// Removes what was made, over the session that has kept other restores out since: where it is gone, rows of another
+    /// one may refer to it by now.
+    pub async fn take_back(self, alone: &SqlClient) -> Result<()> {
         if self.created.is_empty() {
             return Ok(());
         }
-        let client = sql::connect(dsn).await?;
-        let remove = client.prepare("SELECT coffer._agent_large_object_remove($1)").await.sql("cannot take back")?;
+        let remove = alone.prepare("SELECT coffer._agent_large_object_remove($1)").await.sql("cannot take back")?;
         for oid in self.created.iter() {
-            client.execute(&remove, &[&oid]).await.sql(format_args!("cannot remove large object {oid}"))?;
+            alone.execute(&remove, &[&oid]).await.sql(format_args!("cannot remove large object {oid}"))?;
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use crate::opened::{Opened, Reserved};
 use crate::tenant::Tenant;
 use coffer_wire::{Class, Relation, TenantKind};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use uuid::Uuid;
@@ -94,7 +94,7 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
     // A copy beside the live rows refers to the objects that are there.
     let objects = match &request.place {
         Place::Schema { .. } => None,
-        _ => LargeObjects::of(&history, uid, &target, &at, &request.classes, &means.watch).await?,
+        _ => LargeObjects::of(&history, uid, &target, &at, &selection, &means.watch).await?,
     };
     let mut rows = Rows { at, selection, objects };
     let done = match &request.place {
@@ -119,9 +119,13 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
             to_schema((dsn, name, readers), rows, request, counts, (&target, source)).await?
         }
         Place::Database(dsn) => {
-            let shared = shared(opened, source, &mut history, &target, &rows.at).await?;
+            let (shared, left_out) = shared(opened, source, &mut history, &target, &rows.at).await?;
             let of_shared = match &shared {
-                Some((uid, s)) => LargeObjects::of(&history, *uid, &target, s, &request.classes, &means.watch).await?,
+                Some((uid, s)) => {
+                    // A choice of rows is of the tenant's.
+                    let all = Selection { classes: request.classes.clone(), ..Selection::default() };
+                    LargeObjects::of(&history, *uid, &target, s, &all, &means.watch).await?
+                }
                 None => None,
             };
             let beside = Beside {
@@ -130,7 +134,9 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
                 settings: history.database_settings(&target).to_vec(),
                 roles: roles(opened, &history, uid, &target, request).await?,
             };
-            to_database(dsn.clone(), (shared.map(|s| s.1), rows), beside, request, counts).await?
+            let mut done = to_database(dsn.clone(), (shared.map(|s| s.1), rows), beside, request, counts).await?;
+            done.warnings.extend(left_out);
+            done
         }
     };
     let mut warnings = done.warnings;
@@ -387,24 +393,27 @@ async fn to_schema(
     Ok(report)
 }
 
-/// The shared tables at the same point, when there are any.
+/// The shared tables at the same point, when there are any; and a warning for each that there may be and that is not known.
 async fn shared(
     opened: &Opened,
     source: Uuid,
     history: &mut History,
     target: &Target,
     at: &TenantAt,
-) -> Result<Option<(Uuid, TenantAt)>> {
+) -> Result<(Option<(Uuid, TenantAt)>, Vec<String>)> {
     let tenant = Reserved::Shared.tenant();
     if at.tenant == tenant {
-        return Ok(None);
+        return Ok((None, Vec::new()));
     }
-    let Some(entry) = opened.keyring.find(source, &tenant) else { return Ok(None) };
+    let left_out = |(name, why): (String, String)| format!("{name}: if it is shared, its rows are left out: {why}");
+    let warnings =
+        history.unknown(target, opened.keyring.tenant_uid(source, &tenant)).into_iter().map(left_out).collect();
+    let Some(entry) = opened.keyring.find(source, &tenant) else { return Ok((None, warnings)) };
     // Which tables are shared is known from the rows alone; what is not known at the target is the tenant's, or was asked
     // for and refused before.
     history.load_catalog(entry.uid).await?;
     let inputs = Arc::new(history.inputs(entry.uid, target.lsn, history.known(target)).await?);
-    Ok(Some((entry.uid, TenantAt { tenant, inputs, ..at.clone() })))
+    Ok((Some((entry.uid, TenantAt { tenant, inputs, ..at.clone() })), warnings))
 }
 
 async fn to_database(
@@ -460,11 +469,13 @@ async fn to_database(
 }
 
 /// The merge as the restore in place wants it.
-struct Merged {
+pub(super) struct Merged {
     at: TenantAt,
     covered: Vec<CoveredTable>,
     watch: Watch,
     selection: Selection,
+    /// Of the last reading.
+    stats: Mutex<MergeStats>,
 }
 
 struct Adapter<'a> {
@@ -499,7 +510,9 @@ impl RowSink for Adapter<'_> {
 impl compare::Target for Merged {
     fn rows(&self, sink: &mut dyn TargetSink) -> Result<()> {
         let (watch, selection) = (&self.watch, &self.selection);
-        self.at.read(&mut Adapter { to: sink, watch, selection, filter: Filter::default() }).map(drop)
+        let stats = self.at.read(&mut Adapter { to: sink, watch, selection, filter: Filter::default() })?;
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+        Ok(())
     }
 
     fn covered(&self) -> &[CoveredTable] {
@@ -519,9 +532,15 @@ pub(super) fn options(request: &Request) -> Options {
 }
 
 /// The tenant at the target, to be compared with live rows. `memory`: bytes for the merge.
-pub(super) fn merged(at: TenantAt, memory: usize, selection: Selection, watch: &Watch) -> Arc<dyn compare::Target> {
+pub(super) fn merged(at: TenantAt, memory: usize, selection: Selection, watch: &Watch) -> Arc<Merged> {
     let covered = at.inputs.tables.iter().map(|t| CoveredTable { relid: t.relid, name: t.name.clone() }).collect();
-    Arc::new(Merged { at: TenantAt { memory, ..at }, covered, watch: watch.clone(), selection })
+    Arc::new(Merged {
+        at: TenantAt { memory, ..at },
+        covered,
+        watch: watch.clone(),
+        selection,
+        stats: Mutex::default(),
+    })
 }
 
 async fn in_place(
@@ -532,30 +551,34 @@ async fn in_place(
     watch: &Watch,
 ) -> Result<Outcome> {
     let (scratch, memory, options) = (at.scratch.clone(), at.memory / 2, options(request));
-    let target = merged(at, memory, selection, watch);
+    let rows = merged(at, memory, selection, watch);
+    let target = rows.clone();
     let restore = InPlace { dsn, tenant, uid, target, scratch: &scratch, memory, options: &options, watch };
+    let session = restore.session().await?;
     // Before the rows that refer to them.
     let made = match objects {
-        Some(o) => Some(large_takers::into_live(dsn, o, request.dry_run).await?),
+        Some(o) => Some(large_takers::into_live(dsn, &session, o, request.dry_run).await?),
         None => None,
     };
-    let (done, found) = match (restore.run().await, made) {
+    let (done, found) = match (restore.run(&session).await, made) {
         (Ok(done), made) => (done, made.map(|m| m.found)),
         (Err(e), Some(m)) if !e.is_code("commit_unknown") => {
-            return Err(match m.take_back(dsn).await {
+            return Err(match m.take_back(&session).await {
                 Ok(()) => e,
                 Err(left) => e.hint(format!("large objects that were made for the rows are left behind: {left}")),
             });
         }
         (Err(e), _) => return Err(e),
     };
-    let outcome = Outcome {
+    let mut outcome = Outcome {
         tables: done.tables,
         bytes: done.bytes,
         undo: done.undo,
         warnings: done.warnings,
         ..Outcome::default()
     };
+    let stats = rows.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    outcome.incomplete = warnings_of(&[stats], &mut outcome.warnings);
     Ok(outcome.with(found))
 }
 

@@ -27,11 +27,12 @@ pub struct Undo {
     pub rows: bool,
 }
 
-/// Looks for the restore with this id, for as long as `wait` says.
+/// Looks for the restore with this id, for as long as `wait` says. `chosen`: the tables that the caller wants of it; none:
+/// all that it changed.
 ///
 /// # Errors
-/// `NotFound`: no such restore is durable.
-pub async fn find(opened: &Opened, source: Uuid, id: Uuid, wait: Option<Duration>) -> Result<Undo> {
+/// `NotFound`: no such restore is durable. `OutsideWindow`: not all of what is wanted can be restored to before it.
+pub async fn find(opened: &Opened, source: Uuid, id: Uuid, chosen: &[String], wait: Option<Duration>) -> Result<Undo> {
     let deadline = wait.map(|w| Instant::now() + w);
     loop {
         let mut history = opened.history(source).await?;
@@ -48,16 +49,25 @@ pub async fn find(opened: &Opened, source: Uuid, id: Uuid, wait: Option<Duration
         })?;
         history.load_catalog(found.tenant).await?;
         let target: Target = history.resolve(&When::Undo(id)).await?;
-        let mut tables = Vec::new();
-        for t in history.known(&target).into_iter().filter(|t| found.relids.contains(&t.relid)) {
-            tables.push(t.name);
-        }
-        if tables.is_empty() {
-            return Err(Error::new(
+        let known = history.known(&target);
+        let is_lost = |relid: &&u32| !known.iter().any(|t| t.relid == **relid);
+        let name = |relid: &u32| history.table_name(*relid).map_or_else(|| format!("OID {relid}"), str::to_owned);
+        let lost: Vec<String> = found.relids.iter().filter(is_lost).map(name).collect();
+        let tables: Vec<String> =
+            known.into_iter().filter(|t| found.relids.contains(&t.relid)).map(|t| t.name).collect();
+        if tables.is_empty() || (chosen.is_empty() && !lost.is_empty()) {
+            let e = Error::new(
                 Kind::OutsideWindow,
-                format!("none of the tables that restore {id} changed can be restored to before it"),
+                format!(
+                    "of the tables that restore {id} changed, these cannot be restored to before it: {}",
+                    lost.join(", ")
+                ),
             )
-            .window(history.windows(Some(found.tenant))));
+            .window(history.windows(Some(found.tenant)));
+            return Err(match tables.is_empty() {
+                true => e,
+                false => e.hint(format!("--table takes others back: {}", tables.join(", "))),
+            });
         }
         return Ok(Undo { tenant: entry.tenant.clone(), tables, rows: found.rows });
     }

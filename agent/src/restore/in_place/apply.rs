@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::restore::in_place::compare::{Comparison, Pass};
 use crate::restore::in_place::constraints::{self, ForeignKey, Unique};
-use crate::restore::in_place::live::{LiveTable, literal};
+use crate::restore::in_place::live::{self, LiveTable, literal};
 use crate::restore::in_place::statements::{self, TableSql};
 use crate::restore::in_place::{fence, stage};
 use crate::restore::sink::Watch;
@@ -18,7 +18,7 @@ use crate::tenant::Tenant;
 use coffer_wire::TenantKind;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{Severity, SqlState};
 use uuid::Uuid;
 
 /// How long attempts go on.
@@ -73,6 +73,20 @@ fn stop(e: tokio_postgres::Error, what: impl std::fmt::Display) -> Stop {
     }
 }
 
+/// Only a plain error says that nothing was committed: a session that is ended meanwhile may have committed before.
+fn not_committed(e: tokio_postgres::Error) -> Stop {
+    if e.as_db_error().is_some_and(|d| d.parsed_severity() == Some(Severity::Error)) {
+        return stop(e, "cannot commit");
+    }
+    let what = "the connection was lost during the commit: it may have happened or not";
+    Stop::Failed(
+        Error::new(Kind::Unreachable, what)
+            .code("commit_unknown")
+            .hint("run the same restore with --dry-run: no difference means that it was committed")
+            .source(e),
+    )
+}
+
 fn differs(live: &LiveTable, verb: &str, found: u64, expected: u64) -> Stop {
     let what =
         format!("{}: {verb} would change {found} rows where {expected} differ; nothing was changed", live.name());
@@ -102,8 +116,8 @@ pub struct Apply<'a> {
     pub uid: Uuid,
     /// Of single rows only.
     pub rows: bool,
-    /// The tenant is new here, and came into being meanwhile if it has rows.
-    pub new_tenant: bool,
+    /// Tables in which the tenant is to have no row before.
+    pub nobodys: &'a [LiveTable],
     pub pass: Pass<'a>,
     /// Staging tables that exist, with the comparison they come from.
     pub staged: BTreeSet<u32>,
@@ -127,10 +141,12 @@ impl Apply<'_> {
             match self.attempt(&fks, &uniques).await {
                 Ok(done) => return Ok(done),
                 Err(s) => {
-                    self.client.batch_execute("ROLLBACK").await.sql("cannot roll back")?;
+                    let rolled_back = self.client.batch_execute("ROLLBACK").await;
                     match s {
+                        // Of a session that is gone this is the news, not that it cannot roll back.
                         Stop::Failed(e) => return Err(e),
                         Stop::Again(why) if began.elapsed() < PATIENCE => {
+                            rolled_back.sql("cannot roll back")?;
                             tracing::info!(attempt = n, "the restore gives way and tries again: {why}");
                             let pause = 20 * u64::from(n.min(25)) + u64::from(rand::random::<u8>());
                             tokio::time::sleep(Duration::from_millis(pause)).await;
@@ -179,24 +195,19 @@ impl Apply<'_> {
             comparison = again?;
             self.lock_rows(&comparison, uniques).await?;
         }
-        if self.new_tenant && comparison.tables.iter().any(|t| t.counts.live > 0) {
-            let what = format!("tenant {} got rows of its own meanwhile; nothing was changed", self.tenant);
+        if let Some(t) = live::any_with_rows(client, self.nobodys)
+            .await
+            .map_err(|e| stop(e, "cannot look for rows of the new tenant"))?
+        {
+            let what =
+                format!("tenant {} got rows of its own in {} meanwhile; nothing was changed", self.tenant, t.name());
             return Err(Stop::Failed(Error::new(Kind::Refused, what).code("conflict")));
         }
         self.write(&mut comparison, fks, uniques).await?;
         failpoints::hit(failpoints::RESTORE_BEFORE_COMMIT)?;
         self.watch.check()?;
         let undo = self.mark(&comparison).await?;
-        client.batch_execute("COMMIT").await.map_err(|e| {
-            if e.as_db_error().is_some() {
-                return stop(e, "cannot commit");
-            }
-            Stop::Failed(
-                Error::new(Kind::Unreachable, "the connection was lost during the commit: it may have happened or not")
-                    .code("commit_unknown")
-                    .hint("run the same restore with --dry-run: no difference means that it was committed"),
-            )
-        })?;
+        client.batch_execute("COMMIT").await.map_err(not_committed)?;
         Ok(Applied { comparison, undo })
     }
 
@@ -337,9 +348,40 @@ impl Apply<'_> {
                 }
             }
         }
+        for (live, counts, _) in &touched {
+            self.all_are_the_tenants(live, counts).await?;
+        }
         drop(touched);
         comparison.warnings.extend(taken_back);
         Ok(())
+    }
+
+    /// Whose a row is may stand elsewhere, in a parent that is another tenant's by now, say: the tenant has the rows that
+    /// it was to have, or some were written to another.
+    async fn all_are_the_tenants(
+        &self,
+        live: &LiveTable,
+        counts: &crate::restore::in_place::diff::Counts,
+    ) -> std::result::Result<(), Stop> {
+        let row = self
+            .client
+            .query_one(&live.count(), &[])
+            .await
+            .map_err(|e| stop(e, format!("cannot count the tenant's rows of {}", live.name())))?;
+        let (found, expected) = (row.get::<_, i64>(0) as u64, counts.live - counts.deleted + counts.inserted);
+        if found == expected {
+            return Ok(());
+        }
+        let what = format!(
+            "rows of {} at the target would be another tenant's: the tenant would have {found} of {expected} rows; \
+             nothing was changed",
+            live.name()
+        );
+        Err(Stop::Failed(
+            Error::new(Kind::Refused, what).code("conflict").hint(
+                "what they refer to is another tenant's now: restore to a schema or to files and decide row by row",
+            ),
+        ))
     }
 
     async fn refuse_rows_of_others(

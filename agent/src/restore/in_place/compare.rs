@@ -85,6 +85,8 @@ pub struct Pass<'a> {
     pub target: &'a Arc<dyn Target>,
     /// The tables of the restore, by relid.
     pub tables: &'a BTreeMap<u32, LiveTable>,
+    /// Covered tables that are not, by relid: none of them has become another one of its name.
+    pub others: &'a BTreeSet<u32>,
     /// Not all of the tenant's tables are in the restore, by the user's wish.
     pub restricted: bool,
     pub scratch: &'a Scratch,
@@ -114,6 +116,7 @@ impl Pass<'_> {
             rt: Handle::current(),
             client,
             tables: self.tables.clone(),
+            others: self.others.clone(),
             restricted: self.restricted,
             exact: self.exact.is_some(),
             scratch: self.scratch.clone(),
@@ -211,6 +214,7 @@ struct Sink {
     rt: Handle,
     client: SqlClient,
     tables: BTreeMap<u32, LiveTable>,
+    others: BTreeSet<u32>,
     restricted: bool,
     exact: bool,
     scratch: Scratch,
@@ -224,6 +228,14 @@ struct Sink {
 }
 
 impl Sink {
+    /// What a table of the target is now: itself, whatever its name; or, where it is gone, the one that has its name.
+    fn table_now(&self, relid: u32, name: &str) -> Option<&LiveTable> {
+        self.tables.get(&relid).or_else(|| {
+            let gone = !self.others.contains(&relid);
+            self.tables.values().find(|t| gone && t.name() == name)
+        })
+    }
+
     fn begin(&mut self, live: &LiveTable, mapping: Mapping) -> Result<()> {
         let (client, memory) = (&self.client, self.memory / 2);
         let sorted = self.rt.block_on(live::read(client, live, &mapping, &self.scratch, memory))?;
@@ -283,13 +295,17 @@ impl Sink {
     /// Tables that the target knows and has no row of: every live row there is one too many.
     fn tables_without_rows(&mut self, covered: &[CoveredTable]) -> Result<()> {
         let mut left: Vec<LiveTable> = Vec::new();
+        let mut warnings = Vec::new();
         for t in self.tables.values().filter(|t| !self.done.contains(&t.rule.relid)) {
-            if covered.iter().any(|c| c.relid == t.rule.relid || c.name == t.name()) {
+            let is_now =
+                |c: &CoveredTable| self.table_now(c.relid, &c.name).is_some_and(|n| n.rule.relid == t.rule.relid);
+            if covered.iter().any(is_now) {
                 left.push(t.clone());
             } else {
-                self.warnings.push(format!("{}: not backed up at the target, so it is left as it is", t.name()));
+                warnings.push(format!("{}: not backed up at the target, so it is left as it is", t.name()));
             }
         }
+        self.warnings.extend(warnings);
         for live in left {
             let mapping = Mapping::live_only(&live.relation)?;
             self.begin(&live, mapping)?;
@@ -301,8 +317,7 @@ impl Sink {
 
 impl TargetSink for Sink {
     fn begin_table(&mut self, relation: &Relation) -> Result<()> {
-        let by_relid = self.tables.get(&relation.relid);
-        let live = by_relid.or_else(|| self.tables.values().find(|t| t.name() == relation.qualified())).cloned();
+        let live = self.table_now(relation.relid, &relation.qualified()).cloned();
         let Some(live) = live else {
             if !self.restricted {
                 let name = relation.qualified();
@@ -316,7 +331,8 @@ impl TargetSink for Sink {
                 format!("{}: the target has rows of it from two tables of that name", live.name()),
             ));
         }
-        let mapping = Mapping::new(relation, &live.relation, live.rule.relid != relation.relid)?;
+        let map = if self.exact { Mapping::up_to_now } else { Mapping::new };
+        let mapping = map(relation, &live.relation, live.rule.relid != relation.relid)?;
         self.begin(&live, mapping)
     }
 

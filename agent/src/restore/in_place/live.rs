@@ -11,6 +11,7 @@ use crate::sql::{SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Column, Relation, Strategy, TenantKind, quote_ident};
 use futures::StreamExt;
+use tokio_postgres::SimpleQueryMessage;
 
 /// `int2 int4 int8 oid uuid bool date`: types whose `=` holds exactly when the texts are equal.
 const EXACT_TYPES: [u32; 7] = [21, 23, 20, 26, 2950, 16, 1082];
@@ -42,6 +43,11 @@ impl LiveTable {
     pub fn name(&self) -> String {
         self.rule.qualified()
     }
+
+    /// Counts the tenant's rows.
+    pub fn count(&self) -> String {
+        format!("SELECT pg_catalog.count(*) FROM {} t WHERE {}", self.rule.from_clause(), self.is_tenants)
+    }
 }
 
 /// A value as a literal; sessions have `standard_conforming_strings` on.
@@ -66,6 +72,20 @@ pub async fn tables(
     Ok(out)
 }
 
+/// The first of the tables in which the tenant has a row.
+pub async fn any_with_rows<'t>(
+    client: &SqlClient,
+    tables: &'t [LiveTable],
+) -> Result<Option<&'t LiveTable>, tokio_postgres::Error> {
+    for t in tables {
+        let asked = format!("SELECT EXISTS (SELECT FROM {} t WHERE {})", t.rule.from_clause(), t.is_tenants);
+        if client.query_one(&asked, &[]).await?.get(0) {
+            return Ok(Some(t));
+        }
+    }
+    Ok(None)
+}
+
 /// Restricts a table to the tenant's rows with these keys: no other row is read, compared, or changed. Not inside a
 /// transaction.
 pub async fn only(client: &SqlClient, table: &mut LiveTable, keys: &[RowKey], tenant: &Tenant) -> Result<()> {
@@ -76,20 +96,38 @@ pub async fn only(client: &SqlClient, table: &mut LiveTable, keys: &[RowKey], te
         // The tenant's column is known here, so there is one way to read a key.
         for (k, value) in rel.key.iter().zip(values?.into_iter().next().unwrap_or_default()) {
             let column = &rel.columns[usize::from(*k)];
-            let value = literal(&value);
-            if let Err(e) = client.simple_query(&format!("SELECT {value}::{}", column.type_name)).await {
-                let what = format!("--where-key: {value} is no value of {} ({})", column.name, column.type_name);
-                return Err(match e.code() {
-                    Some(c) if c.code().starts_with("22") => Error::usage(what),
-                    _ => crate::sql::sql_error(e, what),
-                });
-            }
-            all.push(equals(column, &value));
+            as_the_server_writes_it(client, column, &value).await?;
+            all.push(equals(column, &literal(&value)));
         }
         any.push(format!("({})", all.join(" AND ")));
     }
     table.is_tenants = format!("({} AND ({}))", table.is_tenants, any.join(" OR "));
     Ok(())
+}
+
+/// Rows at the target are found by the text of their key. In another spelling they would not be, while `=` finds the
+/// live row: it would be taken for one too many.
+async fn as_the_server_writes_it(client: &SqlClient, column: &Column, value: &str) -> Result<()> {
+    let (name, type_name) = (&column.name, &column.type_name);
+    let asked = client.simple_query(&format!("SELECT {}::{type_name}", literal(value))).await;
+    let rows = asked.map_err(|e| {
+        let what = format!("--where-key: {} is no value of {name} ({type_name})", literal(value));
+        match e.code() {
+            Some(c) if c.code().starts_with("22") => Error::usage(what),
+            _ => crate::sql::sql_error(e, what),
+        }
+    })?;
+    let written = rows.iter().find_map(|m| match m {
+        SimpleQueryMessage::Row(r) => Some(r.get(0).unwrap_or_default()),
+        _ => None,
+    });
+    match written {
+        Some(w) if w != value => {
+            Err(Error::usage(format!("--where-key: {} is not how {name} ({type_name}) is written", literal(value)))
+                .hint(format!("as the server writes it: {w}")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// True where the column's text is the literal's.

@@ -23,6 +23,8 @@ enum Source {
     Image(usize),
     /// A generated key column: it is in no image.
     Key(usize),
+    /// In `given`: every row has the same.
+    Given(usize),
 }
 
 /// See the module.
@@ -37,6 +39,7 @@ pub struct Mapping {
     /// Columns of the target that the live table does not have.
     pub dropped: Vec<String>,
     sources: Vec<Source>,
+    given: Vec<Vec<u8>>,
     /// Per staged column: labels that were renamed since.
     relabel: Vec<HashMap<Vec<u8>, Vec<u8>>>,
     /// The target's image is the staged line as it is.
@@ -107,7 +110,27 @@ impl Mapping {
         let identity = sources.len() == target.image_columns().count()
             && sources.iter().enumerate().all(|(i, s)| *s == Source::Image(i))
             && relabel.iter().all(HashMap::is_empty);
-        Ok(Self { columns, key, newer, dropped, sources, relabel, identity, same_order })
+        Ok(Self { columns, key, newer, dropped, sources, given: Vec::new(), relabel, identity, same_order })
+    }
+
+    /// The same for an archive that has everything up to now: a column that it has not heard of came without a change of
+    /// a row, and each row has what the table's catalog says for rows that are older than the column.
+    pub fn up_to_now(target: &Relation, live: &Relation, by_name: bool) -> Result<Self> {
+        let mut m = Self::new(target, live, by_name)?;
+        for name in std::mem::take(&mut m.newer) {
+            let Some(column) = live.columns.iter().find(|c| c.name == name) else { continue };
+            let mut value = Vec::new();
+            match &column.missing {
+                Some(text) => copy_text::escape_into(&mut value, text.as_bytes()),
+                None => value.extend_from_slice(b"\\N"),
+            }
+            m.sources.push(Source::Given(m.given.len()));
+            m.given.push(value);
+            m.relabel.push(HashMap::new());
+            m.columns.push(StageColumn { name, flags: column.flags });
+            m.identity = false;
+        }
+        Ok(m)
     }
 
     /// For a table without rows at the target: everything the live table has.
@@ -131,6 +154,10 @@ impl Mapping {
             let field = match s {
                 Source::Image(n) => image.get(*n),
                 Source::Key(n) => key.get(*n),
+                Source::Given(n) => {
+                    line.extend_from_slice(&self.given[*n]);
+                    continue;
+                }
             };
             let field = *field.ok_or_else(|| {
                 Error::new(Kind::Verification, format!("a row at the target has {} fields, too few", image.len()))
@@ -228,6 +255,17 @@ mod tests {
         assert_eq!((m.newer.as_slice(), m.dropped.as_slice()), (&["added".to_owned()][..], &["gone".to_owned()][..]));
         assert!(m.same_order);
         assert_eq!(stage(&m, "7", "7\ta\tb"), ("7\ta".into(), "7".into()));
+    }
+
+    #[test]
+    fn what_an_archive_up_to_now_has_not_heard_of_is_as_for_older_rows() {
+        let then = rel(vec![column(1, "id", 0), column(3, "gone", 0)], &[0]);
+        let filled = Column { missing: Some("a\tb".into()), ..column(4, "filled", 0) };
+        let now = rel(vec![column(1, "id", 0), filled, column(5, "empty", 0)], &[0]);
+        let m = Mapping::up_to_now(&then, &now, false).unwrap();
+        assert_eq!(m.columns.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["id", "filled", "empty"]);
+        assert!(m.newer.is_empty() && m.same_order);
+        assert_eq!(stage(&m, "7", "7\tb"), ("7\ta\\tb\t\\N".into(), "7".into()));
     }
 
     #[test]

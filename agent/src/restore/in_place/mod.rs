@@ -23,6 +23,7 @@ use crate::merge::Scratch;
 use crate::restore::keys::RowKey;
 use crate::restore::request::TableReport;
 use crate::restore::sink::Watch;
+use crate::snapshot::catalog;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Class, Lsn, TenantKind, quote_ident};
@@ -89,12 +90,11 @@ pub struct InPlace<'a> {
 }
 
 impl InPlace<'_> {
-    /// Does it.
+    /// The session to [`Self::run`] over: nobody else restores in place while it lasts, unless this is a dry run.
     ///
     /// # Errors
-    /// `Refused`: rows of the target belong to others now, or a constraint would break; nothing was changed. `Fenced`:
-    /// another restore runs, or locks were not to be had; nothing was changed.
-    pub async fn run(&self) -> Result<Outcome> {
+    /// `Fenced`: another restore runs. `Refused`: not with this tenant, or not in this server.
+    pub async fn session(&self) -> Result<SqlClient> {
         if self.tenant.kind == TenantKind::Shared {
             return Err(Error::new(
                 Kind::Refused,
@@ -103,16 +103,30 @@ impl InPlace<'_> {
         }
         let client = sql::connect(&self.dsn.with_application_name("coffer restore")).await?;
         standby_is_refused(&client).await?;
+        if !self.options.dry_run {
+            fence::only_one(&client).await?;
+        }
+        Ok(client)
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// `Refused`: rows of the target belong to others now, or a constraint would break; nothing was changed. `Fenced`:
+    /// locks were not to be had; nothing was changed. Code `commit_unknown`: the session was lost in the commit.
+    pub async fn run(&self, client: &SqlClient) -> Result<Outcome> {
         let mut warnings = Vec::new();
-        let tables = self.tables(&client).await?;
+        let (tables, others) = self.tables(client).await?;
         if tables.is_empty() {
             return Err(Error::new(Kind::NotFound, "none of the covered tables can hold rows of this tenant")
                 .hint("see coffer.coverage; --table takes name or schema.name"));
         }
+        let nobodys = self.nobodys(client).await?;
         let pass = || Pass {
             dsn: self.dsn,
             target: &self.target,
             tables: &tables,
+            others: &others,
             restricted: !self.options.tables.is_empty() || !self.options.classes.is_empty(),
             scratch: self.scratch,
             memory: self.memory,
@@ -121,31 +135,28 @@ impl InPlace<'_> {
         };
         if self.options.dry_run {
             let found = pass().run(None).await?;
-            self.require_new(&tables, &found)?;
             return Ok(outcome(&tables, found, None, warnings));
         }
-        fence::only_one(&client).await?;
-        fence::remove_leftovers(&client).await?;
-        let settings = restore_settings(&client, self.tenant, &mut warnings).await?;
+        fence::remove_leftovers(client).await?;
+        let settings = restore_settings(client, self.tenant, &mut warnings).await?;
         let mut staged = BTreeSet::new();
         let (tx, rx) = tokio::sync::mpsc::channel(8);
         let first = pass();
-        let (found, written) = tokio::join!(first.run(Some(tx)), stage::write(&client, &tables, &mut staged, rx));
+        let (found, written) = tokio::join!(first.run(Some(tx)), stage::write(client, &tables, &mut staged, rx));
         // A staging that failed ends the comparison too; its own error says why.
         written?;
         let found = found?;
-        self.require_new(&tables, &found)?;
         if found.tables.iter().all(|t| t.counts.is_empty()) {
             return Ok(outcome(&tables, found, None, warnings));
         }
         let compared: Vec<&LiveTable> = found.tables.iter().map(|t| &tables[&t.relid]).collect();
-        let done = match self.fence(&client, &compared).await {
+        let done = match self.fence(client, &compared).await {
             Err(e) => Err(e),
             Ok(()) => {
                 let (tenant, uid, watch) = (self.tenant, self.uid, self.watch);
-                let (rows, new_tenant) = (!self.options.keys.is_empty(), self.options.new_tenant);
+                let rows = !self.options.keys.is_empty();
                 apply::Apply {
-                    client: &client,
+                    client,
                     tenant,
                     pass: pass(),
                     staged,
@@ -154,7 +165,7 @@ impl InPlace<'_> {
                     watch,
                     uid,
                     rows,
-                    new_tenant,
+                    nobodys: &nobodys,
                 }
                 .run()
                 .await
@@ -163,9 +174,9 @@ impl InPlace<'_> {
         let unfenced = unfence(self.dsn, client, &compared).await;
         let done = match (done, unfenced) {
             (Err(e), Err(u)) => return Err(e.hint(format!("fences are left behind: {u}; `coffer run` removes them"))),
-            (Err(e), Ok(_)) => return Err(e),
-            (Ok(d), Ok(client)) => {
-                move_sequences(&client, &tables, &d.comparison, &mut warnings).await;
+            (Err(e), Ok(())) => return Err(e),
+            (Ok(d), Ok(())) => {
+                move_sequences(client, &tables, &d.comparison, &mut warnings).await;
                 d
             }
             (Ok(d), Err(u)) => {
@@ -176,17 +187,18 @@ impl InPlace<'_> {
         Ok(outcome(&tables, done.comparison, Some(done.undo), warnings))
     }
 
-    fn require_new(&self, tables: &BTreeMap<u32, LiveTable>, found: &Comparison) -> Result<()> {
-        match found.tables.iter().find(|t| self.options.new_tenant && t.counts.live > 0) {
-            None => Ok(()),
+    /// The tables in which the tenant is to have no row: where it is to be new here, all of them, whatever the restore
+    /// is of; else none.
+    async fn nobodys(&self, client: &SqlClient) -> Result<Vec<LiveTable>> {
+        if !self.options.new_tenant {
+            return Ok(Vec::new());
+        }
+        let all = live::tables(client, self.tenant, &|_| true).await?;
+        match live::any_with_rows(client, &all).await.sql("cannot look for rows of the new tenant")? {
+            None => Ok(all),
             Some(t) => Err(Error::new(
                 Kind::Refused,
-                format!(
-                    "tenant {} has {} rows in {}: a copy goes to a key of nobody",
-                    self.tenant,
-                    t.counts.live,
-                    tables[&t.relid].name()
-                ),
+                format!("tenant {} has rows in {}: a copy goes to a key of nobody", self.tenant, t.name()),
             )
             .code("conflict")),
         }
@@ -195,11 +207,12 @@ impl InPlace<'_> {
     /// Compares, and changes and locks nothing: every table with at most `rows` of its differences.
     pub async fn look(&self, rows: usize) -> Result<(Vec<Looked>, Vec<String>)> {
         let client = sql::connect(&self.dsn.with_application_name("coffer diff")).await?;
-        let tables = self.tables(&client).await?;
+        let (tables, others) = self.tables(&client).await?;
         let found = Pass {
             dsn: self.dsn,
             target: &self.target,
             tables: &tables,
+            others: &others,
             restricted: !self.options.tables.is_empty() || !self.options.classes.is_empty(),
             scratch: self.scratch,
             memory: self.memory,
@@ -223,7 +236,8 @@ impl InPlace<'_> {
         Ok((found.tables.into_iter().map(looked).collect(), found.warnings))
     }
 
-    async fn tables(&self, client: &SqlClient) -> Result<BTreeMap<u32, LiveTable>> {
+    /// The tables of the restore, and the relids of all covered ones that are not in it.
+    async fn tables(&self, client: &SqlClient) -> Result<(BTreeMap<u32, LiveTable>, BTreeSet<u32>)> {
         let o = self.options;
         let mut out = BTreeMap::new();
         let mut asked: BTreeSet<&String> = o.tables.iter().collect();
@@ -244,7 +258,9 @@ impl InPlace<'_> {
         if let Some(n) = asked.first() {
             return Err(Error::new(Kind::NotFound, format!("no covered table {n} can hold rows of this tenant")));
         }
-        Ok(out)
+        let mut others: BTreeSet<u32> = catalog::rules(client).await?.iter().map(|r| r.relid).collect();
+        others.retain(|relid| !out.contains_key(relid));
+        Ok((out, others))
     }
 
     async fn fence(&self, client: &SqlClient, tables: &[&LiveTable]) -> Result<()> {
@@ -298,13 +314,13 @@ async fn restore_settings(client: &SqlClient, tenant: &Tenant, warnings: &mut Ve
     Ok(false)
 }
 
-/// Removes the fences, over a new session when the restore's own is gone. Gives back the session.
-async fn unfence(dsn: &Dsn, client: SqlClient, tables: &[&LiveTable]) -> Result<SqlClient> {
-    let client = if client.is_closed() { sql::connect(dsn).await? } else { client };
+/// Removes the fences, over a new session when the restore's own is gone.
+async fn unfence(dsn: &Dsn, client: &SqlClient, tables: &[&LiveTable]) -> Result<()> {
+    let new = if client.is_closed() { Some(sql::connect(dsn).await?) } else { None };
     for t in tables {
-        fence::remove(&client, t.rule.relid, &t.name()).await?;
+        fence::remove(new.as_ref().unwrap_or(client), t.rule.relid, &t.name()).await?;
     }
-    Ok(client)
+    Ok(())
 }
 
 /// Removes fences that restores left that died, unless one is running. For the start of the agent.
