@@ -19,6 +19,8 @@ on_majors! {
     as_another_tenant: as_another_tenant;
     nobody_elses_rows: nobody_elses_rows;
     keys_as_they_are_written: keys_as_they_are_written;
+    undone_whole_or_named: undone_whole_or_named;
+    values_that_are_not_kept: values_that_are_not_kept;
 }
 
 const DDL: &str = "
@@ -670,4 +672,82 @@ fn keys_as_they_are_written(major: u32) {
         assert_eq!(counts(&done, &format!("public.{table}")), [0, 1, 0, 0], "{done}");
         assert_eq!(sql(&format!("SELECT v FROM {table} WHERE org = 2")), "then");
     }
+}
+
+/// A table that cannot be taken back to before a restore is no reason to say that the restore was taken back.
+fn undone_whole_or_named(major: u32) {
+    let (cluster, mut agent) = with_orders(major);
+    let sql = |s: &str| cluster.psql("shop", s);
+    agent.json(&["diff", "--tenant", "2", "--to", "name:before", "--wait", "120s"]);
+    assert_eq!(agent.stop(), Some(0));
+    // Nobody takes a base of the new table before the restore.
+    cluster.script(
+        "shop",
+        "UPDATE days SET v = 'now'; DROP TABLE things;
+         CREATE TABLE things (org int NOT NULL, id uuid NOT NULL, v text, PRIMARY KEY (org, id));
+         INSERT INTO things VALUES (2, '0a1b2c3d-0000-4000-8000-00000000000b', 'now');
+         SELECT * FROM coffer.add_table('things', 'org');",
+    );
+    let done = restore(&agent, "2", "name:before", "in-place", &["--table", "days", "--table", "things"]);
+    assert_eq!(counts(&done, "public.things"), [1, 0, 1, 0], "{done}");
+    cluster.script(
+        "shop",
+        "CREATE TABLE fees (id int PRIMARY KEY); INSERT INTO fees VALUES (1); SELECT coffer.add_shared('fees');
+         SELECT coffer.restore_point('fees');",
+    );
+    let id = done["undo"].as_str().expect("an undo id").to_owned();
+    agent.start();
+    let undo = ["restore", "--undo", &id, "--wait", "120s", "--confirm"];
+    // The new table has no name in the log before its base.
+    coffer_tests::wait_for("the table's name", 60, || {
+        let (exit, said) = agent.json_err(&undo);
+        let (message, hint) = (said["error"]["message"].to_string(), said["error"]["hint"].to_string());
+        assert!(exit == 4 && hint.contains("--table takes others back: public.days"), "{exit} {said}");
+        message.contains("before it: public.things").then_some(())
+    });
+    assert_eq!(sql("SELECT v FROM days WHERE org = 2"), "then");
+    let some = [&undo[..], &["--table", "days"]].concat();
+    assert_eq!(counts(&agent.json(&some), "public.days"), [0, 1, 0, 0]);
+    assert_eq!(sql("SELECT v FROM days WHERE org = 2"), "now");
+
+    // A shared table without a base at the target is not in a new database, and that is said.
+    let copy = restored::Database::named(&cluster, "copy");
+    let url = cluster.url("postgres", &copy.name);
+    let done = restore(&agent, "2", "name:fees", "database", &["--target", &url, "--table", "days"]);
+    assert!(done["warnings"].to_string().contains("public.fees: if it is shared"), "{done}");
+}
+
+/// A value that did not come along with a row is refused, or NULL and said so.
+fn values_that_are_not_kept(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE papers (org int NOT NULL, id int NOT NULL, body text, PRIMARY KEY (org, id));
+         ALTER TABLE papers ALTER body SET STORAGE EXTERNAL; SELECT * FROM coffer.add_table('papers', 'org');
+         INSERT INTO papers VALUES (2, 1, repeat('x', 9000)), (3, 2, 'short');",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["2", "3"]);
+    // As the value of a row that moves would be if it were too large.
+    cluster.script(
+        "shop",
+        "BEGIN; SELECT coffer._ddl('ALTER TABLE public.papers DISABLE TRIGGER aaa_coffer_fill');
+         UPDATE papers SET org = 3 WHERE id = 1;
+         SELECT coffer._ddl('ALTER TABLE public.papers ENABLE ALWAYS TRIGGER aaa_coffer_fill'); COMMIT;
+         SELECT coffer.restore_point('before'); UPDATE papers SET body = 'written since' WHERE id = 1;",
+    );
+    let (exit, said) = refused(&agent, "3", &["--confirm"]);
+    assert_eq!(said["error"]["code"], "incomplete_row", "{exit} {said}");
+    assert_eq!(cluster.psql("shop", "SELECT body FROM papers WHERE id = 1"), "written since");
+    for how in ["--dry-run", "--confirm"] {
+        let mut args = vec!["--json", "restore", "--tenant", "3", "--to", "name:before", "--mode", "in-place"];
+        args.extend(["--allow-incomplete", how]);
+        let out = agent.coffer(&args);
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert_eq!(out.status.code(), Some(if how == "--confirm" { 9 } else { 0 }), "{said}");
+        assert!(said.contains("1 rows came from another tenant with values that are not in this backup"), "{said}");
+    }
+    assert_eq!(cluster.psql("shop", "SELECT body IS NULL FROM papers WHERE id = 1"), "t");
 }
