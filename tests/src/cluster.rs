@@ -17,7 +17,7 @@ fn is_root() -> bool {
 }
 
 /// A command as the user that may run a server: postgres when we are root.
-fn as_postgres(program: &Path) -> Command {
+pub fn as_postgres(program: &Path) -> Command {
     if is_root() {
         let mut c = Command::new("runuser");
         c.args(["-u", "postgres", "--"]).arg(program);

@@ -1,6 +1,6 @@
 //! Decode: our plugin against pgoutput, the same null client, the same WAL.
 
-use crate::figure::Figure;
+use crate::figure::{Figure, Unit};
 use crate::null_client::{self, Pass};
 use crate::world::{DB, REPETITIONS, Stretch, World};
 
@@ -39,6 +39,7 @@ fn measure(world: &World, stretch: &Stretch, name: &'static str) -> Figure {
     }
     Figure {
         name,
+        unit: Unit::Seconds,
         bar: Some(0.60),
         ours: format!("pg_coffer, frames, {} MB of WAL to a null client", stretch.wal_bytes >> 20),
         peer: "pgoutput, protocol 1, the same WAL to the same client".into(),

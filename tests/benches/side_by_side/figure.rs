@@ -9,9 +9,34 @@ pub struct Took {
     pub cpu: f64,
 }
 
+impl Took {
+    /// Of what nobody counted the processor time.
+    pub fn seconds(seconds: f64) -> Self {
+        Self { seconds, cpu: 0.0 }
+    }
+}
+
+/// What the runs count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    Seconds,
+    /// In [`Took::seconds`], too.
+    Megabytes,
+}
+
+impl Unit {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Seconds => "s",
+            Self::Megabytes => "MB",
+        }
+    }
+}
+
 /// One line of the result.
 pub struct Figure {
     pub name: &'static str,
+    pub unit: Unit,
     /// Ours at or below this share of the peer's time. `None`: nothing was promised.
     pub bar: Option<f64>,
     /// What each side ran.
@@ -50,7 +75,7 @@ pub fn print(figures: &[Figure]) {
     );
     for f in figures {
         println!(
-            "{:<12} {:>6.2} {:>6} {:<4} {:>6.2} s {:>6.2} s   {:>8.2} s {:>8.2} s   median of {}",
+            "{:<12} {:>6.2} {:>6} {:<4} {:>6.2} {unit:<2}{:>6.2} {unit:<2}  {:>8.2} s {:>8.2} s   median of {}",
             f.name,
             f.ratio(),
             f.bar.map_or_else(|| "-".to_owned(), |b| format!("{b:.2}")),
@@ -60,13 +85,14 @@ pub fn print(figures: &[Figure]) {
             cpu(&f.ours_runs),
             cpu(&f.peer_runs),
             f.ours_runs.len(),
+            unit = f.unit.name(),
         );
     }
     for f in figures {
         println!("\n{}\n  ours: {}\n  peer: {}", f.name, f.ours, f.peer);
         for (who, runs) in [("ours", &f.ours_runs), ("peer", &f.peer_runs)] {
             let all: Vec<String> = runs.iter().map(|t| format!("{:.2}", t.seconds)).collect();
-            println!("  {who} seconds: {}", all.join(" "));
+            println!("  {who} ({}): {}", f.unit.name(), all.join(" "));
         }
     }
 }
@@ -79,7 +105,7 @@ pub fn write(figures: &[Figure]) {
         .iter()
         .map(|f| {
             let mut figure = json!({
-                "name": f.name, "ratio": round(f.ratio()),
+                "name": f.name, "unit": f.unit.name(), "ratio": round(f.ratio()),
                 "ours_s": round(seconds(&f.ours_runs)), "peer_s": round(seconds(&f.peer_runs)),
                 "ours": f.ours, "peer": f.peer,
                 "ours_cpu_s": round(cpu(&f.ours_runs)), "peer_cpu_s": round(cpu(&f.peer_runs)),

@@ -1,8 +1,8 @@
 //! A restore in place after 0.1 % of a tenant's rows were damaged, against giving the tenant all of its rows anew: reading
 //! them from the same backup, deleting, and loading with COPY in one transaction.
 
-use crate::figure::{Figure, Took};
-use crate::world::{REPETITIONS, World};
+use crate::figure::{Figure, Took, Unit};
+use crate::world::REPETITIONS;
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Out};
@@ -12,7 +12,7 @@ const DB: &str = "damaged";
 /// Of the tenant, in two tables; the others have as many together.
 const ROWS: u32 = 400_000;
 
-pub fn run(_: &mut World) -> Figure {
+pub fn run() -> Figure {
     let cluster = Cluster::start_with(15, "shared_buffers = 512MB\nmax_wal_size = 8GB\ncheckpoint_timeout = 1h\n", &[]);
     let agent = prepare(&cluster);
     let name = "name:before";
@@ -40,6 +40,7 @@ pub fn run(_: &mut World) -> Figure {
     }
     Figure {
         name: "in-place",
+        unit: Unit::Seconds,
         bar: Some(0.33),
         ours: format!("coffer restore --mode in-place, {} of {ROWS} rows differ", ROWS / 1000),
         peer: "coffer restore --mode files, then DELETE and COPY in one transaction".into(),

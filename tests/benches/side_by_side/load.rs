@@ -4,7 +4,7 @@
 //! Two clusters, one idle while the other runs, in interleaved pairs. The agent and the walsender run on the same machine
 //! as the server and its clients, so what they take is in the figure.
 
-use crate::figure::{Figure, Took};
+use crate::figure::{Figure, Took, Unit};
 use crate::world::REPETITIONS;
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
@@ -63,6 +63,7 @@ fn figure(name: &'static str, bar: f64, which: fn(Took) -> Took) -> Figure {
     let transactions = TRANSACTIONS * CLIENTS.parse::<u32>().expect("a number");
     Figure {
         name,
+        unit: Unit::Seconds,
         bar: Some(bar),
         ours: format!("{what}, {transactions} transactions of {CLIENTS} clients, protected, the agent streaming"),
         peer: "the same, wal_level = logical alone".into(),

@@ -9,7 +9,9 @@ mod decode;
 mod figure;
 mod in_place;
 mod load;
+mod memory;
 mod null_client;
+mod one_of_many;
 mod pipeline;
 mod snapshot;
 mod tags;
@@ -23,22 +25,33 @@ struct Benchmark {
     name: &'static str,
     /// Whether it needs an agent that has taken its bases before the workload is written.
     with_agent: bool,
-    run: fn(&mut World) -> Figure,
+    run: Run,
+}
+
+/// Where a benchmark takes place.
+enum Run {
+    /// In the cluster that several share.
+    In(fn(&mut World) -> Figure),
+    /// In one of its own.
+    Own(fn() -> Figure),
 }
 
 /// In this order: those after `pipeline` write WAL of their own.
 const ALL: &[Benchmark] = &[
-    Benchmark { name: "decode", with_agent: false, run: decode::identity },
-    Benchmark { name: "pipeline", with_agent: true, run: pipeline::run },
-    Benchmark { name: "decode-tag", with_agent: false, run: decode::tag },
-    Benchmark { name: "path-insert", with_agent: false, run: tags::path_insert },
-    Benchmark { name: "path-update", with_agent: false, run: tags::path_update },
-    Benchmark { name: "tag-delete", with_agent: false, run: tags::tag_delete },
-    Benchmark { name: "snapshot", with_agent: false, run: snapshot::one_table },
-    Benchmark { name: "snapshot-20", with_agent: false, run: snapshot::many_tables },
-    Benchmark { name: "in-place", with_agent: false, run: in_place::run },
-    Benchmark { name: "load", with_agent: false, run: |_| load::elapsed() },
-    Benchmark { name: "load-cpu", with_agent: false, run: |_| load::backends() },
+    Benchmark { name: "decode", with_agent: false, run: Run::In(decode::identity) },
+    Benchmark { name: "pipeline", with_agent: true, run: Run::In(pipeline::run) },
+    Benchmark { name: "decode-tag", with_agent: false, run: Run::In(decode::tag) },
+    Benchmark { name: "path-insert", with_agent: false, run: Run::In(tags::path_insert) },
+    Benchmark { name: "path-update", with_agent: false, run: Run::In(tags::path_update) },
+    Benchmark { name: "tag-delete", with_agent: false, run: Run::In(tags::tag_delete) },
+    Benchmark { name: "snapshot", with_agent: false, run: Run::In(snapshot::one_table) },
+    Benchmark { name: "snapshot-20", with_agent: false, run: Run::In(snapshot::many_tables) },
+    Benchmark { name: "in-place", with_agent: false, run: Run::Own(in_place::run) },
+    Benchmark { name: "one-of-100", with_agent: false, run: Run::Own(one_of_many::restore) },
+    Benchmark { name: "full-size", with_agent: false, run: Run::Own(one_of_many::size) },
+    Benchmark { name: "memory", with_agent: false, run: Run::Own(memory::merge) },
+    Benchmark { name: "load", with_agent: false, run: Run::Own(load::elapsed) },
+    Benchmark { name: "load-cpu", with_agent: false, run: Run::Own(load::backends) },
 ];
 
 fn main() {
@@ -50,11 +63,15 @@ fn main() {
         eprintln!("no benchmark is named so; there is: {}", ALL.iter().map(|b| b.name).collect::<Vec<_>>().join(", "));
         std::process::exit(2);
     }
-    let mut world = World::new(chosen.iter().any(|b| b.with_agent));
+    let mut world: Option<World> = None;
+    let with_agent = chosen.iter().any(|b| b.with_agent);
     let mut figures = Vec::new();
     for b in chosen {
         println!("\n{}", b.name);
-        figures.push((b.run)(&mut world));
+        figures.push(match b.run {
+            Run::In(f) => f(world.get_or_insert_with(|| World::new(with_agent))),
+            Run::Own(f) => f(),
+        });
         // After each: a later one that fails takes nothing with it.
         figure::write(&figures);
     }

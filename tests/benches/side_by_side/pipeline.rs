@@ -5,7 +5,7 @@
 //! agent had taken its bases before the workload was written. Before every repetition the slot, the repository and the
 //! keyring are put back to what they were then.
 
-use crate::figure::{Figure, Took};
+use crate::figure::{Figure, Took, Unit};
 use crate::null_client::cpu_seconds;
 use crate::world::{DB, REPETITIONS, World, lsn};
 use coffer_tests::agent::Agent;
@@ -48,6 +48,7 @@ pub fn run(world: &mut World) -> Figure {
     }
     Figure {
         name: "pipeline",
+        unit: Unit::Seconds,
         bar: Some(0.70),
         ours: format!(
             "coffer run, start to durable: {} files, {} MB in one file store, ship interval 1s, peak memory {} MiB",

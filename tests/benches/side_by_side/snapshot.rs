@@ -1,6 +1,6 @@
 //! `coffer.snapshot()` beside the same rows by plain SQL: at least as fast, in one table and in twenty.
 
-use crate::figure::{Figure, Took};
+use crate::figure::{Figure, Took, Unit};
 use crate::load::backends_cpu;
 use crate::world::{DB, REPETITIONS, World};
 use std::fmt::Write;
@@ -59,6 +59,7 @@ fn run(world: &World, name: &'static str, tables: u32) -> Figure {
     }
     Figure {
         name,
+        unit: Unit::Seconds,
         bar: Some(1.0),
         ours: format!("{ours}, 6,000 rows in {tables} table(s), {TIMES} times"),
         peer: "SELECT its name, to_jsonb(row) of each table WHERE the tenant column = the tenant, UNION ALL".into(),

@@ -1,6 +1,6 @@
 //! What a row costs whose tenant has to be tagged: processor seconds of the backend that the trigger adds to a million rows.
 
-use crate::figure::{Figure, Took};
+use crate::figure::{Figure, Took, Unit};
 use crate::load::backends_cpu;
 use crate::world::{DB, REPETITIONS, World};
 use std::time::Duration;
@@ -80,6 +80,7 @@ fn added(
     }
     Figure {
         name,
+        unit: Unit::Seconds,
         bar,
         ours: format!("processor seconds that the trigger adds to a million rows ({ROWS} measured)"),
         peer: allowed.into(),
