@@ -48,21 +48,37 @@ pub const ROLES_FAILED: &str = "roles_failed";
 /// What retention keeps no more cannot be removed.
 pub const PRUNE_FAILED: &str = "prune_failed";
 
+/// The rows of a tenant in the repository are not its live rows.
+pub const VALIDATION_DIFFERS: &str = "validation_differs";
+/// Tenants cannot be compared with their live rows.
+pub const VALIDATION_FAILED: &str = "validation_failed";
+/// An object in a store, or a chain of records, is not as it was written.
+pub const DAMAGED_OBJECT: &str = "damaged_object";
+/// The scrub does not come round in its period.
+pub const SCRUB_LATE: &str = "scrub_late";
 /// Large objects cannot be read or archived.
 pub const LARGE_OBJECTS_FAILED: &str = "large_objects_failed";
 
 /// All standing alarms.
 #[derive(Debug, Default)]
 pub struct Alarms {
-    standing: Mutex<BTreeMap<(&'static str, String), Alarm>>,
+    standing: Mutex<BTreeMap<(&'static str, String, Option<String>), Alarm>>,
 }
 
 impl Alarms {
     /// Raises an alarm, or changes the words of one that stands. True when it is new.
     pub fn raise(&self, code: &'static str, scope: &str, message: impl Into<String>) -> bool {
-        let message = message.into();
-        let alarm = Alarm { code, message: message.clone(), tenant: None, scope: scope.to_owned() };
-        let new = self.lock().insert((code, scope.to_owned()), alarm).is_none();
+        self.stand(code, scope, None, message.into())
+    }
+
+    /// The same for one tenant, named by its key.
+    pub fn raise_for(&self, code: &'static str, scope: &str, tenant: &str, message: impl Into<String>) -> bool {
+        self.stand(code, scope, Some(tenant.to_owned()), message.into())
+    }
+
+    fn stand(&self, code: &'static str, scope: &str, tenant: Option<String>, message: String) -> bool {
+        let alarm = Alarm { code, message: message.clone(), tenant: tenant.clone(), scope: scope.to_owned() };
+        let new = self.lock().insert((code, scope.to_owned(), tenant), alarm).is_none();
         if new {
             tracing::error!(alarm = code, scope, "{message}");
         }
@@ -71,7 +87,16 @@ impl Alarms {
 
     /// Clears an alarm; nothing when it does not stand.
     pub fn clear(&self, code: &'static str, scope: &str) {
-        if self.lock().remove(&(code, scope.to_owned())).is_some() {
+        self.end(code, scope, None);
+    }
+
+    /// Clears a tenant's.
+    pub fn clear_for(&self, code: &'static str, scope: &str, tenant: &str) {
+        self.end(code, scope, Some(tenant.to_owned()));
+    }
+
+    fn end(&self, code: &'static str, scope: &str, tenant: Option<String>) {
+        if self.lock().remove(&(code, scope.to_owned(), tenant)).is_some() {
             tracing::info!(alarm = code, scope, "cleared");
         }
     }
@@ -81,7 +106,7 @@ impl Alarms {
         self.lock().values().cloned().collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<(&'static str, String), Alarm>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<(&'static str, String, Option<String>), Alarm>> {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -98,8 +123,11 @@ mod tests {
         assert!(a.raise(GAP, "crm", "three"));
         assert_eq!(a.standing().len(), 2);
         assert_eq!(a.standing()[1].message, "two");
+        assert!(a.raise_for(GAP, "shop", "7", "four"));
         a.clear(GAP, "shop");
         a.clear(GAP, "shop");
+        assert_eq!(a.standing().len(), 2);
+        a.clear_for(GAP, "shop", "7");
         assert_eq!(a.standing().len(), 1);
     }
 }

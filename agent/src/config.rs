@@ -35,6 +35,8 @@ pub struct Config {
     #[serde(default)]
     pub compact: CompactConfig,
     #[serde(default)]
+    pub verify: VerifyConfig,
+    #[serde(default)]
     pub limits: LimitsConfig,
     #[serde(default)]
     pub spool: SpoolConfig,
@@ -232,6 +234,24 @@ impl Default for CompactConfig {
     }
 }
 
+/// What is read back, compared and restored to see that it can be.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifyConfig {
+    /// Bytes that the scrub reads from the stores in a second, at most; 0: there is none.
+    #[serde(deserialize_with = "bytes")]
+    pub scrub_rate: u64,
+    /// Everything is read back once in this time.
+    #[serde(deserialize_with = "duration")]
+    pub scrub_period: Duration,
+}
+
+impl Default for VerifyConfig {
+    fn default() -> Self {
+        Self { scrub_rate: 8 << 20, scrub_period: Duration::from_secs(30 * 86_400) }
+    }
+}
+
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
@@ -382,6 +402,7 @@ impl Config {
         }
         need(self.ship.interval >= Duration::from_millis(100), "[ship] interval: at least 100ms")?;
         need(self.rpo.limit >= self.ship.interval, "[rpo] limit is below [ship] interval: it could never be met")?;
+        need(self.verify.scrub_period >= Duration::from_secs(1), "[verify] scrub_period: at least 1s")?;
         need(self.limits.memory >= 64 << 20, "[limits] memory: at least 64MiB")?;
         let policy = crate::retention::Policy::from(&self.retention).validate();
         policy.map_err(|e| Error::usage(format!("[retention] {e}")))?;

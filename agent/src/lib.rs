@@ -41,3 +41,4 @@ pub mod sql;
 pub mod status;
 pub mod tenant;
 pub mod validation;
+pub mod verify;

@@ -31,14 +31,19 @@ pub struct MemoryShares {
     pub job: usize,
     /// The same of fulls.
     pub compact: u64,
+    /// One comparison with live rows.
+    pub check: usize,
 }
+
+/// A comparison with less would go to the disk with every few rows.
+const LEAST_CHECK: usize = 8 << 20;
 
 impl MemoryShares {
     /// The shares of one of `sources` sources.
     pub fn of(memory: u64, sources: usize) -> Self {
         let each = memory / sources.max(1) as u64;
         let job = usize::try_from(each / 10).unwrap_or(usize::MAX);
-        Self { stream: each / 5, base: each / 4, job, compact: each / 8 }
+        Self { stream: each / 5, base: each / 4, job, compact: each / 8, check: (job / 2).max(LEAST_CHECK) }
     }
 }
 

@@ -22,6 +22,7 @@ use crate::sequences::{self, SequenceNotes};
 use crate::ship::{Anchors, CLOCK_MARGIN_US, Shipper};
 use crate::snapshot::BaseTaker;
 use crate::spool::Spool;
+use crate::verify;
 use coffer_wire::Lsn;
 use std::sync::Arc;
 use std::time::Duration;
@@ -80,6 +81,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         sequences: sequences.clone(),
     };
     let mut shipping = tokio::spawn(shipper.run(items_rx));
+    let mirror = Arc::new(jobs::Mirror::new(ctx.clone()));
     let helpers = [
         tokio::spawn(Reporter::new(ctx.clone(), flow.clone(), anchors.clone(), tenants_rx, durable.clone()).run()),
         tokio::spawn({
@@ -89,9 +91,11 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         tokio::spawn(clear_gaps(ctx.clone())),
         tokio::spawn(crate::prune::watch(ctx.clone())),
         tokio::spawn(compact::on_schedule(ctx.clone())),
+        tokio::spawn(verify::live::watch(ctx.clone(), mirror.clone())),
+        tokio::spawn(verify::scrub::watch(ctx.clone(), mirror.clone())),
         tokio::spawn(sequences::watch(ctx.clone(), sequences)),
     ];
-    let mut served = tokio::spawn(jobs::run(ctx.clone(), flow));
+    let mut served = tokio::spawn(jobs::run(ctx.clone(), flow, mirror));
     let mut bases = tokio::spawn(take_bases(ctx.clone()));
     let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable };
     let ended = |r: Result<Result<()>, tokio::task::JoinError>| match r {

@@ -8,6 +8,7 @@ use crate::clock::rfc3339;
 use crate::demux::Flow;
 use crate::error::{Context, Kind, Result};
 use crate::run::AgentContext;
+use crate::verify::figures::{ChecksView, Figures};
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -64,6 +65,8 @@ pub struct SourceView {
     pub buffer_bytes: u64,
     #[serde(default)]
     pub spool_bytes: u64,
+    #[serde(default)]
+    pub checks: ChecksView,
 }
 
 /// One store.
@@ -89,6 +92,8 @@ pub struct SourceStatus {
     slot: String,
     flow: OnceLock<Arc<Flow>>,
     noted: Mutex<Noted>,
+    /// What checks found.
+    pub checks: Figures,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +114,7 @@ impl SourceStatus {
             slot: slot.to_owned(),
             flow: OnceLock::new(),
             noted: Mutex::new(Noted { state: "stopped", ..Noted::default() }),
+            checks: Figures::default(),
         })
     }
 
@@ -182,6 +188,7 @@ impl SourceStatus {
             received_lsn: flow.map(|f| f.received().to_string()),
             buffer_bytes: flow.map_or(0, |f| f.held_bytes()),
             spool_bytes: flow.map_or(0, |f| f.spool_bytes()),
+            checks: self.checks.view(),
         }
     }
 }
@@ -242,6 +249,7 @@ impl AgentStatus {
                 .set(view.uncovered_tables.len() as f64);
             metrics::gauge!("coffer_buffer_bytes", "source" => source.clone()).set(view.buffer_bytes as f64);
             metrics::gauge!("coffer_spool_bytes", "source" => source.clone()).set(view.spool_bytes as f64);
+            c.status.checks.gauges(&source);
             if view.unresolved_rows > 0 {
                 c.alarms.raise(
                     alarms::UNRESOLVED_ROWS,
@@ -345,6 +353,17 @@ fn describe() {
     describe_gauge!("coffer_alarms", "Alarms that stand");
     describe_gauge!("coffer_last_full_timestamp_seconds", "When the last full was complete");
     describe_gauge!("coffer_last_validation_timestamp_seconds", "When the last validation passed");
+    describe_gauge!(
+        "coffer_oldest_validation_timestamp_seconds",
+        "When the tenant was validated that waits for longest"
+    );
+    describe_gauge!("coffer_validation_differing_tenants", "Tenants whose last validation found differences");
+    describe_counter!("coffer_validations_total", "Validations, by result: same, differs, failed (not made)");
+    describe_counter!("coffer_scrub_objects_total", "Objects read back by the scrub");
+    describe_counter!("coffer_scrub_bytes_total", "Bytes of objects read back by the scrub");
+    describe_gauge!("coffer_scrub_damaged_objects", "Objects and chains that are not as they were written");
+    describe_gauge!("coffer_scrub_round_ratio", "How much of the scrub's round is done, 0 to 1");
+    describe_gauge!("coffer_scrub_round_timestamp_seconds", "When the scrub had last read everything");
     describe_counter!("coffer_unresolved_rows_total", "Rows that capture could not attribute");
     describe_counter!("coffer_records_total", "Records appended to the commit log");
     describe_counter!("coffer_shipped_bytes_total", "Sealed bytes put into each required store");
@@ -449,7 +468,13 @@ fn html(d: &Document) -> String {
             escape(&v.uncovered_tables.join(", ")),
         );
     }
-    s.push_str("</table><h2>Stores</h2><table><tr><th>store<th>required<th>state<th>durable up to<th>last error</tr>");
+    s.push_str("</table><h2>Checks</h2><ul>");
+    for v in &d.sources {
+        for line in v.checks.lines() {
+            let _ = write!(s, "<li>{}: {}</li>", escape(&v.source), escape(&line));
+        }
+    }
+    s.push_str("</ul><h2>Stores</h2><table><tr><th>store<th>required<th>state<th>durable up to<th>last error</tr>");
     for v in &d.stores {
         let _ = write!(
             s,

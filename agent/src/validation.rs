@@ -26,7 +26,7 @@ use crate::snapshot::read::migration_waits;
 use crate::snapshot::visibility::PgSnapshot;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
-use coffer_wire::{Lsn, Relation, copy_text};
+use coffer_wire::{KeyMode, Lsn, Relation, copy_text};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -38,6 +38,8 @@ use uuid::Uuid;
 
 /// Differing keys that are named, for each table and kind.
 pub const NAMED: usize = 20;
+/// The same in an alarm.
+const KEYS_IN_ALARM: usize = 5;
 /// How often it begins again when tables change under it, and how long it pauses before.
 const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(500);
@@ -83,6 +85,14 @@ impl Difference {
         }
     }
 
+    fn noun(self) -> &'static str {
+        match self {
+            Self::LostRow => "rows that are not in the repository",
+            Self::ChangedValue => "rows with other values in the repository",
+            Self::ExtraRow => "rows in the repository that are not in the database",
+        }
+    }
+
     fn words(self) -> &'static str {
         match self {
             Self::LostRow => "is not in the repository",
@@ -112,6 +122,8 @@ pub struct Validated {
     pub tables: Vec<(String, u64)>,
     /// By table and kind: how many rows, and the keys of the first of them.
     pub differences: BTreeMap<(String, Difference), (u64, Vec<String>)>,
+    /// Tables without a key: what stands for one is the whole row.
+    pub keyless: BTreeSet<String>,
     /// Tables that could not be compared, and why.
     pub skipped: Vec<(String, String)>,
     pub warnings: Vec<String>,
@@ -137,6 +149,30 @@ impl Validated {
             }
         }
         out
+    }
+
+    /// How many rows differ in which tables, without a key: for what is kept where no tenant's data may be.
+    pub fn counts(&self) -> Option<String> {
+        let one = |((relation, kind), (count, _)): (&(String, Difference), &(u64, Vec<String>))| {
+            format!("{relation}: {count} {}", kind.noun())
+        };
+        let all: Vec<String> = self.differences.iter().map(one).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// The same with the keys of the first rows of each kind, and never a value: a table without a key has its count
+    /// alone.
+    pub fn keys(&self) -> String {
+        let one = |((relation, kind), (count, keys)): (&(String, Difference), &(u64, Vec<String>))| {
+            let mut text = format!("{relation}: {count} {}", kind.noun());
+            if !self.keyless.contains(relation) {
+                let first: Vec<&str> = keys.iter().take(KEYS_IN_ALARM).map(String::as_str).collect();
+                let more = if *count > first.len() as u64 { ", …" } else { "" };
+                text.push_str(&format!(" ({}{more})", first.join("; ")));
+            }
+            text
+        };
+        self.differences.iter().map(one).collect::<Vec<_>>().join("; ")
     }
 
     /// For the document of `coffer verify`.
@@ -317,29 +353,30 @@ impl Validation<'_> {
         };
         let (tx, rx) = mpsc::channel(8);
         let (found, differences) = tokio::join!(pass.run(Some(tx)), differences(&tables, rx));
-        Ok(self.validated(tenant, still, &tables, (found?, differences?), skipped))
+        Ok(validated(tenant, still, &tables, (found?, differences?), skipped))
     }
+}
 
-    fn validated(
-        &self,
-        tenant: &Tenant,
-        still: &Still,
-        tables: &BTreeMap<u32, LiveTable>,
-        (found, mut differences): (Comparison, BTreeMap<(String, Difference), (u64, Vec<String>)>),
-        skipped: Vec<(String, String)>,
-    ) -> Validated {
-        let same = |t: &crate::restore::in_place::compare::TableOutcome| (tables[&t.relid].name(), t.counts.unchanged);
-        for v in differences.values_mut() {
-            v.1.sort();
-        }
-        Validated {
-            tenant: tenant.clone(),
-            lsn: still.lsn,
-            tables: found.tables.iter().map(same).collect(),
-            differences,
-            skipped,
-            warnings: found.warnings,
-        }
+fn validated(
+    tenant: &Tenant,
+    still: &Still,
+    tables: &BTreeMap<u32, LiveTable>,
+    (found, mut differences): (Comparison, BTreeMap<(String, Difference), (u64, Vec<String>)>),
+    skipped: Vec<(String, String)>,
+) -> Validated {
+    let same = |t: &crate::restore::in_place::compare::TableOutcome| (tables[&t.relid].name(), t.counts.unchanged);
+    for v in differences.values_mut() {
+        v.1.sort();
+    }
+    let keyless = tables.values().filter(|t| t.relation.key_mode == KeyMode::FullRow).map(LiveTable::name).collect();
+    Validated {
+        tenant: tenant.clone(),
+        lsn: still.lsn,
+        tables: found.tables.iter().map(same).collect(),
+        differences,
+        keyless,
+        skipped,
+        warnings: found.warnings,
     }
 }
 
@@ -520,6 +557,7 @@ mod tests {
             lsn: Lsn(1),
             tables: vec![("s.t".into(), 5)],
             differences: [(("s.t".to_owned(), Difference::LostRow), (3, vec!["id = 7".to_owned()]))].into(),
+            keyless: BTreeSet::new(),
             skipped: vec![],
             warnings: vec![],
         };
@@ -527,5 +565,9 @@ mod tests {
         assert_eq!((f.len(), f[0].kind.name(), f[0].key.as_deref()), (2, "lost_row", Some("id = 7")));
         assert!(f[1].message.contains("2 more rows"), "{}", f[1].message);
         assert_eq!(v.document()["tables"][0]["lost"], 3);
+        assert_eq!(v.counts().as_deref(), Some("s.t: 3 rows that are not in the repository"));
+        assert_eq!(v.keys(), "s.t: 3 rows that are not in the repository (id = 7, …)");
+        let keyless = Validated { keyless: ["s.t".to_owned()].into(), ..v };
+        assert_eq!(keyless.keys(), "s.t: 3 rows that are not in the repository");
     }
 }

@@ -228,6 +228,35 @@ impl Agent {
             .join("\n---- next run ----\n")
     }
 
+    /// What the running agent's status server answers; empty when nobody does.
+    pub fn page(&self, path: &str) -> String {
+        use std::io::{Read, Write};
+        let mut text = String::new();
+        let Ok(mut s) = std::net::TcpStream::connect(("127.0.0.1", self.status_port)) else { return text };
+        let asked = s.write_all(format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").as_bytes());
+        if asked.and_then(|()| s.read_to_string(&mut text)).is_err() {
+            text.clear();
+        }
+        text
+    }
+
+    /// The value of a metric of the running agent, summed over its labels; 0 when it is not there.
+    pub fn metric(&self, name: &str) -> f64 {
+        let of = |l: &str| {
+            let rest = l.strip_prefix(name).filter(|r| r.starts_with(['{', ' ']))?;
+            rest.rsplit(' ').next()?.parse::<f64>().ok()
+        };
+        self.page("/metrics").lines().filter_map(of).sum()
+    }
+
+    /// The standing alarms of a code, as the health check has them.
+    pub fn alarms(&self, code: &str) -> Vec<Value> {
+        let text = self.page("/healthz");
+        let Some((_, body)) = text.split_once("\r\n\r\n") else { return Vec::new() };
+        let Ok(d) = serde_json::from_str::<Value>(body) else { return Vec::new() };
+        d["alarms"].as_array().into_iter().flatten().filter(|a| a["code"] == code).cloned().collect()
+    }
+
     /// Peak resident memory of the running agent, in KiB.
     pub fn peak_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("a running agent");

@@ -198,6 +198,28 @@ impl Cluster {
         client
     }
 
+    /// A session that LISTENs; what arrives there, from now on.
+    pub async fn listen(&self, db: &str, channel: &str) -> std::sync::Arc<std::sync::Mutex<Vec<String>>> {
+        use futures::StreamExt;
+        let url = self.url("postgres", db);
+        let (client, mut connection) =
+            tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap_or_else(|e| panic!("connect {url}: {e}"));
+        let heard = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+        let to = heard.clone();
+        tokio::spawn(async move {
+            let mut said = futures::stream::poll_fn(move |cx| connection.poll_message(cx));
+            while let Some(Ok(m)) = said.next().await {
+                if let tokio_postgres::AsyncMessage::Notification(n) = m {
+                    to.lock().expect("no panic").push(n.payload().to_owned());
+                }
+            }
+        });
+        client.batch_execute(&format!("LISTEN {channel}")).await.expect("LISTEN");
+        // The session lives as long as its connection is polled: the test's runtime.
+        std::mem::forget(client);
+        heard
+    }
+
     /// A database with the extension and an agent's role `coffer_agent` set up.
     pub fn create_protected_db(&self, db: &str) {
         self.psql("postgres", &format!("CREATE DATABASE {db}"));

@@ -263,12 +263,16 @@ fn restore_and_verify(major: u32) {
 
         // What is read back is noted, and seen as soon as the views are brought up to date.
         assert_eq!(
-            job(&cluster, "verify('2')", "state, result ->> 'ok', (result ->> 'objects')::int > 1"),
-            "done|true|t"
+            job(
+                &cluster,
+                "verify('2')",
+                "state, result ->> 'ok', (result ->> 'objects')::int > 1, (result #>> '{live,0,ok}')"
+            ),
+            "done|true|t|true"
         );
         wait_for("the verification to be listed", 30, || {
-            let seen = cluster.psql("shop", "SELECT tenant, ok, what FROM coffer.verifications");
-            (seen == "2|t|read_back").then_some(())
+            let seen = cluster.psql("shop", "SELECT tenant, ok, what FROM coffer.verifications ORDER BY what");
+            (seen == "2|t|live\n2|t|read_back").then_some(())
         });
         assert_eq!(
             cluster.psql(

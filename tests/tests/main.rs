@@ -44,6 +44,7 @@ mod oracle;
 mod paths;
 mod restores;
 mod retention;
+mod scrub;
 mod side;
 mod thread;
 mod types;

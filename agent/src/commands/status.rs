@@ -85,6 +85,7 @@ async fn without_agent(config: &Config) -> Result<Document> {
             received_lsn: None,
             buffer_bytes: 0,
             spool_bytes: 0,
+            checks: Default::default(),
         };
         if let Some(uid) = keyring.source(name) {
             view.tenants = keyring.tenants(uid).iter().filter(|t| t.tenant.kind == TenantKind::Normal).count();
@@ -155,6 +156,9 @@ fn text(d: &Document) -> String {
         let _ = writeln!(s, "  slot {}: {lag} of log held; {} tenants", v.slot, v.tenants);
         if v.unresolved_rows > 0 {
             let _ = writeln!(s, "  {} rows without a known tenant", v.unresolved_rows);
+        }
+        for line in v.checks.lines() {
+            let _ = writeln!(s, "  {line}");
         }
         if !v.uncovered_tables.is_empty() {
             let _ = writeln!(s, "  not covered: {}", v.uncovered_tables.join(", "));

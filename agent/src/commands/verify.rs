@@ -1,30 +1,23 @@
 //! `coffer verify`: reads back everything that the log names, in every store, and believes nothing.
-//!
-//! The log's numbering and hash chain; that each record goes on where the one before ended; then every object: length
-//! and SHA-256 as recorded, every chunk's authentication tag, kind, tenant and positions of the header, frames that
-//! parse, rows of one tenant, as many as recorded.
+//! What is looked at is in [`crate::verify::objects`].
 
 use super::progress::Progress;
-use crate::catalog::{self, Catalog, manifest};
 use crate::config::Config;
-use crate::crypto::ObjectKind;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::keyring::{TenantEntry, lost};
-use crate::large_objects::frames;
-use crate::merge::{check, from_io};
 use crate::opened::{Opened, scratch};
-use crate::repository::{Body, Log, LogRecord, ObjectRef, paths};
+use crate::repository::paths;
 use crate::restore::Watch;
 use crate::restore::request::merge_memory;
 use crate::tenant::Tenant;
 use crate::validation::Validation;
-use coffer_wire::TenantKind;
+use crate::verify::listing::{Listed, list};
+use crate::verify::live::{self, Compared};
+use crate::verify::objects::{Failure, is_finding, named_in, one_object};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashSet};
-use std::io::Read;
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -46,35 +39,6 @@ pub struct VerifyArgs {
     /// Only this store
     #[arg(long, value_name = "STORE")]
     pub from: Option<String>,
-}
-
-/// Something that is not as it was written.
-#[derive(Clone, Debug)]
-struct Failure {
-    object: String,
-    tenant_uid: Option<Uuid>,
-    kind: &'static str,
-    message: String,
-}
-
-impl Failure {
-    fn of(object: &str, tenant: Option<Uuid>, e: &Error) -> Self {
-        let kind = if e.kind() == Kind::Key {
-            "wrong_key"
-        } else {
-            ["missing", "replayed", "chain_gap"].into_iter().find(|k| e.is_code(k)).unwrap_or("corrupt")
-        };
-        Self { object: object.to_owned(), tenant_uid: tenant, kind, message: e.to_string() }
-    }
-
-    fn chain(object: String, message: String) -> Self {
-        Self { object, tenant_uid: None, kind: "chain_gap", message }
-    }
-}
-
-/// A store that does not answer is no failure of what is in it.
-fn is_finding(e: &Error) -> bool {
-    matches!(e.kind(), Kind::Verification | Kind::Key | Kind::NotFound)
 }
 
 /// Verifies; the exit code: 0, 5 or 7.
@@ -131,36 +95,31 @@ async fn against_live(
             watch: Watch::default(),
             patience: PATIENCE,
         };
-        // Rows of reference data and those that nobody could attribute have no place that is theirs alone.
-        let comparable = |t: &&TenantEntry| matches!(t.tenant.kind, TenantKind::Normal | TenantKind::Unassigned);
-        for t in tenants.iter().filter(comparable) {
-            add_live(&validation, t, document).await?;
+        for t in tenants.iter().filter(|t| live::is_comparable(&t.tenant)) {
+            let compared = live::compare(&validation, t).await?;
+            add_live(&compared, t, uid, document);
         }
     }
     Ok(())
 }
 
-/// Compares a tenant with its live rows and puts what was found into a document of [`verify`]: `live` has an entry for
-/// each tenant, and what differs is among the failures.
-pub(crate) async fn add_live(validation: &Validation<'_>, tenant: &TenantEntry, document: &mut Value) -> Result<()> {
+/// Puts what a comparison with live rows found into a document of [`verify`]: `live` has an entry for each tenant, and
+/// what differs is among the failures.
+pub(crate) fn add_live(compared: &Compared, tenant: &TenantEntry, source: Uuid, document: &mut Value) {
     let mut failures = Vec::new();
-    let live = match validation.run(&tenant.tenant).await {
-        Ok(v) => {
+    let live = match compared {
+        Compared::Done(v) => {
             failures.extend(v.failures().into_iter().map(|f| {
                 json!({"object": f.relation, "tenant_uid": tenant.uid, "kind": f.kind.name(), "message": f.message,
                     "relation": f.relation, "key": f.key})
             }));
             v.document()
         }
-        // An object that the comparison needs is not what it was.
-        Err(e) if is_finding(&e) => {
-            let f = Failure::of(&named_in(&e, &paths::source_dir(validation.source.1)), Some(tenant.uid), &e);
-            failures
-                .push(json!({"object": f.object, "tenant_uid": f.tenant_uid, "kind": f.kind, "message": f.message}));
+        Compared::Damaged(e) => {
+            failures.push(Failure::of(&named_in(e, &paths::source_dir(source)), Some(tenant.uid), e).document());
             json!({"tenant": tenant.tenant.key, "kind": tenant.tenant.kind.name(), "ok": false, "lsn": null,
                 "tables": [], "skipped": [], "warnings": [e.to_string()]})
         }
-        Err(e) => return Err(e),
     };
     if !failures.is_empty() {
         document["ok"] = false.into();
@@ -171,7 +130,6 @@ pub(crate) async fn add_live(validation: &Validation<'_>, tenant: &TenantEntry, 
     };
     add("failures", failures);
     add("live", vec![live]);
-    Ok(())
 }
 
 /// How far a verification is, for whoever watches it, and whether it is to end.
@@ -232,10 +190,7 @@ pub(crate) async fn verify(
             }
         }
     }
-    let listed: Vec<Value> = failures
-        .iter()
-        .map(|f| json!({"object": f.object, "tenant_uid": f.tenant_uid, "kind": f.kind, "message": f.message}))
-        .collect();
+    let listed: Vec<Value> = failures.iter().map(Failure::document).collect();
     Ok(json!({"version": 1, "ok": failures.is_empty(), "objects": objects.len(), "failures": listed,
         "stores": stores.iter().map(|s| s.0.clone()).collect::<Vec<_>>(), "warnings": warnings}))
 }
@@ -249,33 +204,9 @@ async fn one_store(
     json: bool,
     seen: &mut HashSet<String>,
 ) -> Result<Vec<Failure>> {
-    let log = match Log::open(&opened.repo, source, Some(store)).await {
-        Ok(log) => log,
-        Err(e) if is_finding(&e) => {
-            let object = paths::log_dir(source);
-            return Ok(vec![Failure::of(&named_in(&e, &object), None, &e)]);
-        }
-        Err(e) => return Err(e),
-    };
-    let mut failures = continuity(source, log.records());
-    let mut wanted: Vec<ObjectRef> = log
-        .records()
-        .iter()
-        .flat_map(|r| r.objects())
-        .filter(|o| tenant.is_none_or(|t| t == o.tenant))
-        .cloned()
-        .collect();
-    let (of_catalogs, more) = catalogs(opened, (source, tenant), store, seen).await?;
-    failures.extend(more);
-    let known: HashSet<&str> = wanted.iter().map(|o| o.path.as_str()).collect();
-    let fresh: BTreeMap<&str, &ObjectRef> =
-        of_catalogs.iter().map(|o| (o.path.as_str(), o)).filter(|(p, _)| !known.contains(p)).collect();
-    let fresh: Vec<ObjectRef> = fresh.into_values().cloned().collect();
-    wanted.extend(fresh);
+    let Listed { objects: wanted, records, mut failures, .. } = list(&opened.repo, source, tenant, store).await?;
+    seen.extend(records);
     seen.extend(wanted.iter().map(|o| o.path.clone()));
-    if tenant.is_none() {
-        seen.extend((0..log.records().len() as u64).map(|n| paths::log_record(source, n)));
-    }
     let total = wanted.iter().map(|o| o.bytes).sum();
     tally.total.fetch_add(total, Ordering::Relaxed);
     let progress = Progress::new(&format!("verifying {store}"), "bytes", total, json);
@@ -312,106 +243,6 @@ async fn one_store(
     }
     failures.sort_by(|a, b| a.object.cmp(&b.object));
     Ok(failures)
-}
-
-/// What the catalogs in one store name, and what is wrong with them.
-async fn catalogs(
-    opened: &Opened,
-    (source, tenant): (Uuid, Option<Uuid>),
-    store: &str,
-    seen: &mut HashSet<String>,
-) -> Result<(Vec<ObjectRef>, Vec<Failure>)> {
-    let (mut objects, mut failures) = (Vec::new(), Vec::new());
-    let having = catalog::tenants(&opened.repo, source, Some(store)).await?;
-    for (uid, numbers) in having.into_iter().filter(|(uid, _)| tenant.is_none_or(|t| t == *uid)) {
-        match Catalog::open(&opened.repo, source, uid, Some(store)).await {
-            Ok(c) => {
-                objects.extend(c.state().objects().cloned());
-                // That a manifest authenticates does not say that it adds up.
-                for (f, m) in c.state().fulls.iter().filter_map(|f| Some((f, f.manifest.as_ref()?))) {
-                    match manifest::read(&opened.repo, m, &f.objects, Some(store)).await {
-                        // What cannot be opened is found again with the other objects.
-                        Err(e) if e.is_code("malformed") => {
-                            failures.push(Failure::of(&m.path, Some(uid), &e.during(format_args!("store {store}"))));
-                        }
-                        Err(e) if !is_finding(&e) => return Err(e),
-                        _ => {}
-                    }
-                }
-                seen.extend(numbers.into_iter().map(|n| paths::catalog_record(source, uid, n)));
-            }
-            Err(e) if is_finding(&e) => {
-                let folder = paths::catalog_dir(source, uid);
-                failures.push(Failure::of(&named_in(&e, &folder), Some(uid), &e.during(format_args!("store {store}"))));
-            }
-            Err(e) => return Err(e),
-        }
-    }
-    Ok((objects, failures))
-}
-
-/// The record that an error of the log names, else the log's folder.
-fn named_in(e: &Error, folder: &str) -> String {
-    let text = e.to_string();
-    text.split([' ', ':', ',']).find(|w| w.starts_with(folder)).unwrap_or(folder).to_owned()
-}
-
-/// Each record begins where the one before ended.
-fn continuity(source: Uuid, records: &[Arc<LogRecord>]) -> Vec<Failure> {
-    let mut out = Vec::new();
-    for pair in records.windows(2) {
-        let (a, b) = (&pair[0], &pair[1]);
-        let path = || paths::log_record(source, b.n);
-        // A new timeline goes back to where the old one was left; a gap says what it skips.
-        let follows = match &b.body {
-            Body::Timeline { at, .. } => b.from_lsn <= a.upto_lsn && b.upto_lsn <= *at.max(&b.from_lsn),
-            _ => b.from_lsn == a.upto_lsn,
-        };
-        if !follows {
-            out.push(Failure::chain(
-                path(),
-                format!("record {} begins at {}, the record before it ends at {}", b.n, b.from_lsn, a.upto_lsn),
-            ));
-        }
-        if b.upto_lsn < b.from_lsn {
-            out.push(Failure::chain(path(), format!("record {} ends before it begins", b.n)));
-        }
-        if !matches!(b.body, Body::Timeline { .. })
-            && (a.timeline, a.system_identifier) != (b.timeline, b.system_identifier)
-        {
-            out.push(Failure::chain(path(), format!("record {} is of another server or timeline", b.n)));
-        }
-    }
-    out
-}
-
-fn one_object(plain: &mut dyn Read, o: &ObjectRef, owner: Option<&Tenant>) -> Result<()> {
-    match o.kind {
-        ObjectKind::Changeset | ObjectKind::Full | ObjectKind::Common => {
-            let within = (o.kind != ObjectKind::Full).then_some((o.lsn_start, o.lsn_end));
-            let found = check(plain, owner, within)?;
-            if o.kind != ObjectKind::Common && found.rows != o.rows {
-                return Err(Error::new(
-                    Kind::Verification,
-                    format!("object {} holds {} rows, its record says {}", o.path, found.rows, o.rows),
-                )
-                .code("corrupt"));
-            }
-            Ok(())
-        }
-        ObjectKind::LargeObjects => {
-            let found = frames::read(plain, &mut frames::Nothing)?;
-            if found != o.rows {
-                return Err(Error::new(
-                    Kind::Verification,
-                    format!("object {} holds {found} large objects, its record says {}", o.path, o.rows),
-                )
-                .code("corrupt"));
-            }
-            Ok(())
-        }
-        _ => std::io::copy(plain, &mut std::io::sink()).map(drop).map_err(from_io),
-    }
 }
 
 fn text(d: &Value) -> String {

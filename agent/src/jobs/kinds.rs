@@ -13,6 +13,8 @@ use crate::restore::{self, Means, Place, Request, undo};
 use crate::retention::Policy;
 use crate::run::AgentContext;
 use crate::tenant::Tenant;
+use crate::verify::live;
+use crate::verify::results::{READ_BACK, Results};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -139,35 +141,19 @@ impl Work<'_> {
         let stores: Vec<(String, bool)> = opened.repo.stores().map(|s| (s.name().to_owned(), s.required())).collect();
         let args = VerifyArgs { tenant: Some(self.job.tenant.clone()), against_live: false, from: None };
         let sources = Some(vec![(self.ctx.source.clone(), self.ctx.source_uid)]);
-        self.step.begin(0.0, 1.0, "reading back")?;
-        let result = verify::verify(&opened, sources, &stores, &args, &self.step.tally, true).await?;
-        let failures = result["failures"].as_array().cloned().unwrap_or_default();
-        let message = failures.first().map(|f| {
-            let more = if failures.len() > 1 { format!(" and {} more", failures.len() - 1) } else { String::new() };
-            format!("{}: {}{more}", f["kind"].as_str().unwrap_or_default(), f["message"].as_str().unwrap_or_default())
-        });
-        self.record_check(tenant.uid, message.clone()).await?;
-        let error = message.map(|m| {
+        self.step.begin(0.0, 0.5, "reading back")?;
+        let mut result = verify::verify(&opened, sources, &stores, &args, &self.step.tally, true).await?;
+        let read_back = first_failure(&result);
+        let results = Results { ctx: self.ctx, mirror: self.mirror };
+        results.record(tenant.uid, READ_BACK, read_back.is_none(), read_back).await?;
+        self.step.begin(0.5, 1.0, "comparing with the live rows")?;
+        let compared = live::check(self.ctx, self.mirror, &tenant, self.step.watch.clone()).await?;
+        verify::add_live(&compared, &tenant, self.ctx.source_uid, &mut result);
+        let error = first_failure(&result).map(|m| {
             let e = Error::new(Kind::Verification, format!("not everything is as it was written: {m}"));
-            error_text(&e.hint("the job's result names every object; see also coffer verify"))
+            error_text(&e.hint("the job's result names every object and every row; see also coffer verify"))
         });
         Ok(Done { result, error })
-    }
-
-    /// Notes with the newest full what reading everything back found.
-    async fn record_check(&self, tenant: Uuid, message: Option<String>) -> Result<()> {
-        let mut catalog = self.catalog(tenant).await?;
-        let newest = catalog.state().fulls.iter().max_by_key(|f| f.point_lsn).map(|f| f.id);
-        let backup = match newest {
-            Some(id) => Some(id),
-            None => self.opened().history(self.ctx.source_uid).await?.backups(tenant).last().map(|b| b.id),
-        };
-        if let Some(backup) = backup {
-            let ok = message.is_none();
-            catalog.append(Entry::Verified { backup, ok, what: "read_back".into(), message }).await?;
-            self.mirror.tenant_changed(tenant);
-        }
-        Ok(())
     }
 
     async fn hold(&self) -> Result<Value> {
@@ -212,4 +198,13 @@ impl Work<'_> {
         let text = self.job.text(name).unwrap_or_default();
         Uuid::try_parse(text).map_err(|e| Error::other(format!("job {}: {name} '{text}': {e}", self.job.job)))
     }
+}
+
+/// What a document of a verification says first, and how much more there is.
+fn first_failure(document: &Value) -> Option<String> {
+    let failures = document["failures"].as_array()?;
+    let f = failures.first()?;
+    let more = if failures.len() > 1 { format!(" and {} more", failures.len() - 1) } else { String::new() };
+    let said = |field: &str| f[field].as_str().unwrap_or_default();
+    Some(format!("{}: {}{more}", said("kind"), said("message")))
 }

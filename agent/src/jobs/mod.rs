@@ -13,6 +13,8 @@ mod kinds;
 mod mirror;
 mod step;
 
+pub use mirror::Mirror;
+
 use crate::alarms;
 use crate::demux::Flow;
 use crate::error::{Error, Kind, Result};
@@ -21,7 +23,6 @@ use crate::reporter;
 use crate::run::AgentContext;
 use crate::sql::{self, SqlContext};
 use claim::{Claimed, Verdict};
-use mirror::Mirror;
 use std::sync::Arc;
 use std::time::Duration;
 use step::Step;
@@ -43,8 +44,7 @@ const RECONNECT: Duration = Duration::from_secs(2);
 const AGAIN: Duration = Duration::from_secs(10);
 
 /// Serves a source's jobs until the agent stops.
-pub async fn run(ctx: Arc<AgentContext>, flow: Arc<Flow>) {
-    let mirror = Arc::new(Mirror::new(ctx.clone()));
+pub async fn run(ctx: Arc<AgentContext>, flow: Arc<Flow>, mirror: Arc<Mirror>) {
     let all = Lane { ctx: ctx.clone(), flow: flow.clone(), mirror: mirror.clone(), kinds: ALL };
     let quick = Lane { ctx, flow, mirror: mirror.clone(), kinds: QUICK };
     let mut lanes = JoinSet::new();

@@ -1,0 +1,172 @@
+//! The scrub: each kind of damage in a store is found while the agent runs, told, and forgotten when it is mended.
+
+use crate::isolation::files;
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored;
+use coffer_tests::wait_for;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+on_majors! {
+    finds_damage: finds_damage;
+    goes_on: goes_on;
+}
+
+fn database(major: u32) -> Cluster {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+         SELECT * FROM coffer.add_table('a', 'tenant');
+         INSERT INTO a SELECT t, i, 'a' || i FROM generate_series(1, 2) t, generate_series(1, 200) i;",
+    );
+    cluster
+}
+
+/// Files of a tenant's folder (`f` fulls, `m` manifests, `k` catalog) in a store, in the order of their names.
+fn of_tenant(agent: &Agent, store: &Path, tenant: &str, kind: &str) -> Vec<PathBuf> {
+    let uid = restored::listed(agent, tenant)["uid"].as_str().expect("a uid").replace('-', "");
+    let folder = format!("/t/{uid}/{kind}/");
+    let mut all: Vec<PathBuf> =
+        files(store).into_iter().filter(|f| f.to_str().is_some_and(|f| f.contains(&folder))).collect();
+    all.sort();
+    all
+}
+
+/// The words of the alarm about a store.
+fn alarm(agent: &Agent, store: &str) -> Option<String> {
+    let all = agent.alarms("damaged_object");
+    let a = all.iter().find(|a| a["scope"] == format!("shop/{store}"))?;
+    Some(a["message"].as_str()?.to_owned())
+}
+
+fn name(file: &Path) -> &str {
+    file.file_name().and_then(|n| n.to_str()).expect("ASCII")
+}
+
+/// Damages, waits for the alarm that names the object, mends, waits until it is gone; what the alarm said.
+fn seen(agent: &Agent, store: &str, file: &Path, damage: impl Fn(&Path)) -> String {
+    let whole = std::fs::read(file).expect("an object");
+    damage(file);
+    let said = wait_for(&format!("the alarm about {}", file.display()), 60, || {
+        alarm(agent, store).filter(|m| m.contains(name(file)))
+    });
+    std::fs::write(file, whole).expect("our store");
+    wait_for("the alarm to be gone", 60, || alarm(agent, store).is_none().then_some(()));
+    said
+}
+
+fn finds_damage(major: u32) {
+    let cluster = database(major);
+    let mut setup = Setup::of(&cluster, "shop");
+    setup.more = "[verify]\nscrub_period = \"4s\"\nscrub_rate = \"1GiB\"\n".to_owned();
+    let mut agent = Agent::unready(&setup);
+    let d = agent.dir().to_owned();
+    setup.stores =
+        ["one", "two"].map(|s| format!("[[store]]\nname = \"{s}\"\nurl = \"file://{}/{s}\"\n", d.display())).concat();
+    agent.configure(&setup);
+    agent.init();
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    agent.json(&["compact"]);
+    cluster.psql("shop", "UPDATE a SET v = v || '!'; SELECT coffer.wait_durable()");
+    agent.json(&["compact"]);
+    let (one, two) = (d.join("one"), d.join("two"));
+    wait_for("a round", 60, || (agent.metric("coffer_scrub_round_timestamp_seconds") > 0.0).then_some(()));
+    assert_eq!(agent.alarms("damaged_object"), Vec::<Value>::new());
+    let fulls = of_tenant(&agent, &one, "1", "f");
+    let newest = fulls.last().expect("a full");
+    assert!(fulls.len() >= 3, "a base and two fulls: {fulls:?}");
+
+    // Lost in one store, sound in the other: to be mended, and no reason to count the backup out.
+    let gone = |f: &Path| std::fs::remove_file(f).expect("our store");
+    let said = seen(&agent, "one", newest, gone);
+    assert!(said.contains("missing") && said.contains("store two has it as it was"), "{said}");
+    assert_eq!(cluster.psql("shop", "SELECT count(*) FROM coffer.verifications"), "0");
+
+    // One bit, in a changeset.
+    let changeset = of_tenant(&agent, &two, "2", "c").pop().expect("a changeset");
+    let flip = |f: &Path| {
+        let mut b = std::fs::read(f).expect("our store");
+        let at = b.len() / 2;
+        b[at] ^= 4;
+        std::fs::write(f, b).expect("our store");
+    };
+    let said = seen(&agent, "two", &changeset, flip);
+    assert!(said.contains("corrupt"), "{said}");
+
+    // An older full in the place of the newer one, both sound in themselves.
+    let older = fulls[fulls.len() - 2].clone();
+    let said = seen(&agent, "one", newest, |f| {
+        std::fs::copy(&older, f).expect("our store");
+    });
+    assert!(said.contains("1 objects in store one are not as they were written"), "{said}");
+
+    // Records of the chains.
+    let record = of_tenant(&agent, &two, "2", "k").remove(0);
+    let said = seen(&agent, "two", &record, gone);
+    assert!(said.contains("chain_gap"), "{said}");
+    let of_log = |f: &PathBuf| f.to_str().is_some_and(|f| f.contains("/log/"));
+    let mut log: Vec<PathBuf> = files(&two).into_iter().filter(of_log).collect();
+    log.sort();
+    let said = seen(&agent, "two", &log[2], gone);
+    assert!(said.contains("chain_gap"), "{said}");
+
+    // Damaged everywhere: the full counts no more, as long as it is.
+    let copies = [&one, &two].map(|s| {
+        let f = of_tenant(&agent, s, "2", "f").pop().expect("a full");
+        (std::fs::read(&f).expect("an object"), f)
+    });
+    copies.iter().for_each(|(_, f)| flip(f));
+    for store in ["one", "two"] {
+        wait_for("the alarm", 60, || alarm(&agent, store));
+    }
+    let check = "SELECT tenant, ok, what FROM coffer.verifications v JOIN coffer.backups b USING (tenant, backup) \
+        WHERE b.kind = 'full' AND b.trigger = 'schedule' ORDER BY v.verified_at DESC LIMIT 1";
+    wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|f|read_back").then_some(()));
+    let kept = agent.json(&["prune", "--tenant", "2"]).to_string();
+    assert!(kept.contains("damaged") || kept.contains("not count"), "{kept}");
+    copies.iter().for_each(|(whole, f)| std::fs::write(f, whole).expect("our store"));
+    wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|t|read_back").then_some(()));
+    wait_for("the alarms to be gone", 60, || agent.alarms("damaged_object").is_empty().then_some(()));
+    assert_eq!(agent.json(&["verify"])["ok"], true);
+    assert!(agent.metric("coffer_scrub_objects_total") > 20.0 && agent.metric("coffer_scrub_bytes_total") > 1e3);
+    assert!(agent.page("/").contains("objects read back since"), "{}", agent.page("/"));
+}
+
+/// How far the scrub is, as it notes it for itself.
+fn noted(agent: &Agent) -> Option<Value> {
+    let text = std::fs::read(agent.dir().join("spool").join("scrub-shop.json")).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// A restart goes on where the round was; without the note, it begins again; what was found is told at once.
+fn goes_on(major: u32) {
+    let cluster = database(major);
+    let mut setup = Setup::of(&cluster, "shop");
+    setup.more = "[verify]\nscrub_period = \"40s\"\n".to_owned();
+    let mut agent = Agent::new(&setup);
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let first = wait_for("some of a round", 60, || noted(&agent).filter(|n| n["place"].as_u64() > Some(0)));
+    agent.stop();
+    agent.start();
+    let later = wait_for("more of it", 60, || noted(&agent).filter(|n| n["place"].as_u64() > first["place"].as_u64()));
+    assert_eq!(later["began_us"], first["began_us"], "the round began anew: {first} {later}");
+    let file = of_tenant(&agent, &agent.repository(), "1", "f").pop().expect("a full");
+    let whole = std::fs::read(&file).expect("an object");
+    std::fs::remove_file(&file).expect("our store");
+    wait_for("the alarm", 90, || alarm(&agent, "main"));
+    agent.stop();
+    agent.start();
+    wait_for("the alarm, before anything was read", 20, || alarm(&agent, "main"));
+    std::fs::write(&file, whole).expect("our store");
+    wait_for("the alarm to be gone", 60, || alarm(&agent, "main").is_none().then_some(()));
+    agent.stop();
+    std::fs::remove_file(agent.dir().join("spool").join("scrub-shop.json")).expect("the note");
+    agent.start();
+    let anew = wait_for("a new round", 60, || noted(&agent).filter(|n| n["place"].as_u64() > Some(0)));
+    assert!(anew["began_us"].as_i64() > first["began_us"].as_i64(), "{anew}");
+}
