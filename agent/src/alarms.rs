@@ -54,6 +54,10 @@ pub const VALIDATION_DIFFERS: &str = "validation_differs";
 pub const VALIDATION_FAILED: &str = "validation_failed";
 /// An object in a store, or a chain of records, is not as it was written.
 pub const DAMAGED_OBJECT: &str = "damaged_object";
+/// A tenant cannot be restored into a scratch database, or not to what the repository has.
+pub const DRILL_FAILED: &str = "drill_failed";
+/// Restore drills cannot be made.
+pub const DRILL_IMPOSSIBLE: &str = "drill_impossible";
 /// The scrub does not come round in its period.
 pub const SCRUB_LATE: &str = "scrub_late";
 /// Large objects cannot be read or archived.

@@ -192,7 +192,12 @@ pub struct ScheduleConfig {
     pub validate: String,
     /// What retention keeps no more is removed then; best some time after the fulls.
     pub prune: String,
+    /// Every tenant is restored into a scratch database. Without it: weekly, if `[verify] drill_url` names a server for it.
+    pub drill: Option<String>,
 }
+
+/// When tenants are restored into a scratch database, where a server is named for it and no time.
+const DEFAULT_DRILL: &str = "0 6 * * 0";
 
 impl Default for ScheduleConfig {
     fn default() -> Self {
@@ -201,6 +206,7 @@ impl Default for ScheduleConfig {
             full: "0 2 * * *".into(),
             validate: "0 4 * * 0".into(),
             prune: "30 3 * * *".into(),
+            drill: None,
         }
     }
 }
@@ -213,7 +219,7 @@ impl ScheduleConfig {
             ("validate", &self.validate),
             ("prune", &self.prune),
         ];
-        for (key, expression) in all {
+        for (key, expression) in all.into_iter().chain(self.drill.as_ref().map(|d| ("drill", d))) {
             Schedule::parse(expression).map_err(|e| e.during(format_args!("[schedule] {key}")))?;
         }
         Ok(())
@@ -235,7 +241,7 @@ impl Default for CompactConfig {
 }
 
 /// What is read back, compared and restored to see that it can be.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VerifyConfig {
     /// Bytes that the scrub reads from the stores in a second, at most; 0: there is none.
@@ -244,11 +250,20 @@ pub struct VerifyConfig {
     /// Everything is read back once in this time.
     #[serde(deserialize_with = "duration")]
     pub scrub_period: Duration,
+    /// A server where restore drills make databases and drop them; it may hold a password, so it is never printed.
+    pub drill_url: Option<String>,
+}
+
+impl std::fmt::Debug for VerifyConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut d = f.debug_struct("VerifyConfig");
+        d.field("scrub_rate", &self.scrub_rate).field("scrub_period", &self.scrub_period).finish_non_exhaustive()
+    }
 }
 
 impl Default for VerifyConfig {
     fn default() -> Self {
-        Self { scrub_rate: 8 << 20, scrub_period: Duration::from_secs(30 * 86_400) }
+        Self { scrub_rate: 8 << 20, scrub_period: Duration::from_secs(30 * 86_400), drill_url: None }
     }
 }
 
@@ -408,6 +423,12 @@ impl Config {
         policy.map_err(|e| Error::usage(format!("[retention] {e}")))?;
         check_grace(self.retention.grace).map_err(|e| Error::usage(format!("[retention] grace: {e}")))?;
         self.schedule.validate()
+    }
+
+    /// When tenants are restored into a scratch database; `None`: only when somebody asks.
+    pub fn drill_schedule(&self) -> Option<&str> {
+        let by_default = self.verify.drill_url.as_ref().map(|_| DEFAULT_DRILL);
+        self.schedule.drill.as_deref().or(by_default)
     }
 
     /// The source a verb acts on.

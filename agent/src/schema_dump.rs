@@ -84,7 +84,8 @@ fn choose(found: &[(u32, PathBuf)], server_major: u32) -> Option<&PathBuf> {
     found.iter().filter(|(v, _)| *v >= server_major).min_by_key(|(v, _)| *v).map(|(_, p)| p)
 }
 
-fn candidates() -> Vec<PathBuf> {
+/// Every `pg_dump` that can be found.
+pub(crate) fn candidates() -> Vec<PathBuf> {
     let mut dirs: Vec<PathBuf> =
         std::env::var_os("PATH").map(|p| std::env::split_paths(&p).collect()).unwrap_or_default();
     if let Ok(o) = Command::new("pg_config").arg("--bindir").output() {
@@ -105,7 +106,8 @@ fn candidates() -> Vec<PathBuf> {
     out
 }
 
-fn major_of(program: &Path) -> Option<u32> {
+/// The major version of a program of PostgreSQL's.
+pub(crate) fn major_of(program: &Path) -> Option<u32> {
     let o = Command::new(program).arg("--version").stderr(Stdio::null()).output().ok()?;
     parse_major(&String::from_utf8_lossy(&o.stdout))
 }

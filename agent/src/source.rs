@@ -22,7 +22,7 @@ use crate::sequences::{self, SequenceNotes};
 use crate::ship::{Anchors, CLOCK_MARGIN_US, Shipper};
 use crate::snapshot::BaseTaker;
 use crate::spool::Spool;
-use crate::verify;
+use crate::verify::{self, rounds::Look};
 use coffer_wire::Lsn;
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,7 +91,8 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         tokio::spawn(clear_gaps(ctx.clone())),
         tokio::spawn(crate::prune::watch(ctx.clone())),
         tokio::spawn(compact::on_schedule(ctx.clone())),
-        tokio::spawn(verify::live::watch(ctx.clone(), mirror.clone())),
+        tokio::spawn(verify::rounds::watch(ctx.clone(), mirror.clone(), Look::Live)),
+        tokio::spawn(verify::rounds::watch(ctx.clone(), mirror.clone(), Look::Drill)),
         tokio::spawn(verify::scrub::watch(ctx.clone(), mirror.clone())),
         tokio::spawn(sequences::watch(ctx.clone(), sequences)),
     ];

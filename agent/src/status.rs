@@ -358,7 +358,13 @@ fn describe() {
         "When the tenant was validated that waits for longest"
     );
     describe_gauge!("coffer_validation_differing_tenants", "Tenants whose last validation found differences");
-    describe_counter!("coffer_validations_total", "Validations, by result: same, differs, failed (not made)");
+    describe_counter!("coffer_validations_total", "Validations, by result: same, differs, not_made");
+    describe_gauge!(
+        "coffer_last_drill_timestamp_seconds",
+        "When a tenant was last restored into a scratch database, rightly"
+    );
+    describe_gauge!("coffer_drill_failing_tenants", "Tenants whose last restore drill failed");
+    describe_counter!("coffer_drills_total", "Restore drills, by result: same, differs, not_made");
     describe_counter!("coffer_scrub_objects_total", "Objects read back by the scrub");
     describe_counter!("coffer_scrub_bytes_total", "Bytes of objects read back by the scrub");
     describe_gauge!("coffer_scrub_damaged_objects", "Objects and chains that are not as they were written");

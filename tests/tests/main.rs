@@ -31,6 +31,7 @@ mod bytes;
 mod compaction;
 mod crash;
 mod ddl;
+mod drill;
 mod exactness;
 mod faults;
 mod harness;

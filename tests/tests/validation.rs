@@ -155,6 +155,22 @@ fn planted_damage(major: u32) {
     let name = missing[0]["object"].as_str().expect("a name");
     assert!(full.to_str().expect("ASCII").ends_with(name), "{said}");
 
+    // An older full in the place of the newest, each of them sound in itself.
+    agent.json(&["compact"]);
+    cluster.psql("shop", "UPDATE a SET v = v || '?' WHERE tenant = 1; SELECT coffer.wait_durable()");
+    agent.json(&["compact"]);
+    let uid = restored::listed(&agent, "1")["uid"].as_str().expect("a uid").replace('-', "");
+    let folder = format!("/t/{uid}/f/");
+    let mut fulls: Vec<_> =
+        files(&agent.repository()).into_iter().filter(|f| f.to_str().is_some_and(|f| f.contains(&folder))).collect();
+    fulls.sort();
+    let [.., older, newest] = fulls.as_slice() else { panic!("two fulls: {fulls:?}") };
+    std::fs::copy(older, newest).expect("our store");
+    let (exit, said) = agent.json_err(&live("1").each_ref().map(String::as_str));
+    let stale = |f: &Value| newest.to_str().is_some_and(|n| f["object"].as_str().is_some_and(|o| n.ends_with(o)));
+    let all = said["failures"].as_array().expect("failures");
+    assert!(exit == 5 && all.iter().any(stale) && said["live"][0]["ok"] == false, "{said}");
+
     // Without anybody who ships, nothing is said about the rows.
     let (exit, said) = agent.json_err(&["verify", "--tenant", "nobody", "--against-live"]);
     assert_eq!(exit, 3, "{said}");

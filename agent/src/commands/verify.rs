@@ -12,9 +12,12 @@ use crate::restore::Watch;
 use crate::restore::request::merge_memory;
 use crate::tenant::Tenant;
 use crate::validation::Validation;
+use crate::verify::drills;
 use crate::verify::listing::{Listed, list};
 use crate::verify::live::{self, Compared};
 use crate::verify::objects::{Failure, is_finding, named_in, one_object};
+use crate::verify::results;
+use crate::verify::server::DrillServer;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -36,6 +39,9 @@ pub struct VerifyArgs {
     /// Compare the tenant's rows (of all tenants without --tenant) with those in the live database, too
     #[arg(long)]
     pub against_live: bool,
+    /// Restore the tenant (all tenants without --tenant) into a scratch database, compare, and drop it, too
+    #[arg(long, conflicts_with = "from")]
+    pub drill: bool,
     /// Only this store
     #[arg(long, value_name = "STORE")]
     pub from: Option<String>,
@@ -43,7 +49,11 @@ pub struct VerifyArgs {
 
 /// Verifies; the exit code: 0, 5 or 7.
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &VerifyArgs) -> Result<u8> {
-    let opened = Opened::new(config, args.from.as_deref()).await?;
+    let opened = match args.drill {
+        // What a drill found is noted in the repository.
+        true => Opened::for_writing(config).await?,
+        false => Opened::new(config, args.from.as_deref()).await?,
+    };
     let mut stores: Vec<(String, bool)> = opened.repo.stores().map(|s| (s.name().to_owned(), s.required())).collect();
     stores.retain(|(s, _)| args.from.as_ref().is_none_or(|f| f == s));
     if stores.is_empty() {
@@ -56,6 +66,9 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Verif
     let mut document = verify(&opened, sources, &stores, args, &Tally::default(), json).await?;
     if args.against_live {
         against_live(config, source, &opened, args, &mut document).await?;
+    }
+    if args.drill {
+        drills(config, source, &opened, args, &mut document).await?;
     }
     use std::io::Write;
     let mut out = std::io::stdout().lock();
@@ -103,6 +116,47 @@ async fn against_live(
     Ok(())
 }
 
+/// Restores tenants into a scratch database: of the source that is named, or of all that the repository has.
+async fn drills(
+    config: &Config,
+    source: Option<&str>,
+    opened: &Opened,
+    args: &VerifyArgs,
+    document: &mut Value,
+) -> Result<()> {
+    let server = DrillServer::start(config.verify.drill_url.as_deref(), &config.spool.dir).await?;
+    for (name, uid) in opened.sources(source).await? {
+        server.sweep(uid, opened.repo.clock().now_us()).await?;
+        let tenants = match &args.tenant {
+            Some(k) => vec![opened.tenant((&name, uid), &Tenant::normal(k)).await?],
+            None => opened.keyring.tenants(uid),
+        };
+        for t in tenants.iter().filter(|t| live::is_comparable(&t.tenant)) {
+            let by = (opened, (name.as_str(), uid));
+            let memory = merge_memory(config.limits.memory);
+            let tried = drills::try_one(by, (config, memory), &server, t, Watch::default()).await?;
+            let found = (results::DRILL, tried.is_good(), tried.note());
+            results::record((&opened.repo, &opened.keyring), (uid, t.uid), found).await?;
+            if let Some(message) = tried.note().filter(|_| !tried.is_good()) {
+                document["ok"] = false.into();
+                let failure = json!({"object": format!("tenant {}", t.tenant), "tenant_uid": t.uid, "kind": "drill",
+                    "message": message});
+                push(document, "failures", failure);
+            }
+            push(document, "drills", tried.document(t));
+        }
+    }
+    Ok(())
+}
+
+/// Puts a value into a list of a document.
+fn push(document: &mut Value, field: &str, value: Value) {
+    match document[field].as_array_mut() {
+        Some(list) => list.push(value),
+        None => document[field] = vec![value].into(),
+    }
+}
+
 /// Puts what a comparison with live rows found into a document of [`verify`]: `live` has an entry for each tenant, and
 /// what differs is among the failures.
 pub(crate) fn add_live(compared: &Compared, tenant: &TenantEntry, source: Uuid, document: &mut Value) {
@@ -124,12 +178,8 @@ pub(crate) fn add_live(compared: &Compared, tenant: &TenantEntry, source: Uuid, 
     if !failures.is_empty() {
         document["ok"] = false.into();
     }
-    let mut add = |field: &str, more: Vec<Value>| match document[field].as_array_mut() {
-        Some(list) => list.extend(more),
-        None => document[field] = more.into(),
-    };
-    add("failures", failures);
-    add("live", vec![live]);
+    failures.into_iter().for_each(|f| push(document, "failures", f));
+    push(document, "live", live);
 }
 
 /// How far a verification is, for whoever watches it, and whether it is to end.
@@ -260,6 +310,11 @@ fn text(d: &Value) -> String {
         for t in l["skipped"].as_array().into_iter().flatten() {
             out.push_str(&format!("not compared: {}: {}\n", s(&t["relation"]), s(&t["reason"])));
         }
+    }
+    for l in d["drills"].as_array().into_iter().flatten() {
+        let rows: u64 = l["tables"].as_array().into_iter().flatten().filter_map(|t| t["restored"].as_u64()).sum();
+        let verdict = if l["ok"] == true { "as the repository has them" } else { "NOT as the repository has them" };
+        out.push_str(&format!("tenant {}: {rows} rows restored as of {}, {verdict}\n", s(&l["tenant"]), s(&l["lsn"])));
     }
     let verdict = if d["ok"] == true { "all good" } else { "NOT GOOD" };
     out.push_str(&format!("{} objects read back and authenticated: {verdict}\n", d["objects"]));

@@ -139,7 +139,7 @@ impl Work<'_> {
         self.step.begin(0.0, 1.0, "reading the log")?;
         let opened = self.opened();
         let stores: Vec<(String, bool)> = opened.repo.stores().map(|s| (s.name().to_owned(), s.required())).collect();
-        let args = VerifyArgs { tenant: Some(self.job.tenant.clone()), against_live: false, from: None };
+        let args = VerifyArgs { tenant: Some(self.job.tenant.clone()), against_live: false, drill: false, from: None };
         let sources = Some(vec![(self.ctx.source.clone(), self.ctx.source_uid)]);
         self.step.begin(0.0, 0.5, "reading back")?;
         let mut result = verify::verify(&opened, sources, &stores, &args, &self.step.tally, true).await?;

@@ -316,7 +316,8 @@ async fn maintenance(dsn: &Dsn) -> Result<SqlClient> {
     }
 }
 
-async fn drop_database(dsn: &Dsn) -> Result<()> {
+/// Drops a database, with the sessions in it.
+pub(super) async fn drop_database(dsn: &Dsn) -> Result<()> {
     let admin = maintenance(dsn).await?;
     let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", quote_ident(&dsn.dbname));
     admin.batch_execute(&sql).await.sql(format!("cannot drop the database {}", dsn.dbname))

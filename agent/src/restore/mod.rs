@@ -2,6 +2,7 @@
 
 pub mod database;
 pub mod difference;
+pub mod drill;
 pub mod encode;
 pub mod files;
 pub mod in_place;

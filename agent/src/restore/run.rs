@@ -276,7 +276,7 @@ async fn wait_for(means: &Means<'_>, request: &Request, tenant: Uuid) -> Result<
     }
 }
 
-async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(f).await.context(Kind::Other, "a worker thread broke off")?
 }
 
