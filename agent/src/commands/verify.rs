@@ -254,7 +254,8 @@ async fn one_store(
     json: bool,
     seen: &mut HashSet<String>,
 ) -> Result<Vec<Failure>> {
-    let Listed { objects: wanted, records, mut failures, .. } = list(&opened.repo, source, tenant, store).await?;
+    let Listed { objects: wanted, records, mut failures, .. } =
+        list(&opened.repo, (source, tenant), store, true).await?;
     seen.extend(records);
     seen.extend(wanted.iter().map(|o| o.path.clone()));
     let total = wanted.iter().map(|o| o.bytes).sum();

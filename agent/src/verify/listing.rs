@@ -2,9 +2,9 @@
 //! chains themselves.
 
 use super::objects::{Failure, continuity, is_finding, named_in};
-use crate::catalog::{self, Catalog, State, manifest};
+use crate::catalog::{self, Catalog, FullEntry, State, manifest};
 use crate::crypto::ObjectKind;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::repository::{Log, ObjectRef, Repository, paths};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -22,11 +22,16 @@ pub struct Listed {
     pub catalogs: BTreeMap<Uuid, State>,
 }
 
-/// Lists a store. `tenant`: only what is of this one.
+/// Lists a store. `tenant`: only what is of this one. `closely`: reads the manifests, too.
 ///
 /// # Errors
 /// Those of stores that do not answer; what is wrong with a chain is among the failures.
-pub async fn list(repo: &Arc<Repository>, source: Uuid, tenant: Option<Uuid>, store: &str) -> Result<Listed> {
+pub async fn list(
+    repo: &Arc<Repository>,
+    (source, tenant): (Uuid, Option<Uuid>),
+    store: &str,
+    closely: bool,
+) -> Result<Listed> {
     let mut out = Listed::default();
     let mut known = HashSet::new();
     match Log::open(repo, source, Some(store)).await {
@@ -50,7 +55,12 @@ pub async fn list(repo: &Arc<Repository>, source: Uuid, tenant: Option<Uuid>, st
         match Catalog::open(repo, source, uid, Some(store)).await {
             Ok(c) => {
                 out.objects.extend(c.state().objects().filter(|o| known.insert(o.path.clone())).cloned());
-                out.failures.extend(manifests(repo, uid, c.state(), store).await?);
+                if closely {
+                    for (f, m) in c.state().fulls.iter().filter_map(|f| Some((f, f.manifest.as_ref()?))) {
+                        let wrong = adds_up(repo, f, m, store).await?;
+                        out.failures.extend(wrong.map(|e| Failure::of(&m.path, Some(uid), &e)));
+                    }
+                }
                 out.records.extend(numbers.into_iter().map(|n| paths::catalog_record(source, uid, n)));
                 out.catalogs.insert(uid, c.state().clone());
             }
@@ -65,20 +75,14 @@ pub async fn list(repo: &Arc<Repository>, source: Uuid, tenant: Option<Uuid>, st
     Ok(out)
 }
 
-/// That a manifest authenticates does not say that it adds up.
-async fn manifests(repo: &Arc<Repository>, tenant: Uuid, state: &State, store: &str) -> Result<Vec<Failure>> {
-    let mut out = Vec::new();
-    for (f, m) in state.fulls.iter().filter_map(|f| Some((f, f.manifest.as_ref()?))) {
-        match manifest::read(repo, m, &f.objects, Some(store)).await {
-            Err(e) if e.is_code("malformed") => {
-                out.push(Failure::of(&m.path, Some(tenant), &e.during(format_args!("store {store}"))));
-            }
-            Err(e) if !is_finding(&e) => return Err(e),
-            // What cannot be opened is found again with the other objects.
-            _ => {}
-        }
+/// That a manifest authenticates does not say that it adds up; what is wrong with it. What cannot be opened is found with
+/// the other objects.
+pub async fn adds_up(repo: &Repository, full: &FullEntry, manifest: &ObjectRef, store: &str) -> Result<Option<Error>> {
+    match manifest::read(repo, manifest, &full.objects, Some(store)).await {
+        Err(e) if e.is_code("malformed") => Ok(Some(e.during(format_args!("store {store}")))),
+        Err(e) if !is_finding(&e) => Err(e),
+        _ => Ok(None),
     }
-    Ok(out)
 }
 
 impl Listed {
@@ -90,6 +94,12 @@ impl Listed {
         all.extend(of_base(object));
         all.dedup();
         all
+    }
+
+    /// The full that an object is the manifest of.
+    pub fn full_of(&self, object: &ObjectRef) -> Option<&FullEntry> {
+        let state = self.catalogs.get(&object.tenant)?;
+        state.fulls.iter().find(|f| f.manifest.as_ref().is_some_and(|m| m.path == object.path))
     }
 
     /// Whether it is still named.

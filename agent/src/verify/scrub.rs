@@ -9,7 +9,7 @@
 //! Before each piece of a round the chains of every store are read, which is their check, and what was found before is
 //! looked at again: an alarm stands until its object is what it was, or is named no more.
 
-use super::listing::{Listed, list};
+use super::listing::{Listed, adds_up, list};
 use super::objects::{Failure, is_finding, one_object};
 use super::results::{READ_BACK, Results};
 use super::throttle::{Throttle, Throttled};
@@ -173,7 +173,7 @@ impl Scrub {
         let mut out = BTreeMap::new();
         let stores: Vec<(String, bool)> = self.ctx.repo.stores().map(|s| (s.name().to_owned(), s.required())).collect();
         for (store, required) in stores {
-            match list(&self.ctx.repo, self.ctx.source_uid, None, &store).await {
+            match list(&self.ctx.repo, (self.ctx.source_uid, None), &store, false).await {
                 Ok(l) => {
                     self.state.found.retain(|f| !(f.chain && f.store == store));
                     for f in &l.failures {
@@ -222,7 +222,12 @@ impl Scrub {
             if self.state.found.iter().any(|f| f.store == store && f.object == object.path) {
                 continue;
             }
-            let failure = self.read(store, object).await?;
+            let mut failure = self.read(store, object).await?;
+            if failure.is_none()
+                && let Some(full) = stores[store].full_of(object)
+            {
+                failure = adds_up(&self.ctx.repo, full, object, store).await?;
+            }
             self.state.objects += 1;
             self.state.bytes += object.bytes;
             metrics::counter!("coffer_scrub_objects_total", "store" => store.to_owned()).increment(1);
@@ -267,9 +272,7 @@ impl Scrub {
         stores: &BTreeMap<String, Listed>,
     ) -> Result<()> {
         // Pruning may have come before us.
-        if !list(&self.ctx.repo, self.ctx.source_uid, Some(object.tenant), store).await?.names(&object.path)
-            && !list(&self.ctx.repo, self.ctx.source_uid, None, store).await?.names(&object.path)
-        {
+        if !list(&self.ctx.repo, (self.ctx.source_uid, None), store, false).await?.names(&object.path) {
             return Ok(());
         }
         let mut sound = Vec::new();
