@@ -156,9 +156,9 @@ fn planted_damage(major: u32) {
     assert!(full.to_str().expect("ASCII").ends_with(name), "{said}");
 
     // An older full in the place of the newest, each of them sound in itself.
-    agent.json(&["compact"]);
+    agent.json(&["compact", "--tenant", "1"]);
     cluster.psql("shop", "UPDATE a SET v = v || '?' WHERE tenant = 1; SELECT coffer.wait_durable()");
-    agent.json(&["compact"]);
+    agent.json(&["compact", "--tenant", "1"]);
     let uid = restored::listed(&agent, "1")["uid"].as_str().expect("a uid").replace('-', "");
     let folder = format!("/t/{uid}/f/");
     let mut fulls: Vec<_> =
