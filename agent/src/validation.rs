@@ -124,13 +124,13 @@ pub struct Validated {
     pub differences: BTreeMap<(String, Difference), (u64, Vec<String>)>,
     /// Tables without a key: what stands for one is the whole row.
     pub keyless: BTreeSet<String>,
-    /// Tables that could not be compared, and why.
+    /// Tables with live rows that could not be compared, and why.
     pub skipped: Vec<(String, String)>,
     pub warnings: Vec<String>,
 }
 
 impl Validated {
-    /// Nothing differs.
+    /// Nothing differs of what was compared.
     pub fn is_same(&self) -> bool {
         self.differences.is_empty()
     }
@@ -183,7 +183,7 @@ impl Validated {
                 "changed": count(relation, Difference::ChangedValue), "extra": count(relation, Difference::ExtraRow)})
         };
         let skipped = |(relation, why): &(String, String)| json!({"relation": relation, "reason": why});
-        json!({"tenant": self.tenant.key, "kind": self.tenant.kind.name(), "ok": self.is_same(),
+        json!({"tenant": self.tenant.key, "kind": self.tenant.kind.name(), "ok": self.is_same() && self.skipped.is_empty(),
             "lsn": self.lsn.to_string(), "tables": self.tables.iter().map(table).collect::<Vec<_>>(),
             "skipped": self.skipped.iter().map(skipped).collect::<Vec<_>>(), "warnings": self.warnings})
     }
@@ -192,7 +192,7 @@ impl Validated {
 /// The live rows, held still.
 struct Still {
     /// Holds locks and snapshot.
-    _session: SqlClient,
+    session: SqlClient,
     snapshot: PgSnapshot,
     exported: String,
     lsn: Lsn,
@@ -316,11 +316,14 @@ impl Validation<'_> {
             return Err(again("a table got its base a moment ago"));
         }
         let has = |t: &LiveTable| usable.iter().any(|u| u.relid == t.rule.relid);
-        let skipped: Vec<(String, String)> = tables
-            .iter()
-            .filter(|t| !has(t))
-            .map(|t| (t.name(), "its rows are not known to the repository now: it waits for a base".to_owned()))
-            .collect();
+        let mut skipped = Vec::new();
+        for t in tables.iter().filter(|t| !has(t)) {
+            let there = live::any_with_rows(&still.session, std::slice::from_ref(t)).await;
+            if there.sql(format_args!("cannot read {}", t.name()))?.is_some() {
+                let why = "its rows are not known to the repository now: it waits for a base";
+                skipped.push((t.name(), why.to_owned()));
+            }
+        }
         let tables: BTreeMap<u32, LiveTable> =
             tables.into_iter().filter(|t| has(t)).map(|t| (t.rule.relid, t)).collect();
         usable.retain(|t| tables.contains_key(&t.relid));
@@ -454,7 +457,7 @@ async fn hold_still(dsn: &Dsn, tables: &[LiveTable]) -> Result<Still> {
             return Err(again(&format!("{} changed a moment ago", t.name())));
         }
     }
-    Ok(Still { _session: session, snapshot, exported, lsn })
+    Ok(Still { session, snapshot, exported, lsn })
 }
 
 /// Commits something, flushed: what the snapshot saw was committed before it. Returns how far the server's log is safe.

@@ -13,6 +13,7 @@ on_majors! {
     exact_under_load: exact_under_load;
     planted_damage: planted_damage;
     by_schedule: by_schedule;
+    what_was_not_compared: what_was_not_compared;
 }
 
 /// How often each tenant is compared.
@@ -256,4 +257,36 @@ fn by_schedule(major: u32) {
         let runs = "SELECT count(*) FROM coffer.verifications WHERE tenant = '3'";
         assert_eq!(cluster.psql("shop", runs), "1");
     });
+}
+
+/// Rows that wait for their base were not found to be the same.
+fn what_was_not_compared(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, PRIMARY KEY (tenant, id));
+         SELECT * FROM coffer.add_table('a', 'tenant'); INSERT INTO a VALUES (1, 1), (2, 1);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-copy@2=sleep(30000)".into())];
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    agent.env.clear();
+    cluster.script(
+        "shop",
+        "CREATE TABLE b (tenant int NOT NULL, id int NOT NULL, PRIMARY KEY (tenant, id)); INSERT INTO b VALUES (1, 1);
+         SELECT * FROM coffer.add_table('b', 'tenant');",
+    );
+    let live = |tenant: &str| agent.json(&["verify", "--tenant", tenant, "--against-live"])["live"][0].clone();
+    let said = live("1");
+    assert_eq!(
+        (said["ok"].as_bool(), said["skipped"][0]["relation"].as_str()),
+        (Some(false), Some("public.b")),
+        "{said}"
+    );
+    // Another tenant has no row there.
+    let said = live("2");
+    assert_eq!((said["ok"].as_bool(), said["skipped"].as_array().map(Vec::len)), (Some(true), Some(0)), "{said}");
+    coffer_tests::wait_for("the base of the new table", 120, || (live("1")["ok"] == true).then_some(()));
 }
