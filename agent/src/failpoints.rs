@@ -35,6 +35,8 @@ pub const RESTORE_BEFORE_COMMIT: &str = "restore-before-commit";
 pub const CATALOG_AFTER_SEQUENCER: &str = "catalog-after-sequencer";
 /// A full's objects are in the stores, no record names them.
 pub const FULL_AFTER_OBJECTS: &str = "full-after-objects";
+/// An incremental's object is in the stores, no record names it.
+pub const INCREMENTAL_AFTER_OBJECT: &str = "incremental-after-object";
 /// A removal is recorded, nothing is deleted.
 pub const PRUNE_AFTER_RECORD: &str = "prune-after-record";
 /// One object of a removal is deleted in every store.
@@ -67,6 +69,7 @@ pub const ALL: &[&str] = &[
     JOB_BEFORE_FINISH,
     CATALOG_AFTER_SEQUENCER,
     FULL_AFTER_OBJECTS,
+    INCREMENTAL_AFTER_OBJECT,
 ];
 
 /// Does what the environment asks for at this point. Blocking: a sleep holds the thread, as a stalled machine would.

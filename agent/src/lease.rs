@@ -23,12 +23,17 @@ use uuid::Uuid;
 
 /// How long a lease holds without a renewal.
 pub const LEASE: Duration = Duration::from_secs(15 * 60);
-/// How often it is renewed.
-const RENEW: Duration = Duration::from_secs(4 * 60);
+/// The same of a claim: what a worker that died leaves is soon anybody's.
+const CLAIM: Duration = Duration::from_secs(60);
+/// A lease is renewed when this part of it is over.
+const RENEW: u32 = 4;
 /// By how much the clock of the machine that put it may be behind, in microseconds.
 const CLOCKS_US: i64 = 5 * 60 * 1_000_000;
 /// One that is over for so long is removed by whoever prunes, in microseconds.
 const LITTER_US: i64 = 3600 * 1_000_000;
+/// How often, and how far apart, who claims a tenant looks whether others have given way.
+const GIVE_WAY: usize = 100;
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How often a folder is listed anew because a lease in it was renewed meanwhile.
 const LISTINGS: usize = 5;
 
@@ -66,19 +71,49 @@ pub struct Lease {
 impl Lease {
     /// Says that somebody reads a tenant's backups, for as long as this is held.
     pub async fn take(repo: &Arc<Repository>, source: Uuid, tenant: Uuid) -> Result<Self> {
-        Self::hold(repo, source, Some(tenant), Purpose::Restore).await
+        Self::hold(repo, source, Some(tenant), Purpose::Restore, LEASE).await
     }
 
     /// Says that somebody writes objects that no record names yet, for as long as this is held.
     pub async fn intent(repo: &Arc<Repository>, source: Uuid) -> Result<Self> {
-        Self::hold(repo, source, None, Purpose::Write).await
+        Self::hold(repo, source, None, Purpose::Write, LEASE).await
     }
 
-    async fn hold(repo: &Arc<Repository>, source: Uuid, tenant: Option<Uuid>, purpose: Purpose) -> Result<Self> {
+    /// Takes a tenant to write something for it; `None`: another worker has it.
+    ///
+    /// Who sees another's lease behind its own has not got it; of several that come at once, the first waits until the
+    /// others have given way.
+    pub async fn claim(repo: &Arc<Repository>, source: Uuid, tenant: Uuid) -> Result<Option<Self>> {
+        if !writers(repo, source, tenant).await.is_empty() {
+            return Ok(None);
+        }
+        let lease = Self::hold(repo, source, Some(tenant), Purpose::Write, CLAIM).await?;
+        for _ in 0..GIVE_WAY {
+            let mut others = writers(repo, source, tenant).await;
+            others.retain(|h| h.id != lease.id);
+            if others.is_empty() {
+                return Ok(Some(lease));
+            }
+            if others.iter().any(|h| h.id < lease.id) {
+                break;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        lease.release().await;
+        Ok(None)
+    }
+
+    async fn hold(
+        repo: &Arc<Repository>,
+        source: Uuid,
+        tenant: Option<Uuid>,
+        purpose: Purpose,
+        span: Duration,
+    ) -> Result<Self> {
         let since_us = repo.clock().now_us();
         let held = Held { v: 1, id: random::uuid(), tenant, purpose, since_us, until_us: 0 };
         let id = held.id;
-        let mut holder = Holder { repo: repo.clone(), source, held, path: None };
+        let mut holder = Holder { repo: repo.clone(), source, held, span, path: None };
         holder.renew().await?;
         let (end, ended) = oneshot::channel();
         let task = tokio::spawn(holder.keep(ended));
@@ -104,13 +139,15 @@ struct Holder {
     repo: Arc<Repository>,
     source: Uuid,
     held: Held,
+    /// How long it holds without a renewal.
+    span: Duration,
     /// Where it is now.
     path: Option<String>,
 }
 
 impl Holder {
     async fn keep(mut self, mut ended: oneshot::Receiver<()>) {
-        while tokio::time::timeout(RENEW, &mut ended).await.is_err() {
+        while tokio::time::timeout(self.span / RENEW, &mut ended).await.is_err() {
             if let Err(e) = self.renew().await {
                 tracing::warn!("a lease could not be renewed, and ends {}: {e}", rfc3339(self.held.until_us));
             }
@@ -123,7 +160,7 @@ impl Holder {
     /// Puts it under a new name, then removes the old one.
     async fn renew(&mut self) -> Result<()> {
         let now_us = self.repo.clock().now_us();
-        let held = Held { until_us: now_us.saturating_add(LEASE.as_micros() as i64), ..self.held.clone() };
+        let held = Held { until_us: now_us.saturating_add(self.span.as_micros() as i64), ..self.held.clone() };
         let object = random::uuid();
         let (path, bytes) = (paths::lease(self.source, object), seal(&self.repo, self.source, object, &held)?);
         let put = join_all(self.repo.attached_stores().map(|s| s.put(&path, bytes.clone()))).await;
@@ -202,6 +239,24 @@ async fn of_store(repo: &Repository, store: &Store, source: Uuid, now_us: i64) -
     Err(Error::other(format!("the leases of store {} change faster than they can be read", store.name())))
 }
 
+/// Who writes for a tenant, as far as the stores say now: what cannot be reached or read is not among them, and holds
+/// nobody up.
+async fn writers(repo: &Repository, source: Uuid, tenant: Uuid) -> Vec<Held> {
+    let now_us = repo.clock().now_us();
+    // One that is renewed is there twice for a moment.
+    let mut found: Vec<Held> = Vec::new();
+    for store in repo.attached_stores() {
+        let listed = store.list(&paths::leases_dir(source)).await.unwrap_or_default();
+        let each = listed.iter().map(|(path, _)| async move {
+            let bytes = store.get_opt(path).await.ok()??;
+            open(repo, source, path, &bytes).ok()
+        });
+        found.extend(join_all(each).await.into_iter().flatten());
+    }
+    let counts = |h: &Held| h.purpose == Purpose::Write && h.tenant == Some(tenant) && h.until_us > now_us;
+    found.into_iter().filter(counts).collect()
+}
+
 fn open(repo: &Repository, source: Uuid, path: &str, bytes: &[u8]) -> Result<Held> {
     let expect = Expect { tenant: Some(repo.uid()), source: Some(source), ..Expect::kind(ObjectKind::Lease) };
     let during = |e: Error| e.during(format_args!("lease {path}"));
@@ -265,7 +320,7 @@ mod tests {
         let source = repo.keyring().ensure_source("shop").await.unwrap();
         let held =
             Held { v: 1, id: Uuid::from_u128(1), tenant: None, purpose: Purpose::Write, since_us: 5, until_us: 0 };
-        let mut holder = Holder { repo: repo.clone(), source, held: held.clone(), path: None };
+        let mut holder = Holder { repo: repo.clone(), source, held: held.clone(), span: LEASE, path: None };
         for _ in 0..3 {
             holder.renew().await.unwrap();
             let seen = live(&repo, source).await.unwrap();
@@ -282,6 +337,43 @@ mod tests {
         // One that cannot be read could be anybody's.
         store.put(&path, Bytes::from_static(b"no lease")).await.unwrap();
         assert!(live(&repo, source).await.is_err());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_several_workers_one_has_a_tenant_and_a_dead_one_has_it_not_for_ever() {
+        let w = World::new(&[("a", true), ("b", false)]);
+        let repo = w.init().await;
+        let source = repo.keyring().ensure_source("shop").await.unwrap();
+        let other = w.open(Access::Write).await;
+        let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let intent = Lease::intent(&repo, source).await.unwrap();
+        let lease = Lease::claim(&repo, source, one).await.unwrap().unwrap();
+        assert!(Lease::claim(&other, source, one).await.unwrap().is_none());
+        Lease::claim(&other, source, two).await.unwrap().unwrap().release().await;
+        lease.release().await;
+        Lease::claim(&other, source, one).await.unwrap().unwrap().release().await;
+        intent.release().await;
+        for _ in 0..5 {
+            let each: Vec<_> = (0..4).map(|_| Lease::claim(&repo, source, one)).collect();
+            let got: Vec<Lease> = join_all(each).await.into_iter().filter_map(|l| l.unwrap()).collect();
+            assert_eq!(got.len(), 1, "all at once");
+            for l in got {
+                l.release().await;
+            }
+        }
+        // Of a process that died: its time is over.
+        let held =
+            Held { v: 1, id: Uuid::from_u128(9), tenant: Some(one), purpose: Purpose::Write, since_us: 5, until_us: 0 };
+        let object = random::uuid();
+        let store = repo.attached_stores().next().unwrap();
+        let put = |held: &Held| seal(&repo, source, object, held).unwrap();
+        store.put(&paths::lease(source, object), put(&held)).await.unwrap();
+        Lease::claim(&repo, source, one).await.unwrap().unwrap().release().await;
+        // Of one that lives.
+        let live = Held { until_us: repo.clock().now_us() + 1_000_000, ..held };
+        let object = random::uuid();
+        store.put(&paths::lease(source, object), seal(&repo, source, object, &live).unwrap()).await.unwrap();
+        assert!(Lease::claim(&repo, source, one).await.unwrap().is_none());
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -352,6 +352,7 @@ fn describe() {
     describe_counter!("coffer_prune_runs_total", "Runs of pruning by schedule");
     describe_gauge!("coffer_alarms", "Alarms that stand");
     describe_gauge!("coffer_last_full_timestamp_seconds", "When the last full was complete");
+    describe_gauge!("coffer_last_incremental_timestamp_seconds", "When the last incrementals were complete");
     describe_gauge!("coffer_last_validation_timestamp_seconds", "When the last validation passed");
     describe_gauge!(
         "coffer_oldest_validation_timestamp_seconds",

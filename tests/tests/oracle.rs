@@ -275,6 +275,11 @@ impl<'c> Case<'c> {
 
     /// Makes fulls of what is durable, or not: restores to later points begin there.
     fn compact(&mut self) {
+        if self.rng.random_bool(0.6) {
+            let out = self.agent.coffer(&["--json", "compact", "--incremental"]);
+            assert!(out.status.success(), "compact --incremental: {}", String::from_utf8_lossy(&out.stdout));
+            self.script.say("-- incrementals are made");
+        }
         if self.rng.random_bool(0.5) {
             return;
         }

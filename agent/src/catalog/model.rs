@@ -153,6 +153,9 @@ pub struct IncrementalEntry {
     pub object: Option<ObjectRef>,
     pub rows: u64,
     pub bytes: u64,
+    /// As of [`FullEntry::read_back_us`].
+    #[serde(default)]
+    pub read_back_us: Option<i64>,
 }
 
 /// A hold that was not released.

@@ -1,12 +1,14 @@
-//! `coffer compact`: a synthetic full of each tenant at what is durable now, merged from the repository alone.
+//! `coffer compact`: a synthetic full, or an incremental, of each tenant at what is durable now, merged from the repository
+//! alone.
 
 use super::progress::Progress;
-use crate::catalog::FullEntry;
+use crate::catalog::{FullEntry, IncrementalEntry};
 use crate::clock::rfc3339;
-use crate::compact::{Compactor, Occasion, PARALLEL};
+use crate::compact::{Compactor, Occasion, Outcome, PARALLEL};
 use crate::config::Config;
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::history::When;
+use crate::keyring::TenantEntry;
 use crate::lease::Lease;
 use crate::opened::{Opened, scratch};
 use crate::tenant::Tenant;
@@ -20,12 +22,16 @@ pub struct CompactArgs {
     /// Only this tenant
     #[arg(long, value_name = "KEY")]
     pub tenant: Option<String>,
+    /// Make incrementals: what each tenant's changes since the last one come to
+    #[arg(long)]
+    pub incremental: bool,
 }
 
 /// Compacts; the exit code: 0, or 9 when some tenants could not be.
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &CompactArgs) -> Result<u8> {
     let opened = Opened::for_writing(config).await?;
-    let (mut fulls, mut skipped) = (Vec::new(), Vec::new());
+    let (mut fulls, mut incrementals, mut unchanged) = (Vec::new(), Vec::new(), 0u64);
+    let (mut elsewhere, mut skipped) = (Vec::new(), Vec::new());
     for (name, uid) in opened.sources(source).await? {
         // Before the catalogs are read: what they name by then is not removed until the fulls that refer to it are recorded.
         let intent = Lease::intent(&opened.repo, uid).await?;
@@ -45,31 +51,53 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
             scratch: scratch(config)?,
             memory: usize::try_from(config.limits.memory / 2).unwrap_or(usize::MAX) / PARALLEL,
             part_bytes: config.compact.part,
+            // Who names a tenant wants it done.
+            share: args.tenant.is_none(),
         };
+        let who = |t: &TenantEntry| json!({"source": name, "tenant": t.tenant.key, "kind": t.tenant.kind.name(), "uid": t.uid});
         let progress = Progress::new(&format!("compacting {name}"), "tenants", tenants.len() as u64, json);
-        let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
-        let mut done = std::pin::pin!(compactor.all(&history, tenants, &point, &occasion));
-        while let Some((t, made)) = done.next().await {
-            progress.add(1);
-            let who = json!({"source": name, "tenant": t.tenant.key, "kind": t.tenant.kind.name(), "uid": t.uid});
-            match made {
-                Ok(full) => fulls.push(merged(who, shown(&full))),
-                Err(e) if matches!(e.kind(), Kind::OutsideWindow | Kind::Verification) => {
-                    let code = e.kind().exit_code();
-                    skipped.push(merged(who, json!({"reason": e.to_string(), "exit": code})));
+        let mut skip = |t: &TenantEntry, e: Error| match e.kind() {
+            Kind::OutsideWindow | Kind::Verification => {
+                let code = e.kind().exit_code();
+                skipped.push(merged(who(t), json!({"reason": e.to_string(), "exit": code})));
+                Ok(())
+            }
+            _ => Err(e.during(format_args!("tenant {}", t.tenant))),
+        };
+        if args.incremental {
+            let mut done = std::pin::pin!(compactor.all_incrementals(&history, tenants));
+            while let Some((t, made)) = done.next().await {
+                progress.add(1);
+                match made {
+                    Ok(Outcome::Made(i)) => incrementals.push(merged(who(&t), net(&i))),
+                    Ok(Outcome::Unchanged) => unchanged += 1,
+                    Ok(Outcome::Elsewhere) => elsewhere.push(who(&t)),
+                    Err(e) => skip(&t, e)?,
                 }
-                Err(e) => return Err(e.during(format_args!("tenant {}", t.tenant))),
+            }
+        } else {
+            let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
+            let mut done = std::pin::pin!(compactor.all(&history, tenants, &point, &occasion));
+            while let Some((t, made)) = done.next().await {
+                progress.add(1);
+                match made {
+                    Ok(Outcome::Made(full)) => fulls.push(merged(who(&t), shown(&full))),
+                    Ok(Outcome::Unchanged) => unchanged += 1,
+                    Ok(Outcome::Elsewhere) => elsewhere.push(who(&t)),
+                    Err(e) => skip(&t, e)?,
+                }
             }
         }
         intent.release().await;
     }
-    let nothing_done = fulls.is_empty() && !skipped.is_empty();
+    let nothing_done = fulls.is_empty() && incrementals.is_empty() && !skipped.is_empty();
     let code = match skipped.first() {
         None => 0,
         Some(first) if nothing_done => first["exit"].as_u64().and_then(|c| u8::try_from(c).ok()).unwrap_or(1),
         Some(_) => Kind::Partial.exit_code(),
     };
-    let document = json!({"version": 1, "fulls": fulls, "skipped": skipped});
+    let document = json!({"version": 1, "fulls": fulls, "incrementals": incrementals, "unchanged": unchanged,
+        "elsewhere": elsewhere, "skipped": skipped});
     let mut out = std::io::stdout().lock();
     let written = if json { writeln!(out, "{document}") } else { out.write_all(text(&document).as_bytes()) };
     written.context(Kind::Other, "cannot write to standard output")?;
@@ -79,6 +107,12 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
 fn shown(f: &FullEntry) -> Value {
     json!({"id": f.id, "point_lsn": f.point_lsn.to_string(), "point_time": rfc3339(f.point_time_us), "rows": f.rows,
         "bytes": f.bytes, "objects": f.objects.len()})
+}
+
+fn net(i: &IncrementalEntry) -> Value {
+    json!({"id": i.id, "from_lsn": i.from_lsn.to_string(), "point_lsn": i.to_lsn.to_string(),
+        "point_time": rfc3339(i.to_time_us), "rows": i.rows, "bytes": i.bytes,
+        "object": i.object.as_ref().map(|o| o.path.clone())})
 }
 
 fn merged(mut a: Value, b: Value) -> Value {
@@ -106,8 +140,26 @@ fn text(d: &Value) -> String {
             f["bytes"]
         ));
     }
+    for i in d["incrementals"].as_array().into_iter().flatten() {
+        out.push_str(&format!(
+            "{}: incremental {} from {} to {} ({}), {} changes, {} bytes written\n",
+            who(i),
+            s(&i["id"]),
+            s(&i["from_lsn"]),
+            s(&i["point_lsn"]),
+            s(&i["point_time"]),
+            i["rows"],
+            i["bytes"]
+        ));
+    }
+    for t in d["elsewhere"].as_array().into_iter().flatten() {
+        out.push_str(&format!("{}: left to another worker, which has this tenant\n", who(t)));
+    }
     for t in d["skipped"].as_array().into_iter().flatten() {
-        out.push_str(&format!("{}: no full: {}\n", who(t), s(&t["reason"])));
+        out.push_str(&format!("{}: not done: {}\n", who(t), s(&t["reason"])));
+    }
+    if let Some(n) = d["unchanged"].as_u64().filter(|n| *n > 0) {
+        out.push_str(&format!("{n} tenants did not change since their last incrementals\n"));
     }
     if out.is_empty() {
         out.push_str("no tenant yet\n");

@@ -1,6 +1,6 @@
 //! `coffer show`: one backup, or one object.
 
-use crate::catalog::{Catalog, FullEntry};
+use crate::catalog::{Catalog, FullEntry, IncrementalEntry};
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::crypto::{Expect, Header, Opener};
@@ -49,6 +49,10 @@ async fn backup(opened: &Opened, source: Option<&str>, json: bool, id: Uuid) -> 
         for t in opened.keyring.tenants(uid) {
             if let Some(f) = history.catalog(t.uid).and_then(|c| c.full(id)) {
                 return print(&synthetic(&name, &t, f), json);
+            }
+            let of_tenant = history.catalog(t.uid).into_iter().flat_map(|c| &c.incrementals);
+            if let Some(i) = of_tenant.into_iter().find(|i| i.id == id) {
+                return print(&incremental(&name, &t, i), json);
             }
         }
         for r in history.records() {
@@ -104,6 +108,17 @@ fn synthetic(source: &str, t: &TenantEntry, f: &FullEntry) -> Value {
         "bytes": f.bytes, "tables": tables, "objects": f.objects.iter().map(object).collect::<Vec<_>>(),
         "manifest": f.manifest.as_ref().map(object), "schema": f.schema.as_ref().map(|s| s.path.clone()),
         "roles": f.roles.as_ref().map(|s| s.path.clone())})
+}
+
+fn incremental(source: &str, t: &TenantEntry, i: &IncrementalEntry) -> Value {
+    let object = i.object.as_ref().map(|o| {
+        json!({"object": o.path, "bytes": o.bytes, "rows": o.rows, "sha256": o.sha256, "key_version": o.key_version})
+    });
+    json!({"version": 1, "id": i.id, "kind": "incremental", "source": source, "tenant": t.tenant.key,
+        "tenant_kind": t.tenant.kind.name(), "tenant_uid": t.uid, "trigger": "incremental", "record": i.log_n,
+        "from_lsn": i.from_lsn.to_string(), "point_lsn": i.to_lsn.to_string(), "point_time": rfc3339(i.to_time_us),
+        "verified_at": i.read_back_us.map(rfc3339), "rows": i.rows, "bytes": i.bytes,
+        "objects": object.into_iter().collect::<Vec<_>>()})
 }
 
 /// Prints a document; for people, indented.

@@ -1,7 +1,7 @@
-//! Fulls of many tenants, a few at a time; and the schedule that asks for them inside `coffer run`.
+//! Fulls and incrementals of many tenants, a few at a time; and the schedules that ask for them inside `coffer run`.
 
-use super::{Compactor, Occasion};
-use crate::catalog::FullEntry;
+use super::{Compactor, Occasion, Outcome, Spans};
+use crate::catalog::{FullEntry, IncrementalEntry, State};
 use crate::error::{Kind, Result};
 use crate::history::{History, Target, When};
 use crate::keyring::TenantEntry;
@@ -20,72 +20,116 @@ pub const PARALLEL: usize = 2;
 const TICK: Duration = Duration::from_secs(1);
 
 impl Compactor {
-    /// Makes a full of each of these tenants at one point. Rows that capture could not attribute are in no full.
+    /// Makes a full of each of these tenants at one point, those that no other worker takes. Rows that capture could not
+    /// attribute are in no full.
     pub fn all<'a>(
         &'a self,
         history: &'a History,
         tenants: Vec<TenantEntry>,
         point: &'a Target,
         occasion: &'a Occasion,
-    ) -> impl Stream<Item = (TenantEntry, Result<FullEntry>)> + 'a {
-        let each = tenants.into_iter().filter(|t| t.tenant.kind != TenantKind::Unresolved);
-        stream::iter(each)
+    ) -> impl Stream<Item = (TenantEntry, Result<Outcome<FullEntry>>)> + 'a {
+        stream::iter(compacted(tenants))
             .map(move |t| async move {
-                let made = self.take_full(history, &t, point, occasion).await;
+                let work = async { self.take_full(history, &t, point, occasion).await.map(Outcome::Made) };
+                let since = |now: &State, then: &State| {
+                    let same = |f: &&FullEntry| f.trigger == occasion.trigger;
+                    now.fulls.iter().filter(same).any(|f| then.full(f.id).is_none())
+                };
+                let made = self.alone(history, &t, since, work).await;
                 (t, made)
+            })
+            .buffer_unordered(PARALLEL)
+    }
+
+    /// Makes an incremental of each of these tenants that changed, up to the end of the log.
+    pub fn all_incrementals<'a>(
+        &'a self,
+        history: &'a History,
+        tenants: Vec<TenantEntry>,
+    ) -> impl Stream<Item = (TenantEntry, Result<Outcome<IncrementalEntry>>)> + 'a {
+        let spans = Arc::new(Spans::of(history));
+        stream::iter(compacted(tenants))
+            .map(move |t| {
+                let spans = spans.clone();
+                async move {
+                    let made = self.take_incremental(history, &spans, &t).await;
+                    (t, made)
+                }
             })
             .buffer_unordered(PARALLEL)
     }
 }
 
-/// Makes fulls whenever the schedule says so, for as long as it is polled.
+fn compacted(tenants: Vec<TenantEntry>) -> impl Iterator<Item = TenantEntry> {
+    tenants.into_iter().filter(|t| t.tenant.kind != TenantKind::Unresolved)
+}
+
+/// What a schedule asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Incrementals,
+    Fulls,
+}
+
+/// Makes incrementals and fulls whenever their schedules say so, for as long as it is polled. Where both are due,
+/// incrementals come first: the fulls read them.
 pub async fn on_schedule(ctx: Arc<AgentContext>) {
-    let schedule = match Schedule::parse(&ctx.config.schedule.full) {
-        Ok(s) => s,
-        Err(e) => {
-            // The configuration was checked when it was read.
-            tracing::error!("no fulls are made: {e}");
+    let at = &ctx.config.schedule;
+    let parsed = |text: &str| Schedule::parse(text);
+    let (incremental, full) = match (parsed(&at.incremental), parsed(&at.full)) {
+        (Ok(i), Ok(f)) => (i, f),
+        // The configuration was checked when it was read.
+        (Err(e), _) | (_, Err(e)) => {
+            tracing::error!("neither incrementals nor fulls are made: {e}");
             return;
         }
     };
-    let last_us = match newest(&ctx).await {
+    let (last_incremental, last_full) = match newest(&ctx).await {
         Ok(t) => t,
         Err(e) => {
             tracing::warn!("when the last fulls were made could not be read: {e}");
-            None
+            (None, None)
         }
     };
-    let mut timer = Timer::new(schedule, last_us, ctx.clock.now_us());
+    let now_us = ctx.clock.now_us();
+    let mut timers = [
+        (Work::Incrementals, Timer::new(incremental, last_incremental, now_us)),
+        (Work::Fulls, Timer::new(full, last_full, now_us)),
+    ];
     loop {
         tokio::select! {
             () = tokio::time::sleep(TICK) => {}
             () = ctx.stopped() => return,
         }
-        if !timer.due(ctx.clock.now_us()) {
-            continue;
-        }
-        if let Err(e) = once(&ctx).await {
-            tracing::error!("the scheduled fulls were not made, and are tried again at the next time: {e}");
+        for (work, timer) in &mut timers {
+            if !timer.due(ctx.clock.now_us()) {
+                continue;
+            }
+            if let Err(e) = once(&ctx, *work).await {
+                let what = if *work == Work::Fulls { "fulls" } else { "incrementals" };
+                tracing::error!("the scheduled {what} were not made, and are tried again at the next time: {e}");
+            }
         }
     }
 }
 
-/// The time of the newest scheduled full of the source.
-async fn newest(ctx: &AgentContext) -> Result<Option<i64>> {
+/// The times of the newest incremental and of the newest scheduled full of the source.
+async fn newest(ctx: &AgentContext) -> Result<(Option<i64>, Option<i64>)> {
     let mut history = History::load(&ctx.repo, &ctx.keyring, ctx.source_uid, None).await?;
     history.load_catalogs().await?;
     let tenants = ctx.keyring.tenants(ctx.source_uid);
+    let incrementals = tenants.iter().flat_map(|t| history.incrementals(t.uid)).map(|i| i.to_time_us);
     let fulls = tenants.iter().flat_map(|t| history.fulls(t.uid)).filter(|f| f.trigger == "schedule");
-    Ok(fulls.map(|f| f.point_time_us).max())
+    Ok((incrementals.max(), fulls.map(|f| f.point_time_us).max()))
 }
 
-/// A full of every tenant, at what is durable now.
-async fn once(ctx: &AgentContext) -> Result<()> {
+/// Does it for every tenant, at what is durable now.
+async fn once(ctx: &AgentContext, work: Work) -> Result<()> {
     // Before the catalogs are read: what they name by then is not removed until the fulls that refer to it are recorded.
     let _intent = Lease::intent(&ctx.repo, ctx.source_uid).await?;
     let mut history = History::load(&ctx.repo, &ctx.keyring, ctx.source_uid, None).await?;
     history.load_catalogs().await?;
-    let point = history.resolve(&When::Latest).await?;
     let compactor = Compactor {
         repo: ctx.repo.clone(),
         keyring: ctx.keyring.clone(),
@@ -95,16 +139,55 @@ async fn once(ctx: &AgentContext) -> Result<()> {
         scratch: opened::scratch(&ctx.config)?,
         memory: usize::try_from(ctx.memory.compact).unwrap_or(usize::MAX) / PARALLEL,
         part_bytes: ctx.config.compact.part,
+        share: true,
     };
-    let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
+    let tenants = ctx.keyring.tenants(ctx.source_uid);
+    match work {
+        Work::Incrementals => incrementals(ctx, &history, &compactor, tenants).await,
+        Work::Fulls => fulls(ctx, &history, &compactor, tenants).await,
+    }
+}
+
+async fn incrementals(
+    ctx: &AgentContext,
+    history: &History,
+    compactor: &Compactor,
+    tenants: Vec<TenantEntry>,
+) -> Result<()> {
     let (mut made, mut bytes, mut failed) = (0u64, 0, 0u64);
-    let mut done = std::pin::pin!(compactor.all(&history, ctx.keyring.tenants(ctx.source_uid), &point, &occasion));
+    let mut done = std::pin::pin!(compactor.all_incrementals(history, tenants));
     while let Some((t, r)) = done.next().await {
         if ctx.is_stopping() {
             return Ok(());
         }
         match r {
-            Ok(f) => (made, bytes) = (made + 1, bytes + f.bytes),
+            Ok(Outcome::Made(i)) => (made, bytes) = (made + 1, bytes + i.bytes),
+            Ok(Outcome::Unchanged | Outcome::Elsewhere) => {}
+            Err(e) => {
+                failed += 1;
+                tracing::warn!(tenant_uid = %t.uid, "the scheduled incremental failed: {e}");
+            }
+        }
+    }
+    metrics::gauge!("coffer_last_incremental_timestamp_seconds", "source" => ctx.source.clone())
+        .set(ctx.clock.now_us() as f64 / 1e6);
+    tracing::info!(source = ctx.source, made, failed, bytes, upto = %history.end().0, "scheduled incrementals");
+    Ok(())
+}
+
+/// A full of every tenant, at what is durable now.
+async fn fulls(ctx: &AgentContext, history: &History, compactor: &Compactor, tenants: Vec<TenantEntry>) -> Result<()> {
+    let point = history.resolve(&When::Latest).await?;
+    let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
+    let (mut made, mut bytes, mut failed) = (0u64, 0, 0u64);
+    let mut done = std::pin::pin!(compactor.all(history, tenants, &point, &occasion));
+    while let Some((t, r)) = done.next().await {
+        if ctx.is_stopping() {
+            return Ok(());
+        }
+        match r {
+            Ok(Outcome::Made(f)) => (made, bytes) = (made + 1, bytes + f.bytes),
+            Ok(Outcome::Unchanged | Outcome::Elsewhere) => {}
             // One tenant's trouble is not another's.
             Err(e) => {
                 failed += 1;

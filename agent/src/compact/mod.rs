@@ -4,13 +4,19 @@
 //! bases) and the changes since, without touching the database. It writes only the parts that a change touched and refers
 //! to the rest; a tenant that did nothing costs one catalog entry.
 //!
-//! A full is recorded when it was read back from the stores and was what had been written. What a worker leaves that dies
+//! [`Compactor::take_incremental`] makes of a tenant's changesets one object that says what they come to, every hour or so.
+//!
+//! Both are recorded when they were read back from the stores and were what had been written. What a worker leaves that dies
 //! before is objects that nobody names.
 
 mod all;
 mod full;
+mod incremental;
+mod share;
 
 pub use all::{PARALLEL, on_schedule};
+pub use incremental::Spans;
+pub use share::Outcome;
 
 use crate::catalog::{Catalog, Entry, FullEntry, FullTable, State};
 use crate::clock::{SharedClock, skew_us};
@@ -42,6 +48,8 @@ pub struct Compactor {
     /// For one merge, in bytes.
     pub memory: usize,
     pub part_bytes: u64,
+    /// Whether tenants that another worker has are left to it.
+    pub share: bool,
 }
 
 /// Why a full is made.

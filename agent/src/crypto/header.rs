@@ -48,6 +48,8 @@ pub enum ObjectKind {
     LargeObjects = 11,
     /// Says that somebody reads or writes; it ends by itself.
     Lease = 12,
+    /// What the changes of one tenant in a span come to.
+    Incremental = 13,
 }
 
 impl ObjectKind {
@@ -65,6 +67,7 @@ impl ObjectKind {
             10 => Self::Roles,
             11 => Self::LargeObjects,
             12 => Self::Lease,
+            13 => Self::Incremental,
             _ => return None,
         })
     }

@@ -6,6 +6,7 @@
 //! A target is never rounded: a position that is not known in full is refused, with the window in the error.
 
 mod facts;
+mod incrementals;
 pub mod line;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use crate::repository::model::{Base, DatabaseLocale, LargeObjectsRead, SequenceS
 use crate::repository::{Log, LogRecord, ObjectRef, Repository};
 use coffer_wire::Lsn;
 use futures::{StreamExt, stream};
+use incrementals::Placed;
 use line::{Closed, Facts, Line, Restored, ShipAt, TableAt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -46,6 +48,7 @@ pub struct Target {
 #[derive(Clone, Debug)]
 pub struct ShipInput {
     pub common: Option<ObjectRef>,
+    /// Or the incremental that stands for those of several ships.
     pub changeset: Option<ObjectRef>,
     /// Transactions beyond it do not count.
     pub limit: Lsn,
@@ -71,13 +74,29 @@ pub struct Inputs {
     pub schema_warning: Option<String>,
 }
 
-/// A backup as `list` shows it: a synthetic full, or a tenant's part of a base.
+impl Inputs {
+    /// Changes alone.
+    pub fn of_ships(target: Lsn, ships: Vec<ShipInput>) -> Self {
+        Self {
+            target,
+            tables: Vec::new(),
+            fulls: Vec::new(),
+            parts: Vec::new(),
+            full: None,
+            ships,
+            schema: None,
+            schema_warning: None,
+        }
+    }
+}
+
+/// A backup as `list` shows it: a synthetic full, an incremental, or a tenant's part of a base.
 #[derive(Clone, Debug)]
 pub struct Backup {
     pub id: Uuid,
-    /// `full` or `archive`.
+    /// `full`, `incremental` or `archive`.
     pub kind: &'static str,
-    /// As [`FullEntry::trigger`]; `base` for what was read from the database.
+    /// As [`FullEntry::trigger`]; `base` for what was read from the database, `incremental` for one.
     pub trigger: String,
     pub reason: Option<String>,
     /// When it was read back and was what had been written.
@@ -184,10 +203,10 @@ impl History {
         all
     }
 
-    /// Whether no check found a full's objects damaged: what can be merged without it is.
-    fn is_sound(&self, tenant: Uuid, f: &FullEntry) -> bool {
+    /// Whether no check found a backup's objects damaged: what can be merged without it is.
+    fn is_sound(&self, tenant: Uuid, backup: Uuid) -> bool {
         let checks = self.catalogs.get(&tenant).map_or(&[][..], |c| &c.checks);
-        !checks.iter().any(|c| c.backup == f.id && !c.ok && c.what == "read_back")
+        !checks.iter().any(|c| c.backup == backup && !c.ok && c.what == "read_back")
     }
 
     pub fn source(&self) -> Uuid {
@@ -266,6 +285,10 @@ impl History {
                 let fulls = self.catalogs.keys().flat_map(|t| self.fulls(*t));
                 if let Some(f) = fulls.into_iter().find(|f| f.id == *id) {
                     return Ok(Target { asked, lsn: f.point_lsn, time_us: f.point_time_us });
+                }
+                let incrementals = self.catalogs.keys().flat_map(|t| self.incrementals(*t));
+                if let Some(i) = incrementals.into_iter().find(|i| i.id == *id) {
+                    return Ok(Target { asked, lsn: i.to_lsn, time_us: i.to_time_us });
                 }
                 let base = found.ok_or_else(|| self.no_such_backup(*id))?;
                 let lsn = base.base().cut_lsn;
@@ -455,16 +478,17 @@ impl History {
 
     /// What the tenant's rows in these tables at the target are merged from.
     ///
-    /// The newest synthetic full up to the target that holds a table stands for what is older of it, if the tenant's
-    /// catalog was taken in.
+    /// The newest synthetic full up to the target that holds a table stands for what is older of it, and incrementals up to
+    /// the target for the changesets of their spans, if the tenant's catalog was taken in.
     pub async fn inputs(&self, tenant: Uuid, target: Lsn, tables: Vec<TableAt>) -> Result<Inputs> {
         self.inputs_from(tenant, target, target, tables).await
     }
 
-    /// The same from a full at or before `begin`.
+    /// The same from a full and incrementals at or before `begin`.
     pub async fn inputs_from(&self, tenant: Uuid, begin: Lsn, target: Lsn, mut tables: Vec<TableAt>) -> Result<Inputs> {
         let definitions: Vec<usize> = tables.iter().filter_map(|t| t.base).collect();
-        let full = self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= begin && self.is_sound(tenant, f)).cloned();
+        let full =
+            self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= begin && self.is_sound(tenant, f.id)).cloned();
         let mut parts = Vec::new();
         if let Some(f) = &full {
             let mut from_it = BTreeSet::new();
@@ -492,9 +516,11 @@ impl History {
             let changeset = ship.objects.iter().find(|o| o.tenant == tenant && o.lsn_end > least).cloned();
             let common = ship.common.clone().filter(|_| ship.eventful != Some(false));
             if changeset.is_some() || common.is_some() {
-                ships.push(ShipInput { common, changeset, limit: s.limit.min(target) });
+                let input = ShipInput { common, changeset, limit: s.limit.min(target) };
+                ships.push(Placed { from: s.record.from_lsn, to: s.record.upto_lsn.min(s.limit), input });
             }
         }
+        let ships = self.stand_in(tenant, ships, begin);
         // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
         let of_tables = || definitions.iter().map(|b| self.line.bases[*b].base());
         let (schema, schema_warning) = self.schema_at(target, &mut of_tables().map(|b| b.schema.as_ref()));
@@ -689,6 +715,19 @@ impl History {
             tables: f.tables.len(),
             verified_us: f.read_back_us,
             object: None,
+        }));
+        all.extend(self.incrementals(tenant).into_iter().map(|i| Backup {
+            id: i.id,
+            kind: "incremental",
+            trigger: "incremental".to_owned(),
+            reason: None,
+            point: i.to_lsn,
+            time_us: i.to_time_us,
+            bytes: i.bytes,
+            rows: i.rows,
+            tables: 0,
+            verified_us: i.read_back_us,
+            object: i.object.clone(),
         }));
         all.sort_by_key(|b| b.point);
         all

@@ -79,6 +79,7 @@ impl Work<'_> {
             scratch: scratch(&ctx.config)?,
             memory: ctx.memory.job,
             part_bytes: ctx.config.compact.part,
+            share: false,
         })
     }
 

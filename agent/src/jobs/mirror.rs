@@ -214,10 +214,6 @@ fn document(history: &History, catalog: &State, t: &TenantEntry) -> Value {
         checks.map(|c| c.at_us).max()
     };
     let mut backups: Vec<Value> = Vec::new();
-    for i in &catalog.incrementals {
-        backups.push(json!({"backup": i.id, "kind": "incremental", "point_lsn": lsn(i.to_lsn), "point_time": rfc3339(i.to_time_us),
-            "rows": i.rows, "bytes": i.bytes, "verified_at": verified(i.id).map(rfc3339)}));
-    }
     for b in history.backups(t.uid) {
         backups.push(json!({"backup": b.id, "kind": b.kind, "trigger": b.trigger, "reason": b.reason,
             "point_lsn": lsn(b.point), "point_time": rfc3339(b.time_us), "rows": b.rows, "bytes": b.bytes,

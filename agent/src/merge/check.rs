@@ -1,6 +1,7 @@
 //! Reads an object's plaintext for what it says of itself: frames that parse, rows that count, one tenant only.
 
 use super::intake::{Frames, Header, RunBody, RunState, STREAM_ABOVE, TXN_INDEX_FRAME, values};
+use super::net::{self, NET_FRAME, STAND_FRAME};
 use crate::error::{Error, Kind, Result};
 use crate::repository::model::TxnIndex;
 use crate::tenant::Tenant;
@@ -45,10 +46,41 @@ pub fn check(input: &mut dyn Read, tenant: Option<&Tenant>, within: Option<(Lsn,
             done.rows += stream(&mut *frames.input, &h, false)?;
             continue;
         }
-        let bytes = frames.body(len)?;
-        if k == TXN_INDEX_FRAME {
-            TxnIndex::decode(bytes)?;
+        let placed = |at: Lsn| match within {
+            Some((from, upto)) if at <= from || at > upto => {
+                Err(bad(format!("a change at {at} is not where it belongs")))
+            }
+            _ => Ok(()),
+        };
+        if k == NET_FRAME && len > STREAM_ABOVE {
+            let h = net::Header::read(frames.input, len)?;
+            owner(h.tenant_kind, &h.tenant_key)?;
+            described(&known, h.relations.iter().copied())?;
+            done.rows += net::walk(frames.input, &h, &placed)?;
             continue;
+        }
+        let bytes = frames.body(len)?;
+        match k {
+            TXN_INDEX_FRAME => {
+                TxnIndex::decode(bytes)?;
+                continue;
+            }
+            NET_FRAME => {
+                let mut body = &bytes[5..];
+                let h = net::Header::read(&mut body, len)?;
+                owner(h.tenant_kind, &h.tenant_key)?;
+                described(&known, h.relations.iter().copied())?;
+                done.rows += net::walk(&mut body, &h, &placed)?;
+                continue;
+            }
+            STAND_FRAME => {
+                for (id, at) in net::stands(&bytes[5..])? {
+                    described(&known, std::iter::once(id))?;
+                    placed(at.end_lsn)?;
+                }
+                continue;
+            }
+            _ => {}
         }
         match FrameReader::new(bytes).next().ok_or_else(|| bad("an empty frame"))?? {
             Frame::Begin(b) => {

@@ -112,6 +112,22 @@ impl Descriptors {
         self.inner().list[d as usize].clone()
     }
 
+    /// The descriptors of a table, in the order in which they came.
+    pub(super) fn of_table(&self, relid: u32) -> Vec<(DescId, Arc<Relation>)> {
+        let inner = self.inner();
+        let numbered = inner.list.iter().enumerate().map(|(n, d)| (n as DescId, d.rel.clone()));
+        numbered.filter(|(_, rel)| rel.relid == relid).collect()
+    }
+
+    /// What rows under `like` look like in the leaf that rows under `of` are in.
+    pub(super) fn in_leaf_of(&self, like: DescId, of: DescId) -> Result<DescId> {
+        let (like_rel, of_rel) = (self.relation(like), self.relation(of));
+        if like_rel.leaf == of_rel.leaf {
+            return Ok(like);
+        }
+        self.add(&Relation { leaf: of_rel.leaf, ..(*like_rel).clone() }.encode())
+    }
+
     /// Whether rows under the two look the same, whatever leaf of the table they are in.
     pub(super) fn alike(&self, a: DescId, b: DescId) -> bool {
         if a == b {

@@ -7,6 +7,7 @@
 use super::descriptor::{Desc, DescId, Descriptors, KeyShape};
 use super::image::{self, LARGE_LINE, LineBuilder};
 use super::key::{self, Position, SUB_IN, SUB_OUT};
+use super::net::{NET_FRAME, STAND_FRAME};
 use super::scratch::{Blobs, Scratch};
 use super::sorter::Sorter;
 use crate::error::{Context, Error, Kind, Result};
@@ -22,7 +23,7 @@ pub(super) const STREAM_ABOVE: usize = 4 << 20;
 /// No other frame may be longer; a length beyond it is damage.
 const MAX_FRAME: usize = 64 << 20;
 /// Nor may a key: PostgreSQL's indexes end far below.
-const MAX_KEY: usize = 1 << 20;
+pub(super) const MAX_KEY: usize = 1 << 20;
 
 /// What an entry of the sort says. The value is `what u8 | descriptor u32 | rest`.
 pub(super) mod what {
@@ -39,6 +40,8 @@ pub(super) mod what {
     pub const MOVE_IN: u8 = 6;
     /// What fills the holes of the arrival beside it.
     pub const FILL: u8 = 7;
+    /// A change that capture could not render, which incrementals pass on; never in a merge.
+    pub const OPAQUE: u8 = 8;
 }
 
 /// Which changes count, and whose they are.
@@ -101,6 +104,8 @@ pub(super) struct Gathered {
     /// (relid, epoch) in which rows changed their key and left values behind.
     pub moves: HashSet<(u32, u32)>,
     pub stats: IntakeStats,
+    /// By table and leaf, its last row change; only for incrementals.
+    pub last_rows: BTreeMap<u32, BTreeMap<u32, (Position, DescId)>>,
 }
 
 impl Gathered {
@@ -109,7 +114,7 @@ impl Gathered {
     }
 
     /// The epoch of a change, which begins a new one when the table's key is made of other columns than before.
-    fn change_epoch(&self, relid: u32, desc: &Desc, d: DescId) -> u32 {
+    pub fn change_epoch(&self, relid: u32, desc: &Desc, d: DescId) -> u32 {
         let shape = &desc.shape;
         let mut tables = self.tables();
         let t = tables.entry(relid).or_default();
@@ -178,7 +183,7 @@ impl Gathered {
         self.tables().get(&relid)?.epochs.iter().find(|(e, _)| *e == epoch).map(|(_, d)| *d)
     }
 
-    fn note_newest(&self, relid: u32, at: Position, d: DescId) {
+    pub fn note_newest(&self, relid: u32, at: Position, d: DescId) {
         let mut tables = self.tables();
         let t = tables.entry(relid).or_default();
         if t.newest.is_none_or(|(p, _)| p <= at) {
@@ -217,6 +222,11 @@ impl Gathered {
     /// Whether a table or a leaf of one was dropped.
     pub fn dropped(&self, id: u32) -> bool {
         self.drops.contains_key(&id)
+    }
+
+    /// Whether the key was made of the same columns through all changes of the table.
+    pub fn one_epoch(&self, relid: u32) -> bool {
+        self.tables().get(&relid).is_none_or(|t| t.epochs.len() <= 1)
     }
 
     /// Whether every change of the table has a key of this shape.
@@ -259,13 +269,13 @@ impl Gathered {
 }
 
 /// A value of a row: a line in memory, or one that was built from a stream.
-enum Part<'a> {
+pub(super) enum Part<'a> {
     Line(&'a [u8]),
     Built { encoded: Vec<u8>, key: Vec<u8> },
 }
 
 impl Part<'_> {
-    fn put(&self, blobs: &Blobs, out: &mut Vec<u8>) -> Result<()> {
+    pub fn put(&self, blobs: &Blobs, out: &mut Vec<u8>) -> Result<()> {
         match self {
             Part::Line(l) if l.len() <= LARGE_LINE => image::put_line(out, l),
             Part::Line(l) => {
@@ -308,8 +318,10 @@ pub(super) struct Intake {
     pub sorter: Sorter,
     pub blobs: Blobs,
     pub gathered: Gathered,
+    /// For an incremental: what a merge would only count is kept as well.
+    pub for_net: bool,
     sort_key: Vec<u8>,
-    value: Vec<u8>,
+    pub value: Vec<u8>,
 }
 
 impl Intake {
@@ -318,6 +330,7 @@ impl Intake {
             sorter: Sorter::new(scratch, memory),
             blobs: scratch.clone().for_memory(memory).blobs()?,
             gathered: Gathered::default(),
+            for_net: false,
             sort_key: Vec::new(),
             value: Vec::new(),
         })
@@ -366,7 +379,7 @@ impl Intake {
     }
 
     /// Pushes `self.value` under this key.
-    fn push(&mut self, group: u32, relid: u32, epoch: u32, key: &[u8], at: Position, sub: u8) -> Result<()> {
+    pub fn push(&mut self, group: u32, relid: u32, epoch: u32, key: &[u8], at: Position, sub: u8) -> Result<()> {
         self.sort_key.clear();
         key::put_table(&mut self.sort_key, group, relid, epoch);
         key::put_row_key(&mut self.sort_key, key);
@@ -379,9 +392,12 @@ impl Intake {
         let relid = desc.rel.relid;
         if c.op == Op::Opaque {
             *self.gathered.stats.opaque.entry(relid).or_insert(0) += 1;
-            return Ok(());
+            return if self.for_net { self.keep_opaque(relid, c) } else { Ok(()) };
         }
         self.gathered.stats.rows += 1;
+        if self.for_net {
+            self.gathered.last_rows.entry(relid).or_default().insert(desc.rel.leaf, (c.at, c.desc));
+        }
         self.gathered.note_newest(relid, c.at, c.desc);
         let epoch = self.gathered.change_epoch(relid, &desc, c.desc);
         if desc.full_row() {
@@ -426,6 +442,17 @@ impl Intake {
         put_value(&mut self.value, w, c.desc);
         c.image.put(&self.blobs, &mut self.value)?;
         self.push(c.group, relid, epoch, new_key, c.at, SUB_IN)
+    }
+
+    /// The reason in the place of the key, behind all rows of its table.
+    fn keep_opaque(&mut self, relid: u32, c: &Change<'_>) -> Result<()> {
+        let Part::Line(reason) = c.key else {
+            return Err(Error::new(Kind::Verification, "the reason of an opaque row is too long").code("malformed"));
+        };
+        self.value.clear();
+        put_value(&mut self.value, what::OPAQUE, c.desc);
+        c.image.put(&self.blobs, &mut self.value)?;
+        self.push(c.group, relid, u32::MAX, reason, c.at, SUB_IN)
     }
 
     /// A change of a row that is told apart by its whole image: one of that image fewer, one more.
@@ -476,9 +503,22 @@ impl Intake {
                 self.stream_run(&header, &begun(txn)?, frames.input, false, pick)?;
                 continue;
             }
-            let bytes = frames.body(len)?;
-            if k == TXN_INDEX_FRAME {
+            if k == NET_FRAME && len > STREAM_ABOVE {
+                self.net(frames.input, len, pick)?;
                 continue;
+            }
+            let bytes = frames.body(len)?;
+            match k {
+                TXN_INDEX_FRAME => continue,
+                NET_FRAME => {
+                    self.net(&mut &bytes[5..], len, pick)?;
+                    continue;
+                }
+                STAND_FRAME => {
+                    self.stand(&bytes[5..], pick)?;
+                    continue;
+                }
+                _ => {}
             }
             let frame = FrameReader::new(bytes)
                 .next()
@@ -708,7 +748,7 @@ impl Frames<'_> {
         }
         fill(self.input, &mut self.buf[1..], false)?;
         let len = u32::from_le_bytes([self.buf[1], self.buf[2], self.buf[3], self.buf[4]]) as usize;
-        if len > MAX_FRAME && self.buf[0] != kind::RUN {
+        if len > MAX_FRAME && !matches!(self.buf[0], kind::RUN | NET_FRAME) {
             return Err(
                 Error::new(Kind::Verification, format!("a frame says it is {len} bytes long")).code("malformed")
             );
@@ -753,7 +793,7 @@ impl Frames<'_> {
 }
 
 /// Fills `out`; false when `may_end` and the input ended before the first byte.
-fn fill(input: &mut dyn Read, out: &mut [u8], may_end: bool) -> Result<bool> {
+pub(super) fn fill(input: &mut dyn Read, out: &mut [u8], may_end: bool) -> Result<bool> {
     let mut done = 0;
     while done < out.len() {
         match input.read(&mut out[done..]) {
@@ -784,7 +824,7 @@ pub(super) enum Value {
 }
 
 impl Value {
-    fn part(&self) -> Part<'_> {
+    pub fn part(&self) -> Part<'_> {
         match self {
             Self::Bytes(b) => Part::Line(b),
             Self::Built { encoded, key } => Part::Built { encoded: encoded.clone(), key: key.clone() },
@@ -803,6 +843,11 @@ pub(super) struct RunState {
 impl RunState {
     pub fn new(h: &Header, framed: bool) -> Self {
         Self { framed, in_frame: if framed { 0 } else { h.rows_len }, left: h.rows_len }
+    }
+
+    /// For what is not in frames of its own.
+    pub fn of_bytes(len: u64) -> Self {
+        Self { framed: false, in_frame: len, left: len }
     }
 }
 
@@ -831,7 +876,7 @@ impl RunBody<'_> {
     }
 
     /// Fills `out`.
-    fn fill(&mut self, mut out: &mut [u8]) -> Result<()> {
+    pub fn fill(&mut self, mut out: &mut [u8]) -> Result<()> {
         while !out.is_empty() {
             if self.s.in_frame == 0 {
                 if !self.s.framed {

@@ -29,6 +29,7 @@ mod image;
 mod intake;
 mod key;
 mod moves;
+mod net;
 mod parts;
 mod parts_reader;
 mod presorted;
@@ -45,6 +46,7 @@ pub use image::{Field, Image};
 pub(crate) use intake::from_io;
 pub use intake::{IntakeStats, Pick, TXN_INDEX_FRAME, UpTo};
 pub use key::Position;
+pub use net::{NetSink, NetStats};
 pub use parts::KnownPart;
 pub use scratch::{BlobRef, Blobs, DEFAULT_SEGMENT_BYTES, Scratch};
 pub use sorter::{Cursor, KWay, Sorted, Sorter};
@@ -137,6 +139,18 @@ impl Merge {
             keep_leaves: false,
             sorted: None,
         })
+    }
+
+    /// One that becomes an incremental: it takes changes, and [`Merge::net`] writes what they come to.
+    pub fn for_net(scratch: &Scratch, memory: usize) -> Result<Self> {
+        let mut m = Self::new(scratch, memory)?;
+        m.intake.for_net = true;
+        Ok(m)
+    }
+
+    /// Writes what the changes come to: the plaintext of an incremental of this tenant, of what is after `after`.
+    pub fn net(self, tenant: &crate::tenant::Tenant, after: Lsn, out: &mut dyn NetSink) -> Result<NetStats> {
+        net::write(self.intake, tenant, after, out)
     }
 
     /// What to do with values that are not in the input; default [`Holes::Refuse`].
@@ -375,7 +389,17 @@ impl Running<'_> {
             let to = g.of_epoch(relid, next).ok_or_else(|| Error::other("the merge lost count of a table's keys"))?;
             let mut sorter = Sorter::new(&self.scratch, self.memory);
             let (mut sort_key, mut value) = (Vec::new(), Vec::new());
+            let mut by_leaf = HashMap::new();
             let r = fold::fold_table(g, input, &mut stats, &mut |row| {
+                // A row stays in its leaf.
+                let to = match by_leaf.get(&row.desc) {
+                    Some(d) => *d,
+                    None => {
+                        let d = g.descriptors.in_leaf_of(to, row.desc)?;
+                        by_leaf.insert(row.desc, d);
+                        d
+                    }
+                };
                 rekey(g, blobs, row, to, next, &mut sort_key, &mut value)?;
                 sorter.push(&sort_key, &value)
             });

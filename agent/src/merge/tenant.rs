@@ -1,7 +1,7 @@
 //! A tenant at a position: its fulls and changesets, read from the repository, merged.
 
 use super::parts_reader::PartsReader;
-use super::{Holes, Merge, MergeStats, Pick, RowSink, Scratch};
+use super::{Holes, Merge, MergeStats, NetSink, NetStats, Pick, RowSink, Scratch};
 use crate::catalog::PartAt;
 use crate::crypto::Opener;
 use crate::error::{Error, Result};
@@ -55,7 +55,20 @@ impl TenantAt {
         let mut merge = Merge::new(&self.scratch, self.memory)?;
         merge.on_holes(self.holes);
         let cuts: HashMap<u32, Lsn> = self.inputs.tables.iter().map(|t| (t.relid, t.cut)).collect();
-        let mut pick = TenantPick { tenant: &self.tenant, cuts: &cuts, limit: Lsn::MAX, seen: self.seen.as_deref() };
+        let wanted = Wanted::Tables(&cuts);
+        self.feed(&mut merge, wanted)?;
+        Ok(merge)
+    }
+
+    /// Writes what the changes after a position come to, of every table. Blocking.
+    pub fn net(&self, after: Lsn, out: &mut dyn NetSink) -> Result<NetStats> {
+        let mut merge = Merge::for_net(&self.scratch, self.memory)?;
+        self.feed(&mut merge, Wanted::After(after))?;
+        merge.net(&self.tenant, after, out)
+    }
+
+    fn feed(&self, merge: &mut Merge, wanted: Wanted<'_>) -> Result<()> {
+        let mut pick = TenantPick { tenant: &self.tenant, wanted, limit: Lsn::MAX, seen: self.seen.as_deref() };
         let mut objects = self.fetch_ahead();
         for ship in &self.inputs.ships {
             pick.limit = ship.limit.min(self.inputs.target);
@@ -67,7 +80,7 @@ impl TenantAt {
                 merge.changes(&mut *plain, &mut pick).map_err(during)?;
             }
         }
-        Ok(merge)
+        Ok(())
     }
 
     /// Adds the fulls: of the parts, those with a number that is `wanted`.
@@ -125,10 +138,28 @@ impl TenantAt {
     }
 }
 
-/// Changes of the tenant's tables after each table's cut, up to the target.
+/// Which tables' changes count, and from where on.
+#[derive(Clone, Copy)]
+enum Wanted<'a> {
+    /// These, each after its cut.
+    Tables(&'a HashMap<u32, Lsn>),
+    /// All, after this.
+    After(Lsn),
+}
+
+impl Wanted<'_> {
+    fn has(self, relid: u32, at: Lsn, unknown: bool) -> bool {
+        match self {
+            Self::Tables(cuts) => cuts.get(&relid).map_or(unknown, |cut| at > *cut),
+            Self::After(cut) => at > cut,
+        }
+    }
+}
+
+/// Changes of the tenant's tables up to the target.
 struct TenantPick<'a> {
     tenant: &'a Tenant,
-    cuts: &'a HashMap<u32, Lsn>,
+    wanted: Wanted<'a>,
     limit: Lsn,
     seen: Option<&'a PgSnapshot>,
 }
@@ -145,11 +176,11 @@ impl Pick for TenantPick<'_> {
     }
 
     fn table(&mut self, txn: &Begin, relid: u32) -> bool {
-        self.counts(txn) && self.cuts.get(&relid).is_some_and(|cut| txn.end_lsn > *cut)
+        self.counts(txn) && self.wanted.has(relid, txn.end_lsn, false)
     }
 
     fn dropped(&mut self, txn: &Begin, relid: u32) -> bool {
         // What is not a table may be a leaf of one; a dropped leaf has no rows in a base behind it.
-        self.counts(txn) && self.cuts.get(&relid).is_none_or(|cut| txn.end_lsn > *cut)
+        self.counts(txn) && self.wanted.has(relid, txn.end_lsn, true)
     }
 }

@@ -1,5 +1,7 @@
 //! The merge against an oracle that keeps everything in memory and does one thing at a time.
 
+mod net;
+
 use super::*;
 use crate::error::Kind;
 use coffer_wire::{

@@ -93,6 +93,7 @@ impl Orphan {
             Some("c") => ObjectKind::Changeset,
             Some("r") => ObjectKind::Roles,
             Some("m") => ObjectKind::Manifest,
+            Some("i") => ObjectKind::Incremental,
             Some("common") => ObjectKind::Common,
             Some("schema") => ObjectKind::Schema,
             _ => ObjectKind::Full,

@@ -117,6 +117,7 @@ impl Life {
             object: Some(object(&self.repo, self.source, "acme", vec![2; 100]).await),
             rows: 1,
             bytes: 100,
+            read_back_us: None,
         };
         self.catalog().await.append(Entry::Incremental(i.clone())).await.unwrap();
         i

@@ -90,7 +90,7 @@ pub fn continuity(source: Uuid, records: &[Arc<LogRecord>]) -> Vec<Failure> {
 /// Reads an object to its end. `owner`: whose rows may be in it.
 pub fn one_object(plain: &mut dyn Read, o: &ObjectRef, owner: Option<&Tenant>) -> Result<()> {
     match o.kind {
-        ObjectKind::Changeset | ObjectKind::Full | ObjectKind::Common => {
+        ObjectKind::Changeset | ObjectKind::Incremental | ObjectKind::Full | ObjectKind::Common => {
             let within = (o.kind != ObjectKind::Full).then_some((o.lsn_start, o.lsn_end));
             let found = check(plain, owner, within)?;
             if o.kind != ObjectKind::Common && found.rows != o.rows {

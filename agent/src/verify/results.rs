@@ -108,7 +108,7 @@ pub async fn record(
     let newest = catalog.state().fulls.iter().max_by_key(|f| f.point_lsn).map(|f| f.id);
     let backup = match newest {
         Some(id) => Some(id),
-        None => History::load(repo, keyring, source, None).await?.backups(tenant).last().map(|b| b.id),
+        None => History::load(repo, keyring, source, None).await?.bases(tenant).last().map(|b| b.id),
     };
     if let Some(backup) = backup {
         catalog.append(Entry::Verified { backup, ok, what: what.to_owned(), message }).await?;
