@@ -43,6 +43,7 @@ mod layouts;
 mod names;
 mod oracle;
 mod paths;
+mod refusals;
 mod restores;
 mod retention;
 mod scrub;
