@@ -8,6 +8,8 @@
 //! the very transaction that names the restore point; afterwards it is compared row for row, and what the restore's
 //! transaction wrote is looked for in the other tenants' rows.
 
+mod year;
+
 use crate::error::{Context, Error, Kind, Result};
 use serde_json::Value;
 use std::fmt::Display;
@@ -213,6 +215,8 @@ impl<'a> Demo<'a> {
             verify["ok"] == Value::Bool(true),
             format_args!("{} objects", verify["objects"]),
         )?;
+
+        self.year()?;
 
         step("In figures");
         let repository = folder_size(&self.dir.join("repository"));

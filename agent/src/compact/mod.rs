@@ -19,7 +19,7 @@ pub use incremental::Spans;
 pub use share::Outcome;
 
 use crate::catalog::{Catalog, Entry, FullEntry, FullTable, State};
-use crate::clock::{SharedClock, skew_us};
+use crate::clock::SharedClock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::failpoints;
 use crate::history::{History, Target};
@@ -119,8 +119,8 @@ impl Compactor {
             trigger: occasion.trigger.clone(),
             reason: occasion.reason.clone(),
             point_lsn: point.lsn,
-            // A test that sets the clock ahead makes the fulls of days to come.
-            point_time_us: point.time_us.saturating_add(skew_us()),
+            // Where time is simulated, the point is as far away as the clock is.
+            point_time_us: point.time_us.saturating_add(self.clock.skew_us()),
             log_n: newest.n,
             system_identifier: newest.system_identifier,
             timeline: newest.timeline,

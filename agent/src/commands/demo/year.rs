@@ -1,0 +1,180 @@
+//! The last chapter of the demo: a year in the life of one tenant's backups, in seconds.
+//!
+//! The rows, the changes, the fulls and the archives are real, made by the same compactor as every night's. Only the
+//! calendar is not: each full is dated back to its day. What retention keeps of them is then asked for today.
+
+use super::{Demo, prove, say, step};
+use crate::clock::{Clock, rfc3339};
+use crate::compact::{Compactor, Occasion};
+use crate::config::Config;
+use crate::error::{Context, Error, Kind, Result};
+use crate::history::When;
+use crate::lease::Lease;
+use crate::opened::{Opened, scratch};
+use crate::tenant::Tenant;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::runtime::{Handle, Runtime};
+
+/// A small customer, who joined a year ago.
+const TENANT: &str = "11";
+const DAYS: i64 = 365;
+const ACCOUNTS: i64 = 200;
+const DAY_US: i64 = 24 * 3600 * 1_000_000;
+
+/// The machine's clock, so many days back.
+#[derive(Debug)]
+struct Back(i64);
+
+impl Clock for Back {
+    fn now_us(&self) -> i64 {
+        jiff::Timestamp::now().as_microsecond().saturating_add(self.skew_us())
+    }
+
+    fn skew_us(&self) -> i64 {
+        -self.0 * DAY_US
+    }
+}
+
+impl Demo<'_> {
+    pub(super) fn year(&mut self) -> Result<()> {
+        step(format_args!("8. A year of daily backups of tenant {TENANT}, simulated"));
+        let begun = Instant::now();
+        for sql in days() {
+            self.psql(&sql)?;
+        }
+        self.psql("SELECT coffer.wait_durable()")?;
+        let taken = Runtime::new().context(Kind::Other, "no runtime")?.block_on(self.fulls())?;
+        say(format_args!(
+            "  {DAYS} days, each with its changes, a full at its end and an archive every month: {} fulls, {} archives, {} MB \
+             written, {:.0} s",
+            taken.fulls,
+            taken.archives,
+            taken.bytes >> 20,
+            begun.elapsed().as_secs_f64()
+        ));
+
+        let before = self.backups()?.len();
+        say(format_args!("  coffer prune --tenant {TENANT} --confirm"));
+        let plan = self.coffer_json(&["prune", "--tenant", TENANT, "--confirm"])?;
+        let mut kept: BTreeMap<String, u32> = BTreeMap::new();
+        let verdicts = plan["sources"][0]["tenants"][0]["backups"].as_array().cloned().unwrap_or_default();
+        for b in verdicts.iter().filter(|b| b["keep"] == Value::Bool(true)) {
+            for r in b["reasons"].as_array().into_iter().flatten() {
+                let code = r["code"].as_str().unwrap_or("?").to_owned();
+                *kept.entry(code).or_default() += 1;
+            }
+        }
+        let why: Vec<String> = kept.iter().map(|(code, n)| format!("{code} {n}")).collect();
+        let backups = self.backups()?;
+        say(format_args!("  kept {} of {before} backups, for {} (some for several)", backups.len(), why.join(", ")));
+
+        say(format_args!("  coffer list --tenant {TENANT}"));
+        let archives: Vec<&Value> = backups.iter().filter(|b| b["kind"] == "archive").collect();
+        for b in &archives {
+            say(format_args!("    archive of {}, {} rows", text(&b["point_time"]), b["rows"]));
+        }
+        prove("a year has its monthly archives", archives.len() >= 12, format_args!("{} archives", archives.len()))?;
+
+        let chosen = archives[archives.len() / 2];
+        let day =
+            taken.days.get(text(&chosen["id"])).copied().ok_or_else(|| Error::other("an archive that nobody made"))?;
+        let (to, into) = (format!("backup:{}", text(&chosen["id"])), self.dir.join("archive"));
+        say(format_args!(
+            "  coffer restore --tenant {TENANT} --to {to} --mode files   # as of {}",
+            text(&chosen["point_time"])
+        ));
+        let into_text = into.display().to_string();
+        let args = [
+            "restore", "--tenant", TENANT, "--to", &to, "--mode", "files", "--format", "jsonl", "--target", &into_text,
+        ];
+        self.coffer_json(&[&args[..], &["--confirm"]].concat())?;
+        let rows = std::fs::read_to_string(into.join("public.pgbench_accounts.jsonl"))
+            .context(Kind::Other, format_args!("no accounts in {into_text}"))?;
+        let right = rows
+            .lines()
+            .filter(|l| serde_json::from_str::<Value>(l).is_ok_and(|r| r["abalance"].as_i64() == Some(day)));
+        let right = right.count() as i64;
+        prove(
+            "the archive gives back every account as it was that day",
+            right == ACCOUNTS && rows.lines().count() as i64 == ACCOUNTS,
+            format_args!("{right} of {ACCOUNTS} accounts have the balance of day {day}"),
+        )
+    }
+
+    /// A full at the end of each day, dated back.
+    async fn fulls(&self) -> Result<Taken> {
+        let config = Config::load(&self.config())?;
+        let opened = Opened::for_writing(&config).await?;
+        let (name, source) = opened.source(&config, None).await?;
+        let tenant = opened.tenant((&name, source), &Tenant::normal(TENANT)).await?;
+        let intent = Lease::intent(&opened.repo, source).await?;
+        let mut history = opened.history(source).await?;
+        let mut taken = Taken::default();
+        let mut month = None;
+        for day in 1..=DAYS {
+            history.load_catalog(tenant.uid).await?;
+            let clock = Arc::new(Back(DAYS - day));
+            let this_month = rfc3339(clock.now_us()).get(..7).map(str::to_owned);
+            let is_first = this_month != month;
+            month = this_month;
+            let compactor = Compactor {
+                repo: opened.repo.clone(),
+                keyring: opened.keyring.clone(),
+                rt: Handle::current(),
+                clock,
+                source,
+                scratch: scratch(&config)?,
+                memory: usize::try_from(config.limits.memory / 4).unwrap_or(usize::MAX),
+                part_bytes: config.compact.part,
+            };
+            let point = history.resolve(&When::Name(format!("day {day}"))).await?;
+            let trigger = if is_first { "archive" } else { "schedule" };
+            let occasion = Occasion { trigger: trigger.to_owned(), reason: None };
+            let full = compactor.take_full(&history, &tenant, &point, &occasion).await?;
+            taken.bytes += full.bytes;
+            *(if is_first { &mut taken.archives } else { &mut taken.fulls }) += 1;
+            taken.days.insert(full.id.to_string(), day);
+        }
+        intent.release().await;
+        Ok(taken)
+    }
+
+    fn backups(&self) -> Result<Vec<Value>> {
+        let list = self.coffer_json(&["list", "--tenant", TENANT])?;
+        Ok(list["tenants"][0]["backups"].as_array().cloned().unwrap_or_default())
+    }
+}
+
+#[derive(Default)]
+struct Taken {
+    fulls: u32,
+    archives: u32,
+    bytes: u64,
+    /// The day of each backup.
+    days: BTreeMap<String, i64>,
+}
+
+fn text(v: &Value) -> &str {
+    v.as_str().unwrap_or("?")
+}
+
+/// The customer joins; then a transaction for each day, which names its end.
+fn days() -> [String; 2] {
+    let joins = format!(
+        "INSERT INTO pgbench_branches (bid, bbalance) VALUES ({TENANT}, 0);
+         INSERT INTO pgbench_tellers (tid, bid, tbalance) SELECT 1000 + i, {TENANT}, 0 FROM generate_series(1, 10) i;
+         INSERT INTO pgbench_accounts (aid, bid, abalance) SELECT 9000000 + i, {TENANT}, 0 FROM generate_series(1, {ACCOUNTS}) i"
+    );
+    let lives = format!(
+        "DO $$BEGIN FOR day IN 1..{DAYS} LOOP
+           UPDATE pgbench_accounts SET abalance = day WHERE aid > 9000000;
+           INSERT INTO pgbench_history (tid, bid, aid, delta, mtime) VALUES (1001, {TENANT}, 9000001, 1, now());
+           PERFORM coffer.restore_point('day ' || day);
+           COMMIT;
+         END LOOP; END$$"
+    );
+    [joins, lives]
+}
