@@ -13,6 +13,7 @@ use crate::keyring::{Keyring, TenantEntry};
 use crate::repository::Repository;
 use crate::run::AgentContext;
 use crate::sql::{self, SqlContext};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -74,6 +75,22 @@ impl Results<'_> {
         Ok(())
     }
 
+    /// Notes what reading back all that a tenant has found: with the backups that the damage is in and, if there was none,
+    /// with the newest. `before`: the tenant's catalog when the reading began; what came since was not read.
+    pub async fn read_back(&self, tenant: Uuid, before: &catalog::State, damaged: &BTreeMap<&str, &str>) -> Result<()> {
+        if before.fulls.is_empty() {
+            let first = damaged.iter().next().map(|(object, what)| format!("{object}: {what}"));
+            return self.record(tenant, READ_BACK, first.is_none(), first).await;
+        }
+        let mut catalog = Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await?;
+        for (backup, message) in marks(before, damaged) {
+            let entry = Entry::Verified { backup, ok: message.is_none(), what: READ_BACK.into(), message };
+            catalog.append_if(entry, |s| s.full(backup).is_some()).await?;
+        }
+        self.mirror.tenant_changed(tenant);
+        Ok(())
+    }
+
     /// Tells who LISTENs to `coffer_alarm` at the source, if it can be reached.
     pub async fn notify(&self, message: &str) {
         let cut = (0..=message.len().min(NOTIFY_BYTES)).rev().find(|n| message.is_char_boundary(*n)).unwrap_or(0);
@@ -97,6 +114,24 @@ pub fn newest_check<'a>(state: &'a catalog::State, what: &str) -> Option<&'a cat
     state.checks.iter().filter(|c| c.what == what).max_by_key(|c| c.at_us)
 }
 
+/// The fulls that a reading back says something new of, and what is wrong with each.
+fn marks(state: &catalog::State, damaged: &BTreeMap<&str, &str>) -> Vec<(Uuid, Option<String>)> {
+    let newest = state.fulls.iter().max_by_key(|f| f.point_lsn).map(|f| f.id);
+    let mut out = Vec::new();
+    for f in &state.fulls {
+        let found = f.needs().find_map(|o| Some(format!("{}: {}", o.path, damaged.get(o.path.as_str())?)));
+        let was_good = state.checks.iter().find(|c| c.backup == f.id && c.what == READ_BACK).map(|c| c.ok);
+        let is_news = match found {
+            Some(_) => was_good != Some(false),
+            None => was_good == Some(false) || damaged.is_empty() && Some(f.id) == newest,
+        };
+        if is_news {
+            out.push((f.id, found));
+        }
+    }
+    out
+}
+
 /// Notes a check of a tenant of a source with its newest backup, if it has one: what was checked, whether it was good,
 /// and what was wrong.
 pub async fn record(
@@ -114,4 +149,51 @@ pub async fn record(
         catalog.append(Entry::Verified { backup, ok, what: what.to_owned(), message }).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::FullEntry;
+    use crate::catalog::model::Check;
+    use crate::crypto::ObjectKind;
+    use crate::repository::ObjectRef;
+    use coffer_wire::Lsn;
+
+    #[test]
+    fn damage_is_noted_where_it_is() {
+        let object = |path: &str| ObjectRef {
+            path: path.to_owned(),
+            kind: ObjectKind::Full,
+            tenant: Uuid::nil(),
+            object: Uuid::nil(),
+            key_version: 1,
+            bytes: 1,
+            sha256: String::new(),
+            lsn_start: Lsn::ZERO,
+            lsn_end: Lsn::ZERO,
+            rows: 0,
+        };
+        let full = |n: u64, objects: &[&str]| FullEntry {
+            id: Uuid::from_u128(u128::from(n)),
+            point_lsn: Lsn(n),
+            objects: objects.iter().map(|o| object(o)).collect(),
+            ..FullEntry::default()
+        };
+        let mut state = catalog::State {
+            fulls: vec![full(1, &["a"]), full(2, &["a", "b"]), full(3, &["c"])],
+            ..catalog::State::default()
+        };
+        let ids = |found: Vec<(Uuid, Option<String>)>| -> Vec<(u128, bool)> {
+            found.into_iter().map(|(id, what)| (id.as_u128(), what.is_none())).collect()
+        };
+        assert_eq!(ids(marks(&state, &BTreeMap::new())), [(3, true)]);
+        assert_eq!(ids(marks(&state, &[("b", "is missing")].into())), [(2, false)], "the newest is sound");
+        assert_eq!(ids(marks(&state, &[("a", "is missing")].into())), [(1, false), (2, false)]);
+        assert_eq!(ids(marks(&state, &[("a changeset", "is missing")].into())), []);
+        let check = Check { backup: Uuid::from_u128(2), what: READ_BACK.into(), ok: false, message: None, at_us: 0 };
+        state.checks = vec![check];
+        assert_eq!(ids(marks(&state, &[("b", "is missing")].into())), [], "that is known");
+        assert_eq!(ids(marks(&state, &BTreeMap::new())), [(2, true), (3, true)], "it was mended");
+    }
 }

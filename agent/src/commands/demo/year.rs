@@ -129,6 +129,7 @@ impl Demo<'_> {
                 scratch: scratch(&config)?,
                 memory: usize::try_from(config.limits.memory / 4).unwrap_or(usize::MAX),
                 part_bytes: config.compact.part,
+                share: false,
             };
             let point = history.resolve(&When::Name(format!("day {day}"))).await?;
             let trigger = if is_first { "archive" } else { "schedule" };
