@@ -323,7 +323,8 @@ AS $$
     SELECT (v.name || CASE c.relkind WHEN 'p' THEN '_tree' ELSE '' END)::name, v.what, v.event,
            CASE WHEN v.event LIKE '%UPDATE' THEN coffer._parent_condition(root) END
     FROM pg_class c
-    CROSS JOIN (VALUES ('zzz_coffer_parent_begin', 'begin', 'BEFORE UPDATE'), ('AAA_coffer_parent', 'moved', 'AFTER UPDATE'),
+    CROSS JOIN (VALUES ('zzz_coffer_parent_begin', 'begin', 'BEFORE UPDATE'), ('zzz_coffer_parent_leaves', 'leaves', 'BEFORE DELETE'),
+                       ('AAA_coffer_parent', 'moved', 'AFTER UPDATE'),
                        ('zzz_coffer_parent_end', 'end', 'AFTER UPDATE'), ('AAA_coffer_parent_new', 'new', 'AFTER INSERT'),
                        ('AAA_coffer_parent_gone', 'gone', 'AFTER DELETE'), ('AAA_coffer_parent_gone', 'replaced', 'AFTER DELETE'))
                       v (name, what, event)

@@ -12,6 +12,7 @@ on_majors! {
     behind_foreign_keys: behind_foreign_keys;
     writers_race_with_moves: writers_race_with_moves;
     lookups_that_waited: lookups_that_waited;
+    parents_that_others_bring: parents_that_others_bring;
 }
 
 const DDL: &str = "
@@ -280,6 +281,90 @@ fn lookups_that_waited(major: u32) {
         for (_, change, waits) in WAITED {
             let body = waits.split('\'').nth(1).expect("a body");
             assert!(!a.contains(body) && b.contains(body), "{change} against {waits}:\na:\n{a}\nb:\n{b}");
+        }
+    });
+}
+
+/// What the log makes of a table without a key, from its beginning: each tenant's rows, those of nobody under none.
+fn replayed(cluster: &Cluster, relation: &str) -> Vec<(Option<String>, String)> {
+    let log =
+        cluster.psql("shop", "SELECT data FROM pg_logical_slot_peek_changes('look', NULL, NULL, 'format', 'json')");
+    let mut rows = Vec::new();
+    for line in log.lines() {
+        let change: serde_json::Value = serde_json::from_str(line).expect("a document");
+        if change["relation"] != relation {
+            continue;
+        }
+        let tenant = change["tenant"].as_str().map(str::to_owned);
+        let body = |side: &str| change[side]["body"].as_str().map(|b| (tenant.clone(), b.to_owned()));
+        if let Some(old) = body("old") {
+            let at = rows.iter().position(|r| *r == old).unwrap_or_else(|| panic!("no such row: {line}\n{log}"));
+            rows.remove(at);
+        }
+        rows.extend(body("new"));
+    }
+    rows.sort();
+    rows
+}
+
+/// A constraint that is checked late: the child is written, another session brings the parent and rows of its own below
+/// it, and the child commits. It is the tenant's then, and no row twice.
+fn parents_that_others_bring(major: u32) {
+    // Under REPEATABLE READ the constraint itself does not see the other's parent.
+    const ENDS: [&[&str]; 2] = [&["COMMIT"], &["PREPARE TRANSACTION 'late'", "COMMIT PREPARED 'late'"]];
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE TABLE orgs (id int PRIMARY KEY, tenant text);
+             CREATE TABLE lists (id int PRIMARY KEY, org int NOT NULL REFERENCES orgs DEFERRABLE INITIALLY DEFERRED);
+             CREATE TABLE items (list int NOT NULL REFERENCES lists DEFERRABLE INITIALLY DEFERRED, body text);
+             CREATE TABLE notes (org int REFERENCES orgs DEFERRABLE INITIALLY DEFERRED, body text);
+             SELECT coffer.discover('tenant', true);
+             DO $$BEGIN IF EXISTS (SELECT FROM pg_settings WHERE name = 'output_plugin_libraries') THEN
+                 EXECUTE 'ALTER ROLE postgres SET output_plugin_libraries = pg_coffer'; END IF; END$$;",
+        );
+        cluster.psql("shop", "SELECT pg_create_logical_replication_slot('look', 'pg_coffer')");
+        let (early, other) = (cluster.connect("shop").await, cluster.connect("shop").await);
+        let run = async |db: &Client, script: &str| {
+            db.batch_execute(script).await.unwrap_or_else(|e| panic!("{script}: {e:?}"))
+        };
+        for (n, end) in ENDS.iter().enumerate() {
+            let org = n + 1;
+            run(&early, "BEGIN").await;
+            run(&early, &format!("INSERT INTO notes VALUES ({org}, 'early'), ({org}, 'early'), (NULL, 'of nobody')"))
+                .await;
+            run(&early, &format!("INSERT INTO items VALUES ({org}0, 'two steps'), ({org}1, 'a list of theirs')")).await;
+            run(&early, &format!("INSERT INTO lists VALUES ({org}0, {org})")).await;
+            run(&early, &format!("SAVEPOINT s; INSERT INTO notes VALUES ({org}, 'undone'); ROLLBACK TO s")).await;
+            run(
+                &other,
+                &format!(
+                    "INSERT INTO orgs VALUES ({org}, 'b'); INSERT INTO notes VALUES ({org}, 'theirs'), ({org}, 'changed');
+                     INSERT INTO lists VALUES ({org}1, {org}); INSERT INTO items VALUES ({org}1, 'theirs')"
+                ),
+            )
+            .await;
+            run(
+                &early,
+                &format!("INSERT INTO notes VALUES ({org}, 'joined'); INSERT INTO items VALUES ({org}0, 'joined')"),
+            )
+            .await;
+            run(&early, "UPDATE notes SET body = 'changed by the early one' WHERE body = 'changed'").await;
+            run(&early, "UPDATE notes SET body = 'early, changed' WHERE body = 'early'").await;
+            for statement in *end {
+                run(&early, statement).await;
+            }
+        }
+        for (table, tenant) in [
+            ("notes", "(SELECT o.tenant FROM orgs o WHERE o.id = t.org)"),
+            ("items", "(SELECT o.tenant FROM lists l JOIN orgs o ON o.id = l.org WHERE l.id = t.list)"),
+        ] {
+            let live = early.query(&format!("SELECT {tenant}, t.body FROM {table} t"), &[]).await.expect("rows");
+            let mut live: Vec<(Option<String>, String)> = live.iter().map(|r| (r.get(0), r.get(1))).collect();
+            live.sort();
+            assert_eq!(replayed(&cluster, &format!("public.{table}")), live, "{table}");
         }
     });
 }

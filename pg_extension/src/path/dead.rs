@@ -30,6 +30,19 @@ pub unsafe fn changed_by_us(header: pg_sys::HeapTupleHeader) -> bool {
     }
 }
 
+/// Whether this transaction has written this version, and with which command.
+///
+/// # Safety
+/// The header is of a version that is visible.
+pub unsafe fn written_by_us(header: pg_sys::HeapTupleHeader) -> Option<pg_sys::CommandId> {
+    // SAFETY: by the caller.
+    unsafe {
+        let is_frozen = u32::from((*header).t_infomask) & pg_sys::HEAP_XMIN_FROZEN == pg_sys::HEAP_XMIN_FROZEN;
+        let ours = !is_frozen && pg_sys::TransactionIdIsCurrentTransactionId((*header).t_choice.t_heap.t_xmin);
+        ours.then(|| pg_sys::HeapTupleHeaderGetCmin(header))
+    }
+}
+
 /// The results' texts (in the database's encoding) of the version of the parent with this key (UTF-8) that this
 /// transaction removed last.
 pub fn results(edge: &Edge, key: &[Vec<u8>]) -> Option<Vec<spi::Value>> {

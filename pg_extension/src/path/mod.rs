@@ -10,7 +10,10 @@
 //! - the old tenant of a row is the one it was archived under. While a parent changes, `begin` to `end`, that is what the
 //!   parent was before; after it was deleted by this transaction, what its last version said;
 //! - a row that came before its parent (a constraint that is checked late) is nobody's until the parent comes, which
-//!   then finds it.
+//!   then finds it. When another session brought the parent, it is found at the commit: the constraint holds then. Until
+//!   then, whatever this transaction writes below that parent is nobody's, too;
+//! - from the moment that a parent's deletion begins until its triggers are done, what is written below it is whose it was
+//!   before: one statement may delete a parent, put another in its place, and rows below.
 
 mod dead;
 mod plan;
@@ -62,6 +65,9 @@ pub unsafe extern "C-unwind" fn coffer_path(fcinfo: pg_sys::FunctionCallInfo) ->
             TagOp::Update => (Some(first), Some(second)),
             TagOp::Delete => (Some(first), None),
         };
+        if resolve::stays(&call, old) {
+            return pg_sys::Datum::from(0usize);
+        }
         let (was, is) = resolve::tenants(&call, old, new);
         call.write_tag(op, old.or(new).unwrap_or(first), was.as_ref(), is.as_ref());
         if op == TagOp::Update && was != is {
@@ -94,6 +100,10 @@ pub unsafe extern "C-unwind" fn coffer_parent(fcinfo: pg_sys::FunctionCallInfo) 
             b"begin" => {
                 resolve::parent_begins(&call, first);
                 return pg_sys::Datum::from(second);
+            }
+            b"leaves" => {
+                resolve::parent_leaves(&call, first);
+                return pg_sys::Datum::from(first);
             }
             b"moved" => resolve::parent_changed(&call, first, second),
             b"end" => resolve::parent_ends(&call, first),

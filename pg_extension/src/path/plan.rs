@@ -77,6 +77,20 @@ fn prefix(parent: u32, attnums: &[u8]) -> Vec<u8> {
     p
 }
 
+/// The root of the parent with this id, and the values of its key.
+pub fn parts(id: &[u8]) -> Option<(u32, Vec<Vec<u8>>)> {
+    let (root, rest) = id.split_first_chunk::<4>()?;
+    // Behind the numbers of the columns and a zero.
+    let mut rest = &rest[rest.iter().position(|b| *b == 0)? + 1..];
+    let mut values = Vec::new();
+    while let Some((len, more)) = rest.split_first_chunk::<4>() {
+        let (value, more) = more.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+        values.push(value.to_vec());
+        rest = more;
+    }
+    Some((u32::from_le_bytes(*root), values))
+}
+
 impl Edge {
     pub fn id(&self, key: &[Vec<u8>]) -> Box<[u8]> {
         id(&self.prefix, key)

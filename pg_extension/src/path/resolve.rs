@@ -2,8 +2,8 @@
 
 use super::Owner;
 use super::dead;
-use super::plan::{Edge, Key, Parent};
-use super::state::{self, Moving};
+use super::plan::{self, Edge, Key, Parent};
+use super::state::{self, Moving, Rows};
 use crate::encoding::Encoding;
 use crate::row_trigger::Call;
 use crate::settings;
@@ -15,8 +15,10 @@ use std::rc::Rc;
 /// Which version of a row is asked about.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Side {
-    /// As it is archived.
+    /// As it is archived; written by this transaction.
     Old,
+    /// As it is archived; written by another, which knew its parent.
+    Theirs,
     /// As it will be.
     New,
 }
@@ -74,7 +76,9 @@ pub unsafe fn tenants(
     // SAFETY: by the caller.
     let values = |tuple| unsafe { call.texts(tuple, &edge.columns) };
     let (was, is) = (old.map(values), new.map(values));
-    let found = was.as_ref().map(|v| find(&edge, v, Side::Old));
+    // SAFETY: by the caller.
+    let side = old.map_or(Side::Old, |t| unsafe { side_of(t) });
+    let found = was.as_ref().map(|v| find(&edge, v, side));
     if let (Some((owner, Holds::UntilFound)), Some(old), None) = (&found, old, new) {
         // What lies below follows at the end of the statement, when the way up leads elsewhere.
         // SAFETY: by the caller.
@@ -82,10 +86,32 @@ pub unsafe fn tenants(
     }
     let old_owner = found.map(|f| f.0);
     let new_owner = match (&was, &is) {
-        (Some(a), Some(b)) if a == b => old_owner.clone(),
+        // Below a parent that is awaited all that this transaction writes is nobody's, theirs included.
+        (Some(a), Some(b)) if a == b && !(side == Side::Theirs && state::with(|s| s.is_awaiting())) => {
+            old_owner.clone()
+        }
         _ => is.as_ref().map(|v| find(&edge, v, Side::New).0),
     };
     (old_owner, new_owner)
+}
+
+/// # Safety
+/// The tuple is one of a table.
+unsafe fn side_of(old: pg_sys::HeapTuple) -> Side {
+    // SAFETY: by the caller.
+    if unsafe { dead::written_by_us((*old).t_data) }.is_some() { Side::Old } else { Side::Theirs }
+}
+
+/// Whether a row that an update of our own reaches is to be left as it is.
+///
+/// # Safety
+/// The tuple is of the trigger's relation.
+pub unsafe fn stays(call: &Call<'_>, old: Option<pg_sys::HeapTuple>) -> bool {
+    let (Some(Rows::Own(before)), Some(old)) = (state::with(|s| s.moving_rows(call.table.root)), old) else {
+        return false;
+    };
+    // SAFETY: by the caller.
+    unsafe { dead::written_by_us((*old).t_data) }.is_none_or(|by| by >= before)
 }
 
 /// Whose the row is that refers to this parent.
@@ -98,9 +124,15 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
     // A parent may be there again, for somebody else, before its own trigger has found the rows that the other one left:
     // until then they are archived under the tenant of that one, and so is what joins them.
     if let Some(left) = state::with(|s| s.orphans(&id))
-        && (side == Side::Old || left.kind == TenantKind::Normal)
+        && (side != Side::Theirs || left.kind == TenantKind::Normal)
     {
         return (left, Holds::UntilFound);
+    }
+    // It may even be there again before the trigger of the one that left.
+    if state::with(|s| s.is_leaving(&id))
+        && let Some(row) = with_settings(edge, || dead::results(edge, key))
+    {
+        return (follow(edge, row, Side::Old).0, Holds::UntilFound);
     }
     if let Some(known) = state::with(|s| s.cached(&id)) {
         return (known, Holds::Long);
@@ -112,7 +144,7 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
         }
         return (owner, holds);
     }
-    if side == Side::Old
+    if side != Side::New
         && let Some(row) = with_settings(edge, || dead::results(edge, key))
     {
         let (owner, holds) = follow(edge, row, side);
@@ -170,7 +202,7 @@ pub unsafe fn parent_begins(call: &Call<'_>, old: pg_sys::HeapTuple) {
     let parent = parent_of(call.table.root);
     // SAFETY: by the caller.
     unsafe {
-        let owner = owner_of(call, &parent, old, Side::Old);
+        let owner = owner_of(call, &parent, old, side_of(old));
         for key in &parent.keys {
             if let Some(values) = call.texts(old, &key.columns) {
                 state::with(|s| s.begin(key.id(&values), owner.clone()));
@@ -195,9 +227,9 @@ pub unsafe fn parent_changed(call: &Call<'_>, old: pg_sys::HeapTuple, new: pg_sy
             if before == after {
                 let Some(values) = after else { continue };
                 let id = key.id(&values);
-                let was = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, Side::Old));
+                let was = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, side_of(old)));
                 if was != is {
-                    move_rows(root, key, &values, (&was, &is), true);
+                    move_rows(root, key, &values, (&was, &is), Rows::All, true);
                 }
                 state::with(|s| s.end(&id));
             } else if let Some(values) = after {
@@ -222,6 +254,50 @@ pub unsafe fn parent_ends(call: &Call<'_>, old: pg_sys::HeapTuple) {
     }
 }
 
+/// Before a parent is deleted.
+///
+/// # Safety
+/// As for [`parent_begins`].
+pub unsafe fn parent_leaves(call: &Call<'_>, old: pg_sys::HeapTuple) {
+    for key in &parent_of(call.table.root).keys {
+        // SAFETY: by the caller.
+        if let Some(values) = unsafe { call.texts(old, &key.columns) } {
+            state::with(|s| s.leaves(&key.id(&values)));
+        }
+    }
+}
+
+/// Before the transaction commits, when no constraint is left to be checked: parents that others brought find the rows
+/// that waited for them.
+pub fn before_commit() {
+    let awaited = state::with(|s| s.awaited());
+    if awaited.is_empty() {
+        return;
+    }
+    // SAFETY: inside a transaction; the snapshot is given back, or goes with the transaction.
+    let now = unsafe {
+        pg_sys::CommandCounterIncrement();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        pg_sys::GetCurrentCommandId(false)
+    };
+    let nobody = Owner::nobody();
+    for id in awaited {
+        let Some((root, values)) = plan::parts(&id) else { continue };
+        let parent = parent_of(root);
+        let Some(key) = parent.keys.iter().find(|k| k.id(&values) == id) else { continue };
+        let children = key.below(root).moves.iter();
+        let Some(edge) = children.filter_map(|m| edge_of(m.table)).find(|e| e.id(&values) == id) else { continue };
+        let Some(row) = with_settings(&edge, || edge.lookup(&values)) else { continue };
+        let owner = follow(&edge, row, Side::New).0;
+        if owner != nobody {
+            move_rows(root, key, &values, (&nobody, &owner), Rows::Own(now), false);
+            state::with(|s| s.set_orphans(id, None));
+        }
+    }
+    // SAFETY: pushed above.
+    unsafe { pg_sys::PopActiveSnapshot() };
+}
+
 /// After a parent was inserted: new, or come from another partition.
 ///
 /// # Safety
@@ -240,7 +316,7 @@ pub unsafe fn parent_comes(call: &Call<'_>, new: pg_sys::HeapTuple) {
             if let Some(was) = state::with(|s| s.before(&id)) {
                 let is = owner_of(call, &parent, new, Side::New);
                 if was != is {
-                    move_rows(root, key, &values, (&was, &is), true);
+                    move_rows(root, key, &values, (&was, &is), Rows::All, true);
                 }
                 state::with(|s| {
                     s.end(&id);
@@ -267,13 +343,14 @@ pub unsafe fn parent_goes(call: &Call<'_>, old: pg_sys::HeapTuple, at_once: bool
         // SAFETY: by the caller.
         unsafe {
             let Some(values) = call.texts(old, &key.columns) else { continue };
+            state::with(|s| s.has_left(&key.id(&values)));
             if at_once && key.below(root).hold_parent.first(&values).is_none() {
                 continue;
             }
             let id = key.id(&values);
             // What was noted when the row went: by now its own parent may be another.
             let noted = state::with(|s| s.before(&id).or_else(|| s.orphans(&id)));
-            let owner = noted.unwrap_or_else(|| owner_of(call, &parent, old, Side::Old));
+            let owner = noted.unwrap_or_else(|| owner_of(call, &parent, old, side_of(old)));
             state::with(|s| s.set_orphans(id, Some(owner)));
         }
     }
@@ -297,13 +374,13 @@ fn adopt(root: u32, key: &Key, values: &[Vec<u8>], is: &Owner) {
     let id = key.id(values);
     let Some(was) = state::with(|s| s.orphans(&id)) else { return };
     if was != *is {
-        move_rows(root, key, values, (&was, is), false);
+        move_rows(root, key, values, (&was, is), Rows::All, false);
     }
     state::with(|s| s.set_orphans(id, None));
 }
 
 /// Writes the rows below a parent into the log anew, as moved.
-fn move_rows(root: u32, key: &Key, values: &[Vec<u8>], (from, to): (&Owner, &Owner), hold: bool) {
+fn move_rows(root: u32, key: &Key, values: &[Vec<u8>], owners: (&Owner, &Owner), rows: Rows, hold: bool) {
     state::with(|s| s.forget_cached());
     let below = key.below(root);
     if hold {
@@ -326,10 +403,13 @@ fn move_rows(root: u32, key: &Key, values: &[Vec<u8>], (from, to): (&Owner, &Own
         level
     };
     for m in &below.moves {
-        let outer = state::with(|s| s.set_moving(Some(Moving::new(m.table, from, to))));
+        let outer = state::with(|s| s.set_moving(Some(Moving::new(m.table, owners, rows))));
         m.rewrite.change(values);
         state::with(|s| s.set_moving(outer));
-        if let Some(hold) = &m.hold {
+        // Nobody else sees rows of our own, so nobody adds any below.
+        if let Some(hold) = &m.hold
+            && rows == Rows::All
+        {
             hold.first(values);
         }
     }

@@ -7,6 +7,7 @@ use pgrx::pg_guard;
 use pgrx::pg_sys;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
 /// Parents remembered in a transaction; beyond it all are asked for again.
@@ -26,6 +27,8 @@ pub struct State {
     cache: HashMap<ParentId, Owner>,
     /// Parents that are changing: what each was before, and at which depth of savepoints that was noted.
     changing: Vec<(i32, ParentId, Owner)>,
+    /// Parents whose deletion has begun and not ended, by hash, and at which depth of savepoints.
+    leaving: HashMap<u64, i32>,
     /// Parents that are not there, and whose the rows are that refer to them.
     missing: HashMap<ParentId, Owner>,
     /// What to put back into `missing` when a savepoint is rolled back.
@@ -40,12 +43,27 @@ pub struct Moving {
     table: u32,
     from: Owner,
     to: Owner,
+    rows: Rows,
+}
+
+/// Which of the rows below a parent move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    All,
+    /// Those that this transaction wrote before this command.
+    Own(pg_sys::CommandId),
 }
 
 impl Moving {
-    pub fn new(table: u32, from: &Owner, to: &Owner) -> Self {
-        Self { level: level(), table, from: from.clone(), to: to.clone() }
+    pub fn new(table: u32, (from, to): (&Owner, &Owner), rows: Rows) -> Self {
+        Self { level: level(), table, from: from.clone(), to: to.clone(), rows }
     }
+}
+
+fn hash(id: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    id.hash(&mut hasher);
+    hasher.finish()
 }
 
 thread_local! {
@@ -78,6 +96,7 @@ impl State {
             parents: HashMap::new(),
             cache: HashMap::new(),
             changing: Vec::new(),
+            leaving: HashMap::new(),
             missing: HashMap::new(),
             undo: Vec::new(),
             moving: None,
@@ -145,6 +164,32 @@ impl State {
         }
     }
 
+    /// A parent is about to be deleted.
+    pub fn leaves(&mut self, id: &[u8]) {
+        self.leaving.insert(hash(id), level());
+    }
+
+    /// It was, and its triggers have come to it.
+    pub fn has_left(&mut self, id: &[u8]) {
+        self.leaving.remove(&hash(id));
+    }
+
+    /// Whether a parent may have been deleted by a statement that has not ended.
+    pub fn is_leaving(&self, id: &[u8]) -> bool {
+        !self.leaving.is_empty() && self.leaving.contains_key(&hash(id))
+    }
+
+    /// The parents that nobody's rows of this transaction refer to.
+    pub fn awaited(&self) -> Vec<ParentId> {
+        let nobody = Owner::nobody();
+        self.missing.iter().filter(|(_, o)| **o == nobody).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Whether rows wait for parents.
+    pub fn is_awaiting(&self) -> bool {
+        !self.missing.is_empty()
+    }
+
     pub fn orphans(&self, id: &[u8]) -> Option<Owner> {
         self.missing.get(id).cloned()
     }
@@ -165,6 +210,11 @@ impl State {
         self.moving.as_ref().filter(|m| m.table == table).map(|m| (m.from.clone(), m.to.clone()))
     }
 
+    /// Which rows of a table move, when some do.
+    pub fn moving_rows(&self, table: u32) -> Option<Rows> {
+        self.moving.as_ref().filter(|m| m.table == table).map(|m| m.rows)
+    }
+
     pub fn set_moving(&mut self, moving: Option<Moving>) -> Option<Moving> {
         std::mem::replace(&mut self.moving, moving)
     }
@@ -173,6 +223,8 @@ impl State {
         self.cache.clear();
         self.cache.shrink_to(1024);
         self.changing.clear();
+        self.leaving.clear();
+        self.leaving.shrink_to(1024);
         self.missing.clear();
         self.missing.shrink_to(1024);
         self.undo.clear();
@@ -183,6 +235,7 @@ impl State {
         // Locks that were taken since are gone.
         self.cache.clear();
         self.changing.retain(|c| c.0 < level);
+        self.leaving.retain(|_, l| *l < level);
         while let Some((_, id, was)) = self.undo.pop_if(|u| u.0 >= level) {
             match was {
                 Some(o) => self.missing.insert(id, o),
@@ -204,6 +257,9 @@ impl State {
         for c in self.changing.iter_mut().filter(|c| c.0 >= level) {
             c.0 = level - 1;
         }
+        for l in self.leaving.values_mut().filter(|l| **l >= level) {
+            *l = level - 1;
+        }
     }
 }
 
@@ -220,6 +276,9 @@ fn if_any(f: impl FnOnce(&mut State)) {
 #[pg_guard]
 unsafe extern "C-unwind" fn transaction_ends(event: pg_sys::XactEvent::Type, _arg: *mut std::ffi::c_void) {
     use pg_sys::XactEvent as E;
+    if matches!(event, E::XACT_EVENT_PRE_COMMIT | E::XACT_EVENT_PRE_PREPARE) {
+        super::resolve::before_commit();
+    }
     if matches!(event, E::XACT_EVENT_COMMIT | E::XACT_EVENT_ABORT | E::XACT_EVENT_PREPARE) {
         if_any(State::end_transaction);
     }

@@ -177,6 +177,35 @@ UPDATE stays SET x = 'later' WHERE post = 2;
 INSERT INTO posts VALUES ('c', 2);
 COMMIT;
 SELECT * FROM differences();
+-- One statement that puts another parent in the place of one, and rows below it: before, between and after.
+CREATE TABLE pinned (post int REFERENCES posts, x text);
+SELECT strategy FROM coffer.add_table('pinned', parent => 'posts');
+INSERT INTO posts SELECT 'a', i FROM generate_series(10, 17) i;
+INSERT INTO pinned SELECT i, 'old' FROM generate_series(10, 16) i;
+WITH d AS (DELETE FROM posts WHERE id = 10 RETURNING id), i AS (INSERT INTO posts SELECT 'b', id FROM d RETURNING id)
+INSERT INTO pinned SELECT id, 'after' FROM i;
+WITH d AS (DELETE FROM posts WHERE id = 11 RETURNING id), c AS (INSERT INTO pinned SELECT id, 'between' FROM d RETURNING post)
+INSERT INTO posts SELECT 'b', post FROM c;
+WITH c AS (INSERT INTO pinned VALUES (12, 'before') RETURNING post), d AS (DELETE FROM posts USING c WHERE id = c.post RETURNING id)
+INSERT INTO posts SELECT 'b', id FROM d;
+WITH d AS (DELETE FROM posts WHERE id = 13 RETURNING id), i AS (INSERT INTO posts SELECT 'b', id FROM d RETURNING id)
+UPDATE pinned SET x = 'changed' FROM i WHERE post = i.id;
+WITH d AS (DELETE FROM posts WHERE id = 14 RETURNING id), i AS (INSERT INTO posts SELECT 'b', id FROM d RETURNING id)
+DELETE FROM pinned USING i WHERE post = i.id;
+WITH d AS (DELETE FROM posts WHERE id = 15 RETURNING id), i AS (INSERT INTO posts SELECT 'a', id FROM d RETURNING id)
+INSERT INTO pinned SELECT id, 'of the same' FROM i;
+WITH d AS (DELETE FROM posts WHERE id IN (16, 17) RETURNING id), i AS (INSERT INTO posts SELECT 'b', id FROM d RETURNING id)
+INSERT INTO stays SELECT id, 'checked late' FROM i;
+SELECT * FROM differences();
+BEGIN;
+WITH d AS (DELETE FROM posts WHERE id = 10 RETURNING id), i AS (INSERT INTO posts SELECT 'c', id FROM d RETURNING id)
+INSERT INTO pinned SELECT id, 'then' FROM i;
+SAVEPOINT s;
+DELETE FROM posts WHERE id = 10;
+ROLLBACK TO s;
+INSERT INTO pinned VALUES (10, 'last');
+COMMIT;
+SELECT * FROM differences();
 -- Deleted parents: in cascade at every depth, by hand first, set to NULL.
 DELETE FROM orgs WHERE id = 3;
 DELETE FROM tasks WHERE project = 41;
