@@ -30,6 +30,14 @@ CREATE TABLE coffer.job_entries (
 CREATE INDEX job_entries_open ON coffer.job_entries (job) WHERE state IN ('queued', 'running');
 CREATE INDEX job_entries_tenant ON coffer.job_entries (tenant);
 
+-- Restores that are committed: written in their own transactions, so that a job whose agent died before it could say so is
+-- not carried out a second time. Apart from job_entries, whose row the agent updates from another session meanwhile.
+CREATE TABLE coffer.job_commits (
+    job           bigint PRIMARY KEY,
+    result        jsonb NOT NULL,                    -- of the job, when it is done
+    committed_at  timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
 CREATE VIEW coffer.jobs WITH (security_barrier) AS
 SELECT j.job, j.kind, j.tenant, j.state, j.progress, j.message, j.requested_by, j.requested_at, j.started_at, j.finished_at, j.result, j.error
 FROM coffer.job_entries j

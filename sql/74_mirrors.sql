@@ -70,7 +70,7 @@ CREATE TABLE coffer.verification_entries (
 CREATE VIEW coffer.backups WITH (security_barrier) AS
 SELECT t.tenant, b.backup, b.kind, b.trigger, b.reason, b.point_lsn, b.point_time, b.rows, b.bytes, b.verified_at,
        ARRAY(SELECT h.hold FROM coffer.hold_entries h
-             WHERE h.tenant = t.tenant AND NOT h.is_dropped AND b.point_time >= coalesce(h.from_time, '-infinity')
+             WHERE h.tenant = t.tenant AND h.is_recorded AND NOT h.is_dropped AND b.point_time >= coalesce(h.from_time, '-infinity')
                AND b.point_time <= coalesce(h.to_time, 'infinity') ORDER BY h.hold) AS holds,
        (SELECT m.as_of FROM coffer.mirror_state m) AS as_of
 FROM coffer.backup_entries b JOIN coffer.tenant_entries t ON t.uid = b.tenant_uid
@@ -131,10 +131,20 @@ BEGIN
     IF $3 > $4 THEN
         RAISE EXCEPTION 'the hold ends before it begins: % is before %', $4, $3 USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    IF $3 >= '9999-12-30 00:00+00' OR $4 < '0001-01-01 00:00+00' THEN
+        RAISE EXCEPTION 'nothing is between % and %', coalesce($3::text, 'the beginning'), coalesce($4::text, 'the end') USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- Beyond what a time in the repository can say is without an end.
+    IF $3 < '0001-01-01 00:00+00' THEN
+        $3 := NULL;
+    END IF;
+    IF $4 >= '9999-12-30 00:00+00' THEN
+        $4 := NULL;
+    END IF;
     INSERT INTO coffer.hold_entries AS h (tenant, reason, from_time, to_time) VALUES ($1, $2, $3, $4)
     RETURNING h.hold, h.id INTO n, name;
     PERFORM coffer._new_job('hold', $1, jsonb_strip_nulls(jsonb_build_object('hold', n, 'id', name, 'reason', $2,
-        'from_us', (extract(epoch FROM nullif($3, '-infinity')) * 1000000)::int8, 'to_us', (extract(epoch FROM nullif($4, 'infinity')) * 1000000)::int8)));
+        'from_us', (extract(epoch FROM $3) * 1000000)::int8, 'to_us', (extract(epoch FROM $4) * 1000000)::int8)));
     PERFORM coffer._audit('hold', $1, jsonb_build_object('hold', n, 'reason', $2, 'from', $3, 'to', $4));
     RETURN n;
 END $$;

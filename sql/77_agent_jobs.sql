@@ -1,10 +1,16 @@
 -- What the agent's job runners call: claim, say how far, finish; and the mirrors that it fills.
 
 -- A runner's session holds this lock for as long as it lives: a job of a session that is gone is claimed again at once,
--- one whose agent is merely silent after a while.
+-- one whose agent is merely silent after a while. Anybody can take it first; the agent's next session has another number.
 CREATE FUNCTION coffer._agent_jobs_begin() RETURNS void
-LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
-AS $$ SELECT pg_advisory_lock(6516585, pg_backend_pid()) $$;
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    IF NOT pg_try_advisory_lock(6516585, pg_backend_pid()) THEN
+        RAISE EXCEPTION 'another session holds the advisory lock (6516585, %)', pg_backend_pid() USING ERRCODE = 'lock_not_available',
+            HINT = 'pg_locks says who; nobody but the agent takes locks of this class.';
+    END IF;
+END $$;
 
 CREATE FUNCTION coffer._agent_claim_job(kinds text[], claim uuid, agent text)
 RETURNS TABLE (job bigint, kind text, tenant text, args jsonb, requested_by text, attempt int, goal pg_lsn)
@@ -20,11 +26,18 @@ BEGIN
           AND (e.state = 'queued' OR e.heartbeat_at < clock_timestamp() - interval '60 s' OR NOT EXISTS (
               SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 6516585 AND l.objid = e.backend::oid AND l.objsubid = 2 AND l.granted
                   AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())))
+          -- What was said of a tenant's retention is carried out in the order in which it was said.
+          AND NOT (e.kind IN ('hold', 'release', 'policy') AND EXISTS (
+              SELECT FROM coffer.job_entries o WHERE o.tenant = e.tenant AND o.kind IN ('hold', 'release', 'policy')
+                  AND o.state IN ('queued', 'running') AND o.job < e.job))
         ORDER BY e.job LIMIT 1 FOR UPDATE SKIP LOCKED;
         IF NOT FOUND THEN
             RETURN;
         END IF;
-        IF j.cancelled_by IS NOT NULL THEN
+        IF EXISTS (SELECT FROM coffer.job_commits c WHERE c.job = j.job) THEN
+            -- It is done, and only has to say so.
+            EXIT;
+        ELSIF j.cancelled_by IS NOT NULL THEN
             UPDATE coffer.job_entries e SET state = 'cancelled', finished_at = clock_timestamp(), claim = NULL WHERE e.job = j.job;
         ELSIF j.attempts >= 5 THEN
             UPDATE coffer.job_entries e SET state = 'failed', finished_at = clock_timestamp(), claim = NULL,
@@ -45,9 +58,10 @@ END $$;
 COMMENT ON FUNCTION coffer._agent_claim_job(text[], uuid, text) IS
 'The oldest job of these kinds that nobody is at. goal: once everything up to there is durable, the job''s own commit is.';
 
--- 'go', 'cancel' when somebody asked for that, 'lost' when another claim has taken the job.
+-- 'go', 'cancel' when somebody asked for that, 'lost' when another claim has taken the job. Who has the row locked, as an
+-- open transaction that called coffer.cancel(), holds no job up.
 CREATE FUNCTION coffer._agent_job_progress(job bigint, claim uuid, progress float8, message text) RETURNS text
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp SET lock_timeout = '1s'
 AS $$
 DECLARE
     canceller  text;
@@ -55,13 +69,37 @@ BEGIN
     UPDATE coffer.job_entries e SET progress = $3, message = $4, heartbeat_at = clock_timestamp(), backend = pg_backend_pid()
     WHERE e.job = $1 AND e.claim = $2 AND e.state = 'running' RETURNING coalesce(e.cancelled_by, '') INTO canceller;
     RETURN CASE WHEN canceller IS NULL THEN 'lost' WHEN canceller = '' THEN 'go' ELSE 'cancel' END;
+EXCEPTION WHEN lock_not_available THEN
+    RETURN 'go';
 END $$;
+
+-- Part of a restore's own transaction: with it, the job is done. False when it is not this claim's any more, was cancelled,
+-- or is done. Waits for another transaction that is about to say the same.
+CREATE FUNCTION coffer._agent_job_commits(job bigint, claim uuid, result jsonb) RETURNS bool
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    INSERT INTO coffer.job_commits (job, result)
+    SELECT e.job, $3 FROM coffer.job_entries e WHERE e.job = $1 AND e.claim = $2 AND e.state = 'running' AND e.cancelled_by IS NULL
+    ON CONFLICT DO NOTHING;
+    RETURN FOUND;
+END $$;
+
+-- What an earlier attempt committed; no row: none did.
+CREATE FUNCTION coffer._agent_job_committed(job bigint) RETURNS TABLE (result jsonb, committed_at timestamptz)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT c.result, c.committed_at FROM coffer.job_commits c WHERE c.job = $1 $$;
 
 -- False when another claim has taken the job: what was done counts, but who has it says so.
 CREATE FUNCTION coffer._agent_finish_job(job bigint, claim uuid, state text, result jsonb, error text) RETURNS bool
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
+    -- A hold that is released before the mirror saw it is over all the same.
+    IF $3 = 'done' THEN
+        UPDATE coffer.hold_entries h SET is_recorded = true, is_dropped = true FROM coffer.job_entries e
+        WHERE e.job = $1 AND e.claim = $2 AND e.state = 'running' AND e.kind = 'release' AND h.id = (e.args ->> 'id')::uuid;
+    END IF;
     UPDATE coffer.job_entries e SET state = $3, result = $4, error = $5, finished_at = clock_timestamp(), claim = NULL, message = NULL,
         progress = CASE $3 WHEN 'done' THEN 1 ELSE e.progress END
     WHERE e.job = $1 AND e.claim = $2 AND e.state = 'running';
@@ -72,10 +110,12 @@ END $$;
 CREATE FUNCTION coffer._agent_return_job(job bigint, claim uuid, after interval, message text) RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    UPDATE coffer.job_entries e SET state = CASE WHEN e.cancelled_by IS NULL THEN 'queued' ELSE 'cancelled' END, claim = NULL, message = $4,
-        finished_at = CASE WHEN e.cancelled_by IS NOT NULL THEN clock_timestamp() END,
+    UPDATE coffer.job_entries e SET state = CASE WHEN c.ends THEN 'cancelled' ELSE 'queued' END, claim = NULL, message = $4,
+        finished_at = CASE WHEN c.ends THEN clock_timestamp() END,
         not_before = clock_timestamp() + $3, attempts = e.attempts - 1
-    WHERE e.job = $1 AND e.claim = $2 AND e.state = 'running'
+    FROM (SELECT j.job, j.cancelled_by IS NOT NULL AND NOT EXISTS (SELECT FROM coffer.job_commits d WHERE d.job = j.job) AS ends
+          FROM coffer.job_entries j WHERE j.job = $1 FOR UPDATE) c
+    WHERE c.job = e.job AND e.job = $1 AND e.claim = $2 AND e.state = 'running'
 $$;
 
 -- The command line's coffer.backup(): who asked is somebody on another machine.
@@ -138,6 +178,7 @@ LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_
 AS $$
     INSERT INTO coffer.mirror_state AS m (as_of) VALUES ($1) ON CONFLICT (one) DO UPDATE SET as_of = excluded.as_of;
     -- What became of a job is in the audit log's and the catalog's care after a year.
-    DELETE FROM coffer.job_entries j WHERE j.finished_at < clock_timestamp() - interval '400 days'
+    DELETE FROM coffer.job_entries j WHERE j.finished_at < clock_timestamp() - interval '400 days';
+    DELETE FROM coffer.job_commits c WHERE NOT EXISTS (SELECT FROM coffer.job_entries j WHERE j.job = c.job)
 $$;
 COMMENT ON FUNCTION coffer._agent_mirrored(timestamptz) IS 'The mirrors are whole as of now.';

@@ -43,6 +43,8 @@ pub const REPORTING_FAILED: &str = "reporting_failed";
 pub const BASE_FAILED: &str = "base_failed";
 /// Jobs from SQL cannot be claimed.
 pub const JOBS_FAILED: &str = "jobs_failed";
+/// The SQL views of the repository cannot be brought up to date.
+pub const VIEWS_FAILED: &str = "views_failed";
 /// The roles of tenants cannot be read or archived.
 pub const ROLES_FAILED: &str = "roles_failed";
 /// What retention keeps no more cannot be removed.

@@ -1,6 +1,6 @@
 //! Every named point where a test can stop, delay or fail the agent, in one file.
 //!
-//! `COFFER_FAILPOINTS="name=abort;other=sleep(500);third=error"`; a name may be followed by `@n` (the n-th hit only,
+//! `COFFER_FAILPOINTS="name=abort;other=sleep(500);third=error;fourth=panic"`; a name may be followed by `@n` (the n-th hit only,
 //! counted from 1). Only in builds with the feature `failpoints`; otherwise [`hit`] is nothing.
 
 /// A changeset's object is in the stores, its record is not.
@@ -99,6 +99,7 @@ pub fn hit(name: &str) -> crate::error::Result<()> {
                 eprintln!("failpoint {name}: abort");
                 std::process::abort();
             }
+            "panic" => panic!("failpoint {name}"),
             "error" => return Err(crate::error::Error::other(format!("failpoint {name}")).code("failpoint")),
             a => {
                 if let Some(ms) =

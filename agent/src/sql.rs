@@ -26,6 +26,9 @@ const PINNED: &str = "SET search_path = ''; SET datestyle = 'ISO, MDY'; SET inte
     SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings \
     WHERE name IN ('idle_session_timeout', 'transaction_timeout')";
 
+/// NOTIFYs that wait for who listens.
+const NOTIFICATIONS: usize = 16;
+
 /// A session. Its connection's task ends with it.
 pub struct SqlClient {
     client: tokio_postgres::Client,
@@ -73,13 +76,14 @@ pub async fn connect(dsn: &Dsn) -> Result<SqlClient> {
     connect_to(dsn, None).await
 }
 
-/// The same; NOTIFYs that the session LISTENs to arrive at the receiver, which ends with the connection.
-pub async fn connect_listening(dsn: &Dsn) -> Result<(SqlClient, mpsc::UnboundedReceiver<Notification>)> {
-    let (tx, rx) = mpsc::unbounded_channel();
+/// The same; NOTIFYs that the session LISTENs to arrive at the receiver, which ends with the connection. What comes while
+/// [`NOTIFICATIONS`] of them are not taken is dropped.
+pub async fn connect_listening(dsn: &Dsn) -> Result<(SqlClient, mpsc::Receiver<Notification>)> {
+    let (tx, rx) = mpsc::channel(NOTIFICATIONS);
     Ok((connect_to(dsn, Some(tx)).await?, rx))
 }
 
-async fn connect_to(dsn: &Dsn, notifications: Option<mpsc::UnboundedSender<Notification>>) -> Result<SqlClient> {
+async fn connect_to(dsn: &Dsn, notifications: Option<mpsc::Sender<Notification>>) -> Result<SqlClient> {
     let mut last = None;
     for host in &dsn.hosts {
         for security in dial::attempts(dsn.sslmode, host) {
@@ -101,7 +105,7 @@ async fn connect_host(
     dsn: &Dsn,
     host: &Host,
     security: dial::Security,
-    notifications: Option<mpsc::UnboundedSender<Notification>>,
+    notifications: Option<mpsc::Sender<Notification>>,
 ) -> Result<SqlClient> {
     let transport = dial::open(dsn, host, security).await?;
     let is_tls = transport.is_tls();
@@ -138,7 +142,7 @@ async fn connect_host(
                 Some(Ok(AsyncMessage::Notification(n))) => {
                     if let Some(tx) = &notifications {
                         // The receiver may be gone; the session is not its alone.
-                        let _ = tx.send(n);
+                        let _ = tx.try_send(n);
                     }
                 }
                 Some(Ok(_)) => {}

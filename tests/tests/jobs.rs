@@ -13,6 +13,13 @@ on_majors! {
     command_line: command_line;
     restore_and_verify: restore_and_verify;
     an_agent_that_dies: an_agent_that_dies;
+    restored_once: restored_once;
+    copied_once: copied_once;
+    locked_row: locked_row;
+    lost_session: lost_session;
+    a_panic: a_panic;
+    taken_locks: taken_locks;
+    words_in_order: words_in_order;
     words: words;
     without_an_agent: without_an_agent;
 }
@@ -370,6 +377,189 @@ fn an_agent_that_dies(major: u32) {
     assert_eq!(cluster.psql("shop", &attempts), "queued|0");
 }
 
+/// Carries a restore of tenant 3 to `good` out with an agent that dies when it is done; the job.
+fn die_after(cluster: &Cluster, agent: &mut Agent, call: &str) -> String {
+    let job = cluster.psql("shop", &format!("SELECT coffer.{call}"));
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-before-finish=abort".into())];
+    agent.start();
+    agent.wait_end(60);
+    agent.env.clear();
+    assert_eq!(cluster.psql("shop", &format!("SELECT state FROM coffer.jobs WHERE job = {job}")), "running");
+    job
+}
+
+fn damaged(major: u32) -> (Cluster, Agent) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    cluster.psql("shop", "SELECT coffer.restore_point('good')");
+    cluster.psql("shop", "DELETE FROM a WHERE tenant = 3 AND id <= 50");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
+    agent.stop();
+    (cluster, agent)
+}
+
+/// What clients write after a restore's commit stays, though its job is taken up again.
+fn restored_once(major: u32) {
+    let (cluster, mut agent) = damaged(major);
+    let job = die_after(&cluster, &mut agent, "restore('3', 'name:good', dry_run => false)");
+    assert_eq!(cluster.psql("shop", "SELECT count(*) FROM a WHERE tenant = 3"), "200", "it was committed");
+    cluster.script("shop", "INSERT INTO a VALUES (3, 1000, 'later'); DELETE FROM a WHERE tenant = 3 AND id <= 10;");
+    // Nobody can take back what is done.
+    assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({job})")), "t");
+    agent.start();
+    let columns =
+        "state, result #>> '{tables,0,inserted}', result ->> 'mode', result #>> '{target,asked}', result ->> 'undo'";
+    let row = cluster.psql("shop", &format!("SELECT {columns} FROM coffer.wait({job}, '1min')"));
+    let undo = row.strip_prefix("done|50|in-place|name:good|").unwrap_or_else(|| panic!("{row}")).to_owned();
+    assert_eq!(cluster.psql("shop", "SELECT count(*), max(id) FROM a WHERE tenant = 3"), "191|1000");
+    let holds = restored::listed(&agent, "3")["holds"].clone();
+    assert!(holds.as_array().expect("holds").iter().any(|h| h["hold"] == *undo), "what an undo needs is held: {holds}");
+
+    // A restore that found nothing to do was done, too.
+    agent.stop();
+    cluster.psql("shop", "SELECT coffer.restore_point('better')");
+    let job = die_after(&cluster, &mut agent, "restore('3', 'name:better', dry_run => false)");
+    cluster.psql("shop", "INSERT INTO a VALUES (3, 1001, 'later')");
+    agent.start();
+    let row = cluster.psql("shop", &format!("SELECT state, result ->> 'undo' FROM coffer.wait({job}, '1min')"));
+    assert_eq!(row, "done|");
+    assert_eq!(cluster.psql("shop", "SELECT max(id) FROM a WHERE tenant = 3"), "1001");
+}
+
+/// A copy beside the live rows is there once, and its job is done.
+fn copied_once(major: u32) {
+    let (cluster, mut agent) = damaged(major);
+    let job = die_after(&cluster, &mut agent, "restore('3', 'name:good', 'schema', false)");
+    agent.start();
+    let row = cluster
+        .psql("shop", &format!("SELECT state, result ->> 'schema', result ->> 'mode' FROM coffer.wait({job}, '1min')"));
+    let schemas =
+        cluster.psql("shop", "SELECT string_agg(nspname, ',') FROM pg_namespace WHERE nspname LIKE 'coffer\\_3%'");
+    assert_eq!(row, format!("done|{schemas}|schema"));
+    assert!(schemas.ends_with(&format!("z_j{job}")), "{schemas}");
+    assert_eq!(cluster.psql("shop", &format!("SELECT count(*) FROM {schemas}.a")), "200");
+    // The same target once more is another copy.
+    assert_eq!(job_of(&cluster, "restore('3', 'name:good', 'schema', false)"), "done");
+}
+
+/// Whoever locks a job's row holds up what is said of it, and not the job.
+fn locked_row(major: u32) {
+    block_on(async {
+        let (cluster, mut agent) = damaged(major);
+        let job = cluster.psql("shop", "SELECT coffer.restore('3', 'name:good', dry_run => false)");
+        agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim=sleep(3000)".into())];
+        agent.start();
+        let state = format!("SELECT state FROM coffer.jobs WHERE job = {job}");
+        wait_for("the job to begin", 30, || (cluster.psql("shop", &state) == "running").then_some(()));
+        let forgetful = cluster.connect("shop").await;
+        forgetful.batch_execute(&format!("BEGIN; SELECT coffer.cancel({job})")).await.expect("cancel");
+        wait_for("the rows to come back", 60, || {
+            (cluster.psql("shop", "SELECT count(*) FROM a WHERE tenant = 3") == "200").then_some(())
+        });
+        wait_for("the fences to go", 30, || {
+            let left = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'aaa_coffer_fence%'";
+            (cluster.psql("shop", left) == "0").then_some(())
+        });
+        assert_eq!(cluster.psql("shop", &state), "running", "nobody can say that it is done");
+        forgetful.batch_execute("ROLLBACK").await.expect("rollback");
+        assert_eq!(cluster.psql("shop", &format!("SELECT state FROM coffer.wait({job}, '1min')")), "done");
+        assert_eq!(agent.stop(), Some(0));
+    });
+}
+
+/// A job whose session broke is begun anew while the first attempt is still at work: one backup comes of it.
+fn lost_session(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    agent.stop();
+    let job = cluster.psql("shop", "SELECT coffer.backup('1', 'once')");
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "full-after-objects@1=sleep(8000)".into())];
+    agent.start();
+    wait_for("the full to be written", 60, || agent.log().contains("full-after-objects: sleep").then_some(()));
+    let ended = cluster.psql(
+        "shop",
+        &format!(
+            "SELECT pg_terminate_backend(backend) FROM coffer.job_entries WHERE job = {job} AND state = 'running'"
+        ),
+    );
+    assert_eq!(ended, "t");
+    let id = cluster.psql("shop", &format!("SELECT result ->> 'id' FROM coffer.wait({job}, '1min')"));
+    assert_eq!(cluster.psql("shop", &format!("SELECT attempts FROM coffer.job_entries WHERE job = {job}")), "2");
+    // The first attempt has slept and is over.
+    std::thread::sleep(std::time::Duration::from_secs(9));
+    let backups = restored::listed(&agent, "1")["backups"].clone();
+    let of_this: Vec<_> =
+        backups.as_array().expect("a list").iter().filter(|b| b["reason"] == "once").map(|b| b["id"].clone()).collect();
+    assert_eq!(of_this, [id], "{}", agent.log());
+}
+
+/// A job that panics ends neither its lane nor unnoticed.
+fn a_panic(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    agent.stop();
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim@1=panic".into())];
+    agent.start();
+    assert_eq!(job_of(&cluster, "verify('1')"), "done");
+    let log = agent.log();
+    assert!(log.contains("jobs_failed") && log.contains("a job ended in a panic"), "{log}");
+    assert_eq!(cluster.psql("shop", "SELECT attempts FROM coffer.job_entries"), "2");
+}
+
+/// The advisory locks of the agent's sessions are everybody's to take: then it says so, and goes on.
+fn taken_locks(major: u32) {
+    block_on(async {
+        let cluster = database(major);
+        let mut agent = agent(&cluster);
+        agent.stop();
+        cluster.psql("shop", "CREATE ROLE nobody LOGIN");
+        let nobody = cluster.connect("shop").await;
+        nobody
+            .batch_execute(
+                "SET ROLE nobody; SELECT pg_advisory_lock(6516585, pg_backend_pid() + i) FROM generate_series(1, 5000) i",
+            )
+            .await
+            .expect("locks");
+        agent.start();
+        wait_for("the alarm", 60, || agent.log().contains("holds the advisory lock (6516585,").then_some(()));
+        // NOTIFY is everybody's, too.
+        nobody
+            .batch_execute("SELECT pg_notify('coffer_jobs', i::text) FROM generate_series(1, 20000) i")
+            .await
+            .expect("notify");
+        nobody.batch_execute("SELECT pg_advisory_unlock_all()").await.expect("unlock");
+        assert_eq!(job_of(&cluster, "verify('1')"), "done");
+    });
+}
+
+/// Two lanes carry out what was said of a tenant's retention in the order in which it was said.
+fn words_in_order(major: u32) {
+    let cluster = database(major);
+    let mut agent = agent(&cluster);
+    agent.stop();
+    cluster.psql("shop", "SELECT coffer.set_policy('1', '{\"daily\": 7}')");
+    let hold = cluster.psql("shop", "SELECT coffer.hold('1', 'first')");
+    cluster.psql("shop", "SELECT coffer.set_policy('1', '{\"daily\": 90}')");
+    cluster.psql("shop", &format!("SELECT coffer.release({hold})"));
+    cluster.psql("shop", "SELECT coffer.set_policy('2', '{\"daily\": 5}')");
+    // The first is held up: the second lane has nothing to do but the other tenant's.
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim@1=sleep(4000)".into())];
+    agent.start();
+    wait_for("all to be done", 60, || {
+        (cluster.psql("shop", "SELECT count(*) FROM coffer.jobs WHERE state <> 'done'") == "0").then_some(())
+    });
+    let order = "SELECT string_agg(kind, ' ' ORDER BY finished_at) FROM coffer.jobs WHERE tenant = '1'";
+    assert_eq!(cluster.psql("shop", order), "policy hold policy release");
+    wait_for("the last word to be seen", 30, || {
+        let policy = "SELECT policy ->> 'daily', state FROM coffer.policies WHERE tenant = '1'";
+        (cluster.psql("shop", policy) == "90|in force").then_some(())
+    });
+    wait_for("the release to be seen", 30, || {
+        (cluster.psql("shop", "SELECT state FROM coffer.holds") == "released").then_some(())
+    });
+    assert_eq!(restored::listed(&agent, "1")["holds"], serde_json::json!([]));
+}
+
 fn words(major: u32) {
     let cluster = database(major);
     let agent = agent(&cluster);
@@ -388,7 +578,25 @@ fn words(major: u32) {
     });
     let all = cluster.psql("shop", "SELECT string_agg(kind || ' ' || state, ', ' ORDER BY job) FROM coffer.jobs");
     assert_eq!(all, "hold done, release done, policy done");
-    drop(agent);
+
+    // Times that the repository or the source cannot say are without an end; the views go on.
+    cluster.psql("shop", "SELECT coffer.hold('2', 'for ever', '0044-03-15 BC', '9999-12-31')");
+    agent.json(&["hold", "--tenant", "2", "--reason", "since Caesar", "--from=-000043-03-15T00:00:00Z"]);
+    wait_for("both holds to be in force", 30, || {
+        let held = "SELECT string_agg(reason, ', ' ORDER BY hold) FROM coffer.holds \
+            WHERE state = 'held' AND from_time IS NULL AND to_time IS NULL";
+        (cluster.psql("shop", held) == "for ever, since Caesar").then_some(())
+    });
+
+    // An incident's backup is released by its own id.
+    assert_eq!(job_of(&cluster, "backup('3', 'break-in', 'incident')"), "done");
+    let of_incident = "SELECT state FROM coffer.holds WHERE reason = 'incident: break-in'";
+    wait_for("the incident to be held", 30, || (cluster.psql("shop", of_incident) == "held").then_some(()));
+    let id = cluster.psql("shop", "SELECT backup FROM coffer.backups WHERE trigger = 'incident'");
+    agent.json(&["release", &id]);
+    assert_eq!(restored::listed(&agent, "3")["holds"], serde_json::json!([]));
+    wait_for("the incident to be released", 90, || (cluster.psql("shop", of_incident) == "released").then_some(()));
+    assert_eq!(agent.json_err(&["release", &id]).0, 3, "it is released");
 }
 
 fn without_an_agent(major: u32) {

@@ -168,6 +168,9 @@ pub struct Hold {
     pub to_us: Option<i64>,
     pub by: String,
     pub at_us: i64,
+    /// Number of its record; 0 where a state is from before it was kept.
+    #[serde(default)]
+    pub n: u64,
 }
 
 /// The newest of each kind of check of a backup.
@@ -219,7 +222,7 @@ impl State {
             Entry::Incremental(i) => self.incrementals.push(i),
             Entry::Hold { id, number, reason, from_us, to_us, by } => {
                 self.holds.retain(|h| h.id != id);
-                self.holds.push(Hold { id, number, reason, from_us, to_us, by, at_us: r.at_us });
+                self.holds.push(Hold { id, number, reason, from_us, to_us, by, at_us: r.at_us, n: r.n });
             }
             Entry::Release { id, .. } => self.release(id),
             Entry::Verified { backup, ok, what, message } => {

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::crypto::random;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::When;
+use crate::jobs::HOLDER;
 use crate::opened::Opened;
 use crate::tenant::Tenant;
 use serde_json::{Value, json};
@@ -64,6 +65,7 @@ pub async fn hold(config: &Config, source: Option<&str>, json: bool, args: &Hold
         to_us,
         by: actor(),
         at_us: opened.repo.clock().now_us(),
+        n: 0,
     };
     place(&opened, uid, tenant.uid, &hold).await?;
     let mut document = to_json(&hold);
@@ -135,7 +137,7 @@ impl Asked {
         let state = catalog.state();
         match self {
             Self::Number(n) => state.holds.iter().filter(|h| h.number == *n).map(|h| h.id).collect(),
-            Self::Id(id) if self.is_standing(state, *id) => vec![*id],
+            Self::Id(id) if self.is_standing(state, *id) => vec![hold_of_incident(state, *id).unwrap_or(*id)],
             Self::Id(_) => Vec::new(),
         }
     }
@@ -144,6 +146,13 @@ impl Asked {
         let incident = |id| state.full(id).is_some_and(|f| f.trigger == "incident") && !state.released.contains(&id);
         state.holds.iter().any(|h| h.id == id) || incident(id)
     }
+}
+
+/// The hold that came with an incident's backup, while it stands: releasing it releases the backup.
+fn hold_of_incident(state: &catalog::State, backup: Uuid) -> Option<Uuid> {
+    let at = Some(state.full(backup).filter(|f| f.trigger == "incident")?.point_time_us);
+    let own = |h: &&Hold| (h.from_us, h.to_us) == (at, at) && h.by.starts_with(HOLDER);
+    state.holds.iter().find(own).map(|h| h.id)
 }
 
 /// A point as a time.

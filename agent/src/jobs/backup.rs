@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
 /// Who is written down as having placed the hold of an incident's backup.
-const HOLDER: &str = "coffer.backup";
+pub const HOLDER: &str = "coffer.backup";
 
 impl Work<'_> {
     pub(super) async fn backup(&self) -> Result<Value> {
@@ -31,10 +31,7 @@ impl Work<'_> {
             reason: self.job.text("reason").map(str::to_owned),
         };
         // An earlier attempt may have come so far.
-        let made = history
-            .fulls(tenant.uid)
-            .into_iter()
-            .find(|f| f.point_lsn == point.lsn && f.trigger == occasion.trigger && f.reason == occasion.reason);
+        let made = occasion.made(history.fulls(tenant.uid), &point);
         let full = match made.cloned() {
             Some(f) => f,
             None => {

@@ -2,6 +2,7 @@
 
 use super::step::Step;
 use crate::error::{Error, Result};
+use crate::restore::once::OfJob;
 use crate::run::AgentContext;
 use crate::sql::{SqlClient, SqlContext};
 use coffer_wire::Lsn;
@@ -75,6 +76,11 @@ impl Claimed {
     /// it takes.
     pub fn is_word(&self) -> bool {
         matches!(self.kind.as_str(), "hold" | "release" | "policy")
+    }
+
+    /// The job as its restore notes it.
+    pub fn of_job(&self) -> OfJob {
+        OfJob { job: self.job, claim: self.claim }
     }
 
     /// Says how far it is.

@@ -12,6 +12,7 @@ use crate::opened::{Opened, scratch};
 use crate::restore::{self, Means, Place, Request, undo};
 use crate::retention::Policy;
 use crate::run::AgentContext;
+use crate::sql;
 use crate::tenant::Tenant;
 use crate::verify::live;
 use crate::verify::results::Results;
@@ -102,14 +103,17 @@ impl Work<'_> {
             },
             mode => return Err(Error::new(Kind::Refused, format!("this agent cannot restore in mode {mode:?}"))),
         };
+        let dry_run = self.job.args["dry_run"] != false;
+        if !dry_run && let Some(done) = self.restored().await? {
+            return Ok(done);
+        }
         self.own_commit().await?;
         let tenant = self.tenant().await?;
         self.step.begin(0.1, 1.0, "reading the history")?;
         let opened = self.opened();
         let rows = self.expected_rows(&opened, tenant.uid).await?;
         self.step.expected.store(rows, Ordering::Relaxed);
-        let dry_run = self.job.args["dry_run"] != false;
-        let request = Request { dry_run, ..Request::new(tenant.tenant, to, place) };
+        let request = Request { dry_run, job: Some(self.job.of_job()), ..Request::new(tenant.tenant, to, place) };
         let means = Means {
             opened: &opened,
             source: (&self.ctx.source, self.ctx.source_uid),
@@ -118,7 +122,12 @@ impl Work<'_> {
             watch: self.step.watch.clone(),
         };
         self.step.begin(0.1, 1.0, if dry_run { "comparing" } else { "restoring" })?;
-        let mut report = restore::run(&means, &request).await?;
+        let mut report = match restore::run(&means, &request).await {
+            Ok(report) => report,
+            // A commit whose answer was lost, or one of an earlier attempt that was still under way.
+            Err(e) if !dry_run => return self.restored().await.ok().flatten().ok_or(e),
+            Err(e) => return Err(e),
+        };
         if let Some(id) = report.undo.clone()
             && let Err(e) =
                 undo::hold(&self.ctx.repo, self.ctx.source_uid, tenant.uid, &id, &self.job.requested_by).await
@@ -126,6 +135,22 @@ impl Work<'_> {
             report.warnings.push(format!("what an undo needs is not held: {e}"));
         }
         Ok(report.document())
+    }
+
+    /// What an earlier attempt at this restore committed. What remained to be done after the commit is done.
+    async fn restored(&self) -> Result<Option<Value>> {
+        let client = sql::connect(&self.ctx.dsn.with_application_name("coffer jobs")).await?;
+        let Some(mut done) = self.job.of_job().committed(&client).await? else { return Ok(None) };
+        tracing::info!(source = self.ctx.source, job = self.job.job, "was done before");
+        if let Some(undo) = done.result["undo"].as_str() {
+            let (repo, source, tenant) = (&self.ctx.repo, self.ctx.source_uid, self.tenant().await?.uid);
+            let held = undo::hold_since(repo, source, tenant, undo, &self.job.requested_by, done.at_us).await;
+            if let (Err(e), Some(warnings)) = (held, done.result["warnings"].as_array_mut()) {
+                warnings.push(json!(format!("what an undo needs is not held: {e}")));
+            }
+            self.mirror.tenant_changed(tenant);
+        }
+        Ok(Some(done.result.take()))
     }
 
     /// About as many rows as the tenant has.

@@ -5,6 +5,7 @@
 //! end of an open window moves with every ship and is left out: the views put in what is durable. Catalogs may be
 //! written by others, too, so some of them are looked at in every round, all of them by and by.
 
+use crate::alarms;
 use crate::catalog::{Catalog, State};
 use crate::clock::rfc3339;
 use crate::crypto::sha256;
@@ -16,8 +17,11 @@ use crate::repository::Body;
 use crate::run::AgentContext;
 use crate::sql::{self, SqlClient, SqlContext};
 use coffer_wire::{Lsn, TenantKind};
+use futures::FutureExt;
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -40,6 +44,8 @@ pub struct Mirror {
     /// Tenants whose catalogs this agent has written to since the last round.
     changed: Mutex<BTreeSet<Uuid>>,
     woken: Notify,
+    /// Sessions that ended since the last round.
+    failures: AtomicU32,
 }
 
 /// What a session knows.
@@ -56,7 +62,7 @@ struct Known {
 
 impl Mirror {
     pub fn new(ctx: Arc<AgentContext>) -> Self {
-        Self { ctx, changed: Mutex::default(), woken: Notify::new() }
+        Self { ctx, changed: Mutex::default(), woken: Notify::new(), failures: AtomicU32::new(0) }
     }
 
     /// A tenant's catalog has a new entry: the views say so soon.
@@ -72,11 +78,16 @@ impl Mirror {
     /// Never returns; drop it to end it.
     pub async fn run(&self) {
         loop {
-            if let Err(e) = self.session().await {
-                tracing::debug!(
-                    source = self.ctx.source,
-                    "the views of the repository are not brought up to date: {e}"
-                );
+            let why = match AssertUnwindSafe(self.session()).catch_unwind().await {
+                Ok(Ok(())) => "the log's records end".to_owned(),
+                Ok(Err(e)) => e.report(),
+                Err(_) => "a panic, see the log for where".to_owned(),
+            };
+            let what = "the views of the repository are not brought up to date";
+            tracing::debug!(source = self.ctx.source, "{what}: {why}");
+            // Once is a restart of the server, of which the stream says more.
+            if self.failures.fetch_add(1, Ordering::Relaxed) >= 3 && !self.ctx.is_stopping() {
+                self.ctx.alarms.raise(alarms::VIEWS_FAILED, &self.ctx.source, format!("{what}: {why}; trying again"));
             }
             tokio::time::sleep(super::RECONNECT).await;
         }
@@ -96,6 +107,8 @@ impl Mirror {
             }
             if let Some(h) = &mut history {
                 self.round(&client, h, &mut known).await?;
+                self.failures.store(0, Ordering::Relaxed);
+                self.ctx.alarms.clear(alarms::VIEWS_FAILED, &self.ctx.source);
             }
             let next = Instant::now() + ROUND;
             tokio::time::sleep(REST).await;
@@ -193,6 +206,16 @@ impl Mirror {
     }
 }
 
+/// The first and the last time that RFC 3339, the source and this process can all say, in microseconds: the beginning of
+/// year 1 and of the last day but one of year 9999.
+const FIRST_US: i64 = -62_135_596_800_000_000;
+const LAST_US: i64 = 253_402_128_000_000_000;
+
+/// A time as the source reads it: the nearest that can be said.
+fn time(us: i64) -> String {
+    rfc3339(us.clamp(FIRST_US, LAST_US))
+}
+
 /// Everything that the views show of a tenant, as `coffer._agent_mirror()` takes it.
 fn document(history: &History, catalog: &State, t: &TenantEntry) -> Value {
     let (end, _) = history.end();
@@ -216,22 +239,38 @@ fn document(history: &History, catalog: &State, t: &TenantEntry) -> Value {
     let mut backups: Vec<Value> = Vec::new();
     for b in history.backups(t.uid) {
         backups.push(json!({"backup": b.id, "kind": b.kind, "trigger": b.trigger, "reason": b.reason,
-            "point_lsn": lsn(b.point), "point_time": rfc3339(b.time_us), "rows": b.rows, "bytes": b.bytes,
-            "verified_at": verified(b.id).max(b.verified_us).map(rfc3339)}));
+            "point_lsn": lsn(b.point), "point_time": time(b.time_us), "rows": b.rows, "bytes": b.bytes,
+            "verified_at": verified(b.id).max(b.verified_us).map(time)}));
     }
     let checks: Vec<Value> = catalog
         .checks
         .iter()
-        .map(|c| json!({"backup": c.backup, "ok": c.ok, "what": c.what, "message": c.message, "verified_at": rfc3339(c.at_us)}))
+        .map(|c| json!({"backup": c.backup, "ok": c.ok, "what": c.what, "message": c.message, "verified_at": time(c.at_us)}))
         .collect();
     let holds: Vec<Value> = catalog
         .holds
         .iter()
         .map(|h| {
-            json!({"id": h.id, "reason": h.reason, "from_time": h.from_us.map(rfc3339), "to_time": h.to_us.map(rfc3339),
-                "held_by": h.by, "held_at": rfc3339(h.at_us)})
+            // Beyond what can be said is without an end.
+            let from = h.from_us.filter(|us| *us >= FIRST_US).map(time);
+            let to = h.to_us.filter(|us| *us <= LAST_US).map(time);
+            json!({"id": h.id, "reason": h.reason, "from_time": from, "to_time": to, "held_by": h.by, "held_at": time(h.at_us)})
         })
         .collect();
     json!({"uid": t.uid, "tenant": t.tenant.key, "backups": backups, "windows": windows, "verifications": checks,
         "holds": holds, "policy": catalog.policy})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_time_can_be_said_to_the_source() {
+        assert_eq!(time(FIRST_US), "0001-01-01T00:00:00.000000Z");
+        assert_eq!(time(LAST_US), "9999-12-30T00:00:00.000000Z");
+        assert_eq!(time(i64::MIN), time(FIRST_US));
+        assert_eq!(time(i64::MAX), time(LAST_US));
+        assert_eq!(time(0), "1970-01-01T00:00:00.000000Z");
+    }
 }

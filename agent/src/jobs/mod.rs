@@ -13,6 +13,7 @@ mod kinds;
 mod mirror;
 mod step;
 
+pub use backup::HOLDER;
 pub use mirror::Mirror;
 
 use crate::alarms;
@@ -23,7 +24,10 @@ use crate::reporter;
 use crate::run::AgentContext;
 use crate::sql::{self, SqlContext};
 use claim::{Claimed, Verdict};
+use futures::FutureExt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use step::Step;
 use tokio::sync::mpsc;
@@ -38,27 +42,52 @@ const QUICK: &[&str] = &["backup", "hold", "release", "policy"];
 const POLL: Duration = Duration::from_secs(2);
 /// How often a running job says how far it is, and hears whether it is to end.
 const BEAT: Duration = Duration::from_secs(1);
+/// What is said sooner than this after the last time waits.
+const DEAF: Duration = Duration::from_millis(50);
 /// Wait before the next session.
 const RECONNECT: Duration = Duration::from_secs(2);
-/// Wait before a hold, its release or a policy is tried again.
+/// Wait before a hold, its release, a policy, or a restore beside another, is tried again.
 const AGAIN: Duration = Duration::from_secs(10);
 
 /// Serves a source's jobs until the agent stops.
 pub async fn run(ctx: Arc<AgentContext>, flow: Arc<Flow>, mirror: Arc<Mirror>) {
-    let all = Lane { ctx: ctx.clone(), flow: flow.clone(), mirror: mirror.clone(), kinds: ALL };
-    let quick = Lane { ctx, flow, mirror: mirror.clone(), kinds: QUICK };
-    let mut lanes = JoinSet::new();
+    let lane = |kinds| Lane {
+        ctx: ctx.clone(),
+        flow: flow.clone(),
+        mirror: mirror.clone(),
+        kinds,
+        broke_off: AtomicBool::new(false),
+    };
+    let (all, quick) = (lane(ALL), lane(QUICK));
+    let (mut lanes, mut views) = (JoinSet::new(), JoinSet::new());
     lanes.spawn(all.run());
     lanes.spawn(quick.run());
-    lanes.spawn(async move { mirror.run().await });
-    // The mirror ends when the lanes have: dropping the set ends it.
-    for _ in 0..2 {
-        lanes.join_next().await;
-    }
+    // Goes on until the lanes have ended: dropping the set ends it.
+    views.spawn(async move { mirror.run().await });
+    while lanes.join_next().await.is_some() {}
 }
 
-/// What wakes a lane.
-type Woken = mpsc::UnboundedReceiver<Notification>;
+/// What wakes a lane: whoever is connected can say it, and as often as it likes.
+struct Woken {
+    notified: mpsc::Receiver<Notification>,
+    heard: Option<Instant>,
+}
+
+impl Woken {
+    /// Something was said, once for all that was said together and not more often than every [`DEAF`]. False: the session
+    /// has ended. What is dropped half-way says it again.
+    async fn news(&mut self) -> bool {
+        if let Some(heard) = self.heard {
+            tokio::time::sleep_until(heard + DEAF).await;
+        }
+        if self.notified.recv().await.is_none() {
+            return false;
+        }
+        while self.notified.try_recv().is_ok() {}
+        self.heard = Some(Instant::now());
+        true
+    }
+}
 
 /// One job after the other.
 struct Lane {
@@ -66,6 +95,8 @@ struct Lane {
     flow: Arc<Flow>,
     mirror: Arc<Mirror>,
     kinds: &'static [&'static str],
+    /// A job ended in a panic, and none has ended otherwise since.
+    broke_off: AtomicBool,
 }
 
 impl Lane {
@@ -73,15 +104,22 @@ impl Lane {
         let mut failures = 0;
         while !self.ctx.is_stopping() {
             let began = Instant::now();
-            let Err(e) = self.session().await else { return };
+            let ended = AssertUnwindSafe(self.session()).catch_unwind().await;
             if began.elapsed() > POLL * 5 {
                 failures = 0;
             }
             failures += 1;
+            let why = match ended {
+                Ok(Ok(())) => return,
+                Ok(Err(e)) => e.report(),
+                Err(_) => {
+                    self.broke_off.store(true, Ordering::Relaxed);
+                    "a job ended in a panic, see the log for where".to_owned()
+                }
+            };
             // Once is a restart of the server, of which the stream says more.
-            if failures > 3 {
-                let message = format!("{}; trying again", e.report());
-                self.ctx.alarms.raise(alarms::JOBS_FAILED, &self.ctx.source, message);
+            if failures > 3 || self.broke_off.load(Ordering::Relaxed) {
+                self.ctx.alarms.raise(alarms::JOBS_FAILED, &self.ctx.source, format!("{why}; trying again"));
             }
             tokio::select! {
                 () = tokio::time::sleep(RECONNECT) => {}
@@ -93,21 +131,27 @@ impl Lane {
     /// `Ok` when the agent stops.
     async fn session(&self) -> Result<()> {
         let dsn = self.ctx.dsn.with_application_name("coffer jobs");
-        let (client, mut woken) = sql::connect_listening(&dsn).await?;
+        let (client, notified) = sql::connect_listening(&dsn).await?;
+        let mut woken = Woken { notified, heard: None };
         reporter::require_same_system(&self.ctx, &client).await?;
         client.batch_execute("LISTEN coffer_jobs").await.sql("cannot listen for jobs")?;
         claim::begin(&client).await?;
-        self.ctx.alarms.clear(alarms::JOBS_FAILED, &self.ctx.source);
+        if !self.broke_off.load(Ordering::Relaxed) {
+            self.ctx.alarms.clear(alarms::JOBS_FAILED, &self.ctx.source);
+        }
         while !self.ctx.is_stopping() {
             if let Some(job) = claim::next(&client, self.kinds, &self.ctx).await? {
                 // A session that broke meanwhile shows at the next claim.
                 self.work(&client, &mut woken, &job).await?;
+                if self.broke_off.swap(false, Ordering::Relaxed) {
+                    self.ctx.alarms.clear(alarms::JOBS_FAILED, &self.ctx.source);
+                }
                 continue;
             }
             tokio::select! {
                 () = tokio::time::sleep(POLL) => {}
-                n = woken.recv() => {
-                    if n.is_none() {
+                alive = woken.news() => {
+                    if !alive {
                         return Err(Error::new(Kind::Unreachable, "the session that listens for jobs has ended"));
                     }
                 }
@@ -129,23 +173,33 @@ impl Lane {
         let mut broken = None;
         let done = loop {
             tokio::select! {
+                biased;
                 r = &mut done => break r,
                 () = self.ctx.stopped(), if !step.is_cancelled() => {
                     step.cancel();
                     continue;
                 }
-                // A cancellation says so; whatever else was said is found by the next claim.
-                Some(_) = woken.recv() => {}
                 _ = beat.tick() => {}
+                // A cancellation says so; whatever else was said is found by the next claim.
+                true = woken.news() => {}
             }
             if broken.is_some() {
                 continue;
             }
-            match job.progress(client, &step).await {
+            let verdict = tokio::select! {
+                biased;
+                // Whatever the row waits for, the work does not.
+                r = &mut done => break r,
+                v = job.progress(client, &step) => v,
+            };
+            match verdict {
                 Ok(Verdict::Go) => {}
                 // Lost: another has it, which will find what is recorded; two are of no use.
                 Ok(Verdict::Cancel | Verdict::Lost) => step.cancel(),
-                Err(e) => broken = Some(e),
+                Err(e) => {
+                    broken = Some(e);
+                    step.cancel();
+                }
             }
         };
         // The session is gone, and with it the claim's life: whoever claims it next finds what is done.
@@ -161,7 +215,7 @@ impl Lane {
             }
             Err(_) if self.ctx.is_stopping() => job.give_back(client, Duration::ZERO, "the agent was stopped").await,
             Err(e) if e.is_code("cancelled") => job.finish(client, "cancelled", None, None).await,
-            Err(e) if job.is_word() && e.kind() == Kind::Unreachable => {
+            Err(e) if job.is_word() && e.kind() == Kind::Unreachable || e.is_code("busy") => {
                 job.give_back(client, AGAIN, &format!("{e}; trying again")).await
             }
             Err(e) => {

@@ -201,9 +201,10 @@ impl Pruner {
     }
 }
 
-/// A hold that was placed after a removal was recorded: it stops what is not deleted yet.
+/// A hold that was placed after a removal was recorded, which the numbers of their records say and no clock: it stops what
+/// is not deleted yet.
 fn held_since(state: &State, r: &Removal) -> Option<Uuid> {
-    state.holds.iter().find(|h| h.at_us >= r.at_us).map(|h| h.id)
+    state.holds.iter().find(|h| h.n > r.n || (h.n == 0 && h.at_us >= r.at_us)).map(|h| h.id)
 }
 
 fn full(f: &FullEntry, state: &State, survey: &Survey) -> Full {

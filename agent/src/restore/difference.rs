@@ -35,8 +35,9 @@ async fn look(means: &Means<'_>, request: &Request, rows: usize) -> Result<Diffe
     let Prepared { uid, target, at, selection, .. } = Prepared::new(means, request).await?;
     let (scratch, memory, options) = (at.scratch.clone(), at.memory / 2, options(request));
     let (target_rows, watch) = (merged(at, memory, selection, &means.watch), &means.watch);
-    let tenant = &request.tenant;
-    let pass = InPlace { dsn, tenant, uid, target: target_rows, scratch: &scratch, memory, options: &options, watch };
+    let (tenant, note) = (&request.tenant, None);
+    let pass =
+        InPlace { dsn, tenant, uid, target: target_rows, scratch: &scratch, memory, options: &options, note, watch };
     let (tables, warnings) = pass.look(rows).await?;
     Ok(Difference {
         source: means.source.0.to_owned(),

@@ -9,6 +9,7 @@ use crate::history::{Target, When};
 use crate::merge::Scratch;
 use crate::opened::Opened;
 use crate::restore::keys::RowKey;
+use crate::restore::once::OfJob;
 use crate::restore::rename::{As, Rename};
 use crate::restore::sink::{Selection, Watch};
 use crate::restore::{database, side};
@@ -116,6 +117,8 @@ pub struct Request {
     pub allow_incomplete: bool,
     /// Counts only; nothing is changed.
     pub dry_run: bool,
+    /// Noted where the restore is made, so that it is not made twice; into a live database or a schema.
+    pub job: Option<OfJob>,
 }
 
 impl Request {
@@ -133,6 +136,7 @@ impl Request {
             wait: None,
             allow_incomplete: false,
             dry_run: false,
+            job: None,
         }
     }
 

@@ -8,6 +8,7 @@ use super::in_place::{InPlace, Options};
 use super::keys;
 use super::large_objects::{self, Found, LargeObjects};
 use super::large_takers;
+use super::once::Note;
 use super::rename::Rename;
 use super::request::{Means, Mode, Place, Report, Request, TableReport};
 use super::side::{self, SideBySide};
@@ -87,10 +88,27 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
     let counts = Counts::watched(means.watch.clone());
     let schema = match &request.place {
         Place::Schema { name, .. } => {
-            Some(name.clone().unwrap_or_else(|| side::default_name(&request.tenant, &target)))
+            Some(name.clone().unwrap_or_else(|| side::default_name(&request.tenant, &target, request.job)))
         }
         _ => None,
     };
+    let report = Report {
+        dry_run: request.dry_run,
+        source: means.source.0.to_owned(),
+        tenant: request.tenant.clone(),
+        mode: request.place.mode(),
+        renamed: request.rename.as_ref().map(|r| r.key.clone()),
+        schema: schema.clone(),
+        target: target.clone(),
+        tables: Vec::new(),
+        bytes: 0,
+        seconds: 0.0,
+        undo: None,
+        warnings: Vec::new(),
+        incomplete: 0,
+        large_objects: None,
+    };
+    let note = request.job.filter(|_| !request.dry_run).map(|job| Note::new(job, report.clone(), started));
     // A copy beside the live rows refers to the objects that are there.
     let objects = match &request.place {
         Place::Schema { .. } => None,
@@ -101,7 +119,7 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
         Place::InPlace(dsn) => {
             let whose = request.written_tenant();
             let uid = if request.rename.is_some() { opened.keyring.tenant_uid(source, &whose) } else { uid };
-            in_place(dsn, rows, (&whose, uid), request, &means.watch).await?
+            in_place(dsn, rows, (&whose, uid), request, note.as_ref(), &means.watch).await?
         }
         Place::Schema { dsn, name: None, .. } if request.dry_run => {
             side::require_absent(dsn, schema.as_deref().unwrap_or_default()).await?;
@@ -116,7 +134,7 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
         }
         Place::Schema { dsn, readers, .. } => {
             let (name, source) = (schema.as_deref().unwrap_or_default(), means.source.0);
-            to_schema((dsn, name, readers), rows, request, counts, (&target, source)).await?
+            to_schema((dsn, name, readers), rows, request, note.as_ref(), counts, (&target, source)).await?
         }
         Place::Database(dsn) => {
             let (shared, left_out) = shared(opened, source, &mut history, &target, &rows.at).await?;
@@ -149,13 +167,6 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
         ));
     }
     Ok(Report {
-        dry_run: request.dry_run,
-        source: means.source.0.to_owned(),
-        tenant: request.tenant.clone(),
-        mode: request.place.mode(),
-        renamed: request.rename.as_ref().map(|r| r.key.clone()),
-        schema,
-        target,
         tables: done.tables,
         bytes: done.bytes,
         seconds: started.elapsed().as_secs_f64(),
@@ -163,6 +174,7 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
         warnings,
         incomplete: done.incomplete,
         large_objects: done.large_objects,
+        ..report
     })
 }
 
@@ -280,7 +292,7 @@ pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + 
     tokio::task::spawn_blocking(f).await.context(Kind::Other, "a worker thread broke off")?
 }
 
-fn counted(counts: &Counts) -> Vec<TableReport> {
+pub(super) fn counted(counts: &Counts) -> Vec<TableReport> {
     let row = |t: &super::TableRows| TableReport {
         relation: t.rel.qualified(),
         inserted: t.rows,
@@ -363,6 +375,7 @@ async fn to_schema(
     (dsn, name, readers): (&Dsn, &str, &[String]),
     rows: Rows,
     request: &Request,
+    note: Option<&Note>,
     counts: Counts,
     (target, source): (&Target, &str),
 ) -> Result<Outcome> {
@@ -379,6 +392,7 @@ async fn to_schema(
         counts,
         target,
         source,
+        note,
         spool: std::env::temp_dir(),
     }
     .run()
@@ -548,12 +562,13 @@ async fn in_place(
     Rows { at, selection, objects }: Rows,
     (tenant, uid): (&Tenant, Uuid),
     request: &Request,
+    note: Option<&Note>,
     watch: &Watch,
 ) -> Result<Outcome> {
     let (scratch, memory, options) = (at.scratch.clone(), at.memory / 2, options(request));
     let rows = merged(at, memory, selection, watch);
     let target = rows.clone();
-    let restore = InPlace { dsn, tenant, uid, target, scratch: &scratch, memory, options: &options, watch };
+    let restore = InPlace { dsn, tenant, uid, target, scratch: &scratch, memory, options: &options, note, watch };
     let session = restore.session().await?;
     // Before the rows that refer to them.
     let made = match objects {

@@ -7,6 +7,7 @@
 
 use super::in_place::live::{self, LiveTable, literal};
 use super::load::{self, Ready, Tables};
+use super::once::{Note, OfJob};
 use super::schema::{Archive, IndexDefinition};
 use super::sink::{Counts, Selection};
 use crate::clock::rfc3339;
@@ -23,6 +24,8 @@ use std::path::PathBuf;
 
 /// Bytes of an identifier in PostgreSQL.
 const LONGEST_NAME: usize = 63;
+/// How the name of a schema begins that nobody named.
+const PREFIX: &str = "coffer_";
 /// Bytes of the tenant's key in a schema's name.
 const LONGEST_KEY: usize = 32;
 
@@ -41,6 +44,8 @@ pub(super) struct SideBySide<'a> {
     pub definitions: Option<ObjectRef>,
     pub target: &'a Target,
     pub source: &'a str,
+    /// The job that it is for.
+    pub note: Option<&'a Note>,
     /// For the definitions' archive.
     pub spool: PathBuf,
 }
@@ -52,15 +57,17 @@ pub(super) struct Done {
     pub warnings: Vec<String>,
 }
 
-/// The name of a schema that nobody named: `coffer_3_20261122t131500z`.
-pub(super) fn default_name(tenant: &Tenant, target: &Target) -> String {
+/// The name of a schema that nobody named: `coffer_3_20261122t131500z`; a job's ends with its number, `_j17`.
+pub(super) fn default_name(tenant: &Tenant, target: &Target, job: Option<OfJob>) -> String {
     let key = if tenant.key.is_empty() { tenant.kind.name() } else { &tenant.key };
     let mut plain: String =
         key.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' }).collect();
-    plain.truncate(LONGEST_KEY);
     let time: String =
         rfc3339(target.time_us).chars().take_while(|c| *c != '.').filter(char::is_ascii_alphanumeric).collect();
-    format!("coffer_{plain}_{}z", time.trim_end_matches('Z').to_ascii_lowercase())
+    let job = job.map_or_else(String::new, |j| format!("_j{}", j.job));
+    let end = format!("_{}z{job}", time.trim_end_matches('Z').to_ascii_lowercase());
+    plain.truncate(LONGEST_KEY.min(LONGEST_NAME - PREFIX.len() - end.len()));
+    format!("{PREFIX}{plain}{end}")
 }
 
 /// Refuses a name that no schema can have.
@@ -103,6 +110,7 @@ impl SideBySide<'_> {
         client.batch_execute("BEGIN").await.sql("cannot begin")?;
         match self.fill(&client, live, indexes, warnings).await {
             Ok(done) => {
+                self.note(&client, &done).await?;
                 client.batch_execute("COMMIT").await.sql("cannot commit the copy")?;
                 Ok(done)
             }
@@ -111,6 +119,14 @@ impl SideBySide<'_> {
                 Err(e)
             }
         }
+    }
+
+    /// In the transaction: the job is done with it.
+    async fn note(&self, client: &SqlClient, done: &Done) -> Result<()> {
+        let Some(note) = self.note else { return Ok(()) };
+        let tables = super::run::counted(&done.counts);
+        let written = note.write(client, tables, done.counts.bytes, None, done.warnings.clone()).await;
+        written.sql("cannot note that the job is done")?.require()
     }
 
     /// Tables that can hold rows of the tenant now: for those without rows at the target. None where the extension is not.
@@ -374,9 +390,17 @@ mod tests {
     #[test]
     fn a_schema_that_nobody_names_is_named_after_tenant_and_time() {
         let target = Target { asked: "latest".into(), lsn: Lsn(1), time_us: 1_795_353_300_000_000 };
-        let name = default_name(&Tenant::normal("Acme & Söhne"), &target);
+        let name = default_name(&Tenant::normal("Acme & Söhne"), &target, None);
         assert!(name.starts_with("coffer_acme___s_hne_2026") && name.ends_with('z'), "{name}");
-        assert!(default_name(&Tenant::normal("x".repeat(500)), &target).len() <= LONGEST_NAME);
+        assert!(default_name(&Tenant::normal("x".repeat(500)), &target, None).len() <= LONGEST_NAME);
+        for job in [17, i64::MAX] {
+            let job = Some(OfJob { job, claim: uuid::Uuid::nil() });
+            let name = default_name(&Tenant::normal("x".repeat(500)), &target, job);
+            assert!(
+                name.len() <= LONGEST_NAME && name.ends_with(&format!("z_j{}", job.map_or(0, |j| j.job))),
+                "{name}"
+            );
+        }
         assert!(require_name(&name).is_ok());
         for bad in ["", "pg_x", &"x".repeat(64)] {
             assert!(require_name(bad).is_err(), "{bad}");

@@ -75,15 +75,28 @@ pub async fn find(opened: &Opened, source: Uuid, id: Uuid, chosen: &[String], wa
 
 /// Holds what the undo of a restore that was just committed needs. The repository is open for writing.
 pub async fn hold(repo: &Arc<Repository>, source: Uuid, tenant: Uuid, undo: &str, by: &str) -> Result<()> {
+    hold_since(repo, source, tenant, undo, by, repo.clock().now_us()).await
+}
+
+/// The same for one that was committed at a time, in microseconds; nothing when it is held already.
+pub async fn hold_since(
+    repo: &Arc<Repository>,
+    source: Uuid,
+    tenant: Uuid,
+    undo: &str,
+    by: &str,
+    committed_us: i64,
+) -> Result<()> {
     let now_us = repo.clock().now_us();
+    let id = Uuid::try_parse(undo).unwrap_or_else(|_| Uuid::new_v4());
     let mut catalog = Catalog::open(repo, source, tenant, None).await?;
     let entry = Entry::Hold {
-        id: Uuid::try_parse(undo).unwrap_or_else(|_| Uuid::new_v4()),
+        id,
         number: 0,
         reason: format!("undo of the restore in place {undo}"),
-        from_us: Some(now_us - HOLD_BEFORE_US),
+        from_us: Some(committed_us.min(now_us) - HOLD_BEFORE_US),
         to_us: Some(now_us),
         by: by.to_owned(),
     };
-    catalog.append(entry).await.map(drop)
+    catalog.append_if(entry, |s| s.holds.iter().all(|h| h.id != id)).await.map(drop)
 }

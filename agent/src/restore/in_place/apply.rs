@@ -12,6 +12,7 @@ use crate::restore::in_place::constraints::{self, ForeignKey, Unique};
 use crate::restore::in_place::live::{self, LiveTable, literal};
 use crate::restore::in_place::statements::{self, TableSql};
 use crate::restore::in_place::{fence, stage};
+use crate::restore::once::Note;
 use crate::restore::sink::Watch;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
@@ -124,6 +125,8 @@ pub struct Apply<'a> {
     pub comparison: Comparison,
     /// `coffer._agent_restore_settings` may be called.
     pub settings: bool,
+    /// The job that it is for.
+    pub note: Option<&'a Note>,
     pub watch: &'a Watch,
 }
 
@@ -211,8 +214,19 @@ impl Apply<'_> {
         Ok(Applied { comparison, undo })
     }
 
-    /// Notes in the log where this restore is.
+    /// Notes where this restore is, and that its job is done with it.
     async fn mark(&self, comparison: &Comparison) -> std::result::Result<String, Stop> {
+        let undo = self.position(comparison).await?;
+        if let Some(note) = self.note {
+            let done = super::outcome(self.pass.tables, comparison.clone(), Some(undo.clone()), Vec::new());
+            let written = note.write(self.client, done.tables, done.bytes, done.undo, done.warnings).await;
+            written.map_err(|e| stop(e, "cannot note that the job is done"))?.require()?;
+        }
+        Ok(undo)
+    }
+
+    /// Notes in the log where this restore is.
+    async fn position(&self, comparison: &Comparison) -> std::result::Result<String, Stop> {
         if !self.settings {
             let row = self
                 .client

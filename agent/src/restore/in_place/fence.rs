@@ -32,6 +32,7 @@ pub async fn only_one(client: &SqlClient) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(Kind::Fenced, "another restore in place is running in this database")
+        .code("busy")
         .hint("wait until it has ended; nothing was changed"))
 }
 

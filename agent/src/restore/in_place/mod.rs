@@ -21,6 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::merge::Scratch;
 use crate::restore::keys::RowKey;
+use crate::restore::once::Note;
 use crate::restore::request::TableReport;
 use crate::restore::sink::Watch;
 use crate::snapshot::catalog;
@@ -85,6 +86,8 @@ pub struct InPlace<'a> {
     /// Bytes for sorting.
     pub memory: usize,
     pub options: &'a Options,
+    /// The job that it is for.
+    pub(super) note: Option<&'a Note>,
     /// Asked between steps until the commit; the target asks it at every row.
     pub watch: &'a Watch,
 }
@@ -147,13 +150,18 @@ impl InPlace<'_> {
         written?;
         let found = found?;
         if found.tables.iter().all(|t| t.counts.is_empty()) {
-            return Ok(outcome(&tables, found, None, warnings));
+            let done = outcome(&tables, found, None, warnings);
+            if let Some(n) = self.note {
+                let written = n.write(client, done.tables.clone(), done.bytes, None, done.warnings.clone()).await;
+                written.sql("cannot note that the job is done")?.require()?;
+            }
+            return Ok(done);
         }
         let compared: Vec<&LiveTable> = found.tables.iter().map(|t| &tables[&t.relid]).collect();
         let done = match self.fence(client, &compared).await {
             Err(e) => Err(e),
             Ok(()) => {
-                let (tenant, uid, watch) = (self.tenant, self.uid, self.watch);
+                let (tenant, uid, note, watch) = (self.tenant, self.uid, self.note, self.watch);
                 let rows = !self.options.keys.is_empty();
                 apply::Apply {
                     client,
@@ -162,6 +170,7 @@ impl InPlace<'_> {
                     staged,
                     comparison: found,
                     settings,
+                    note,
                     watch,
                     uid,
                     rows,

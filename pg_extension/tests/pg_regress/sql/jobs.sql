@@ -32,6 +32,8 @@ SELECT coffer.hold('nobody', 'x');
 SELECT coffer.hold('acme', ' ');
 SELECT coffer.hold('acme', NULL);
 SELECT coffer.hold('acme', 'x', '2026-02-01', '2026-01-01');
+SELECT coffer.hold('acme', 'x', 'infinity');
+SELECT coffer.hold('acme', 'x', to_time => '-infinity');
 SELECT coffer.release(99999);
 SELECT coffer.release(NULL);
 SELECT coffer.set_policy('nobody', '{}');
@@ -135,6 +137,30 @@ SELECT attempt FROM coffer._agent_claim_job(ARRAY['verify'], '00000000-0000-0000
 SELECT attempt FROM coffer._agent_claim_job(ARRAY['verify'], '00000000-0000-0000-0000-000000000005', 'regress');
 SELECT wait_says(:job, '5s');
 
+-- A restore that is committed is done, whatever becomes of its agent and whatever is said since.
+SELECT coffer.restore('acme', 'latest', dry_run => false) AS job \gset
+SELECT attempt FROM coffer._agent_claim_job(ARRAY['restore'], '00000000-0000-0000-0000-00000000000a', 'regress');
+SELECT coffer._agent_job_commits(:job, '00000000-0000-0000-0000-00000000000b', '{}');
+BEGIN;
+SELECT coffer._agent_job_commits(:job, '00000000-0000-0000-0000-00000000000a', '{}');
+ROLLBACK;
+SELECT count(*) FROM coffer._agent_job_committed(:job);
+SELECT coffer._agent_job_commits(:job, '00000000-0000-0000-0000-00000000000a', '{"undo": "it"}');
+SELECT coffer._agent_job_commits(:job, '00000000-0000-0000-0000-00000000000a', '{"undo": "another"}');
+SELECT result, committed_at <= clock_timestamp() AS before FROM coffer._agent_job_committed(:job);
+SELECT coffer.cancel(:job);
+SELECT coffer._agent_return_job(:job, '00000000-0000-0000-0000-00000000000a', '0', 'stopped');
+SELECT state, message, finished_at FROM coffer.jobs WHERE job = :job;
+UPDATE coffer.job_entries SET attempts = 5 WHERE job = :job;
+SELECT attempt FROM coffer._agent_claim_job(ARRAY['restore'], '00000000-0000-0000-0000-00000000000c', 'regress');
+SELECT coffer._agent_finish_job(:job, '00000000-0000-0000-0000-00000000000c', 'done', '{}', NULL);
+-- One that is cancelled commits nothing any more.
+SELECT coffer.restore('acme', 'latest', dry_run => false) AS job \gset
+SELECT attempt FROM coffer._agent_claim_job(ARRAY['restore'], '00000000-0000-0000-0000-00000000000a', 'regress');
+SELECT coffer.cancel(:job);
+SELECT coffer._agent_job_commits(:job, '00000000-0000-0000-0000-00000000000a', '{}');
+SELECT coffer._agent_finish_job(:job, '00000000-0000-0000-0000-00000000000a', 'cancelled', NULL, NULL);
+
 -- Holds and policies.
 SELECT coffer.hold('acme', 'lawsuit', '2026-01-01 00:00+00', 'infinity') AS hold \gset
 SELECT state, held_by, reason, released_at FROM coffer.holds WHERE hold = :hold;
@@ -152,12 +178,22 @@ SELECT coffer._agent_mirror(jsonb_build_array(jsonb_build_object('uid', '0000000
 SELECT coffer._agent_mirrored('2026-03-01 00:00+00');
 SET timezone = 'UTC';
 SELECT tenant, backup, kind, trigger, reason, point_lsn, point_time, rows, bytes, verified_at, cardinality(holds) AS holds, as_of FROM coffer.backups ORDER BY point_lsn;
+-- A hold is none before the repository has it; and beyond what a time there can say, it is without an end.
+BEGIN;
+SELECT coffer.hold('acme', 'not yet', '0044-03-15 BC', '9999-12-31') AS hold \gset early_
+SELECT from_time, to_time, state FROM coffer.holds WHERE hold = :early_hold;
+SELECT args - 'id' - 'hold' AS args FROM coffer.job_entries WHERE kind = 'hold' AND (args ->> 'hold')::int8 = :early_hold;
+SELECT backup, cardinality(holds) AS holds FROM coffer.backups ORDER BY point_lsn;
+ROLLBACK;
 SELECT tenant, restorable, from_lsn, to_lsn, from_time, to_time IS NOT NULL AS to_time, reason FROM coffer.recovery_window ORDER BY from_lsn;
 SELECT tenant, backup, ok, what, message, verified_at FROM coffer.verifications;
 SELECT tenant, reason, state, held_by FROM coffer.holds ORDER BY hold;
 SELECT coffer.release(:hold);
 SELECT coffer.release(:hold);
 SELECT state FROM coffer.holds WHERE hold = :hold;
+-- Not before the hold, with which somebody is still busy.
+SELECT args - 'id' - 'hold' AS args FROM coffer._agent_claim_job(ARRAY['release'], '00000000-0000-0000-0000-000000000007', 'regress');
+SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000006', 'done', NULL, NULL) FROM coffer.jobs WHERE kind = 'hold';
 SELECT args - 'id' - 'hold' AS args FROM coffer._agent_claim_job(ARRAY['release'], '00000000-0000-0000-0000-000000000007', 'regress');
 -- Written only where something differs.
 CREATE TEMP TABLE before AS SELECT backup, xmin::text AS version FROM coffer.backup_entries;
@@ -169,6 +205,10 @@ SELECT count(*) FROM coffer.recovery_window;
 SELECT tenant, policy, set_by, state FROM coffer.policies;
 SELECT coffer.set_policy('acme', '{"daily": 14, "pitr": "3d 12h"}');
 SELECT tenant, policy, set_by, state FROM coffer.policies;
+-- Nor a policy before the release; another tenant's goes ahead.
+SELECT coffer.set_policy('globex', '{"daily": 3}');
+SELECT tenant FROM coffer._agent_claim_job(ARRAY['policy'], '00000000-0000-0000-0000-000000000008', 'regress');
+SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000007', 'done', NULL, NULL) FROM coffer.jobs WHERE kind = 'release';
 SELECT args FROM coffer._agent_claim_job(ARRAY['policy'], '00000000-0000-0000-0000-000000000008', 'regress');
 
 -- A tenant's administrator sees its own tenant and no other, in every view.
