@@ -278,6 +278,19 @@ pub async fn tenants(
     Ok(out)
 }
 
+/// Number of the record to come in a tenant's catalog, by its names alone: whoever has read up to there has read it all.
+pub async fn next(repository: &Arc<Repository>, source: Uuid, tenant: Uuid) -> Result<u64> {
+    let mut next = 0;
+    for store in repository.readable(None)? {
+        match numbers(&store, source, tenant).await.1 {
+            Ok(n) => next = n.last().map_or(next, |last| next.max(last + 1)),
+            Err(e) if e.kind() == Kind::Unreachable && !store.required() => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(next)
+}
+
 async fn numbers(store: &Store, source: Uuid, tenant: Uuid) -> (Uuid, Result<BTreeSet<u64>>) {
     let listed = store.list(&paths::catalog_dir(source, tenant)).await;
     (tenant, listed.map(|l| l.iter().filter_map(|(name, _)| paths::log_number(name)).collect()))

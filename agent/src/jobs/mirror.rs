@@ -3,13 +3,14 @@
 //!
 //! The truth is in the repository; the views say as of when they were compared with it. Only what changed is sent. The
 //! end of an open window moves with every ship and is left out: the views put in what is durable. Catalogs may be
-//! written by others, too, so some of them are looked at in every round, all of them by and by.
+//! written by others, too, so some of them are looked at in every round, all of them by and by. Of each only what the
+//! views show is kept in between, packed: there may be ten thousand.
 
 use crate::alarms;
-use crate::catalog::{Catalog, State};
+use crate::catalog::{self, Catalog, State};
 use crate::clock::rfc3339;
 use crate::crypto::sha256;
-use crate::error::Result;
+use crate::error::{Context, Kind, Result};
 use crate::history::History;
 use crate::keyring::TenantEntry;
 use crate::reporter;
@@ -17,7 +18,7 @@ use crate::repository::Body;
 use crate::run::AgentContext;
 use crate::sql::{self, SqlClient, SqlContext};
 use coffer_wire::{Lsn, TenantKind};
-use futures::FutureExt;
+use futures::{FutureExt, StreamExt, stream};
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
@@ -35,6 +36,8 @@ const ROUND: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_secs(1);
 /// Catalogs that are looked at in a round because it is their turn.
 const IN_TURN: usize = 50;
+/// Catalogs read at a time.
+const AHEAD: usize = 16;
 /// Tenants sent with one statement.
 const AT_ONCE: usize = 200;
 
@@ -51,13 +54,27 @@ pub struct Mirror {
 /// What a session knows.
 #[derive(Default)]
 struct Known {
-    catalogs: HashMap<Uuid, Catalog>,
-    /// Hash of what was sent last.
-    sent: HashMap<Uuid, [u8; 32]>,
+    tenants: HashMap<Uuid, Kept>,
     /// Whose turn it is.
     turn: usize,
     /// When the round began in which the first catalog of the present turn was looked at.
     turn_began_us: i64,
+}
+
+/// A tenant, between the rounds.
+struct Kept {
+    /// Number of its catalog's next record when it was read.
+    next: u64,
+    /// What the views show of the catalog.
+    packed: Vec<u8>,
+    /// Hash of what was sent last.
+    sent: Option<[u8; 32]>,
+}
+
+impl Kept {
+    fn new(catalog: &Catalog, sent: Option<[u8; 32]>) -> Result<Self> {
+        Ok(Self { next: catalog.next(), packed: pack(catalog.state().clone())?, sent })
+    }
 }
 
 impl Mirror {
@@ -98,18 +115,16 @@ impl Mirror {
         let client = sql::connect(&self.ctx.dsn.with_application_name("coffer mirror")).await?;
         reporter::require_same_system(&self.ctx, &client).await?;
         let mut known = Known::default();
-        let mut history = None;
-        let mut is_stale = true;
+        let mut history = self.history().await?;
+        let (mut is_stale, mut is_new) = (false, true);
         loop {
-            if is_stale {
-                history = Some(self.history().await?);
-                is_stale = false;
+            if std::mem::take(&mut is_stale) {
+                history = self.history().await?;
+                is_new = true;
             }
-            if let Some(h) = &mut history {
-                self.round(&client, h, &mut known).await?;
-                self.failures.store(0, Ordering::Relaxed);
-                self.ctx.alarms.clear(alarms::VIEWS_FAILED, &self.ctx.source);
-            }
+            self.round(&client, &mut history, &mut known, std::mem::take(&mut is_new)).await?;
+            self.failures.store(0, Ordering::Relaxed);
+            self.ctx.alarms.clear(alarms::VIEWS_FAILED, &self.ctx.source);
             let next = Instant::now() + ROUND;
             tokio::time::sleep(REST).await;
             loop {
@@ -137,29 +152,27 @@ impl Mirror {
         History::load(&self.ctx.repo, &self.ctx.keyring, self.ctx.source_uid, None).await
     }
 
-    /// Sends what changed, and as of when that is all.
-    async fn round(&self, client: &SqlClient, history: &mut History, known: &mut Known) -> Result<()> {
+    /// Sends what changed, and as of when that is all. `is_new`: the history was read anew.
+    async fn round(&self, client: &SqlClient, history: &mut History, known: &mut Known, is_new: bool) -> Result<()> {
         let began_us = self.ctx.clock.now_us();
         let mut tenants = self.ctx.keyring.tenants(self.ctx.source_uid);
         tenants.retain(|t| t.tenant.kind == TenantKind::Normal);
-        let whole = self.refresh(&tenants, known, began_us).await?;
+        let (read, whole) = self.refresh(&tenants, known, began_us).await?;
         let mut docs = Vec::new();
-        for t in &tenants {
-            let Some(catalog) = known.catalogs.get(&t.uid) else { continue };
-            if history.catalog(t.uid) != Some(catalog.state()) {
-                history.set_catalog(t.uid, catalog.state().clone());
-            }
-            let doc = document(history, catalog.state(), t);
+        for t in tenants.iter().filter(|t| is_new || read.contains(&t.uid)) {
+            let Some(kept) = known.tenants.get(&t.uid) else { continue };
+            history.set_catalog(t.uid, unpack(&kept.packed)?);
+            let doc = document(history, t);
+            history.set_catalog(t.uid, State::default());
             let hash = sha256(doc.to_string().as_bytes());
-            if known.sent.get(&t.uid) != Some(&hash) {
+            if kept.sent != Some(hash) {
                 docs.push((t.uid, hash, doc));
             }
+            if docs.len() >= AT_ONCE {
+                send(client, std::mem::take(&mut docs), known).await?;
+            }
         }
-        for part in docs.chunks(AT_ONCE) {
-            let all = Value::Array(part.iter().map(|d| d.2.clone()).collect());
-            client.execute("SELECT coffer._agent_mirror($1)", &[&all]).await.sql("cannot update the views")?;
-            known.sent.extend(part.iter().map(|d| (d.0, d.1)));
-        }
+        send(client, docs, known).await?;
         if let Some(as_of) = whole {
             let as_of = rfc3339(as_of);
             client
@@ -170,8 +183,14 @@ impl Mirror {
         Ok(())
     }
 
-    /// Reads the catalogs that are new, were written to, or whose turn it is. As of when all are known, if a turn ended.
-    async fn refresh(&self, tenants: &[TenantEntry], known: &mut Known, now_us: i64) -> Result<Option<i64>> {
+    /// Reads the catalogs that are new, were written to, or whose turn it is: which of them have something new, and as of
+    /// when all are known, if a turn ended.
+    async fn refresh(
+        &self,
+        tenants: &[TenantEntry],
+        known: &mut Known,
+        now_us: i64,
+    ) -> Result<(BTreeSet<Uuid>, Option<i64>)> {
         let mut wanted = std::mem::take(&mut *self.lock());
         let r = self.refresh_all(tenants, known, now_us, &wanted).await;
         if r.is_err() {
@@ -186,24 +205,78 @@ impl Mirror {
         known: &mut Known,
         now_us: i64,
         wanted: &BTreeSet<Uuid>,
-    ) -> Result<Option<i64>> {
+    ) -> Result<(BTreeSet<Uuid>, Option<i64>)> {
         if known.turn == 0 {
             known.turn_began_us = now_us;
         }
         let turn = known.turn..known.turn + IN_TURN;
+        let mut each = Vec::new();
         for (i, t) in tenants.iter().enumerate() {
-            match known.catalogs.get_mut(&t.uid) {
-                Some(c) if wanted.contains(&t.uid) || turn.contains(&i) => c.refresh().await?,
+            match known.tenants.get(&t.uid) {
+                Some(k) if wanted.contains(&t.uid) || turn.contains(&i) => each.push(self.read(t.uid, k.next, k.sent)),
                 Some(_) => {}
-                None => {
-                    let c = Catalog::open(&self.ctx.repo, self.ctx.source_uid, t.uid, None).await?;
-                    known.catalogs.insert(t.uid, c);
-                }
+                None => each.push(self.read(t.uid, u64::MAX, None)),
+            }
+        }
+        let mut read = stream::iter(each).buffer_unordered(AHEAD);
+        let mut new = BTreeSet::new();
+        while let Some(r) = read.next().await {
+            if let Some((uid, kept)) = r? {
+                known.tenants.insert(uid, kept);
+                new.insert(uid);
             }
         }
         known.turn = if turn.end >= tenants.len() { 0 } else { turn.end };
-        Ok((known.turn == 0).then_some(known.turn_began_us))
+        Ok((new, (known.turn == 0).then_some(known.turn_began_us)))
     }
+
+    /// A tenant's catalog, unless nothing was written to it since the record before `next`.
+    async fn read(&self, tenant: Uuid, next: u64, sent: Option<[u8; 32]>) -> Result<Option<(Uuid, Kept)>> {
+        let (repo, source) = (&self.ctx.repo, self.ctx.source_uid);
+        if next != u64::MAX && catalog::next(repo, source, tenant).await? == next {
+            return Ok(None);
+        }
+        let catalog = Catalog::open(repo, source, tenant, None).await?;
+        Ok(Some((tenant, Kept::new(&catalog, sent)?)))
+    }
+}
+
+/// Sends documents of some tenants.
+async fn send(client: &SqlClient, docs: Vec<(Uuid, [u8; 32], Value)>, known: &mut Known) -> Result<()> {
+    if docs.is_empty() {
+        return Ok(());
+    }
+    let (sent, docs): (Vec<_>, Vec<_>) = docs.into_iter().map(|(uid, hash, doc)| ((uid, hash), doc)).unzip();
+    client.execute("SELECT coffer._agent_mirror($1)", &[&Value::Array(docs)]).await.sql("cannot update the views")?;
+    for (uid, hash) in sent {
+        if let Some(k) = known.tenants.get_mut(&uid) {
+            k.sent = Some(hash);
+        }
+    }
+    Ok(())
+}
+
+/// A catalog without what no view shows: which objects its backups are in, most of all.
+fn pack(mut state: State) -> Result<Vec<u8>> {
+    for f in &mut state.fulls {
+        f.objects = Vec::new();
+        f.sequences = Vec::new();
+        (f.manifest, f.schema, f.roles, f.database) = (None, None, None, None);
+    }
+    for i in &mut state.incrementals {
+        i.object = None;
+    }
+    state.removals = Vec::new();
+    state.gone = Vec::new();
+    let text = serde_json::to_vec(&state).context(Kind::Other, "cannot encode a catalog")?;
+    let mut packed = lz4_flex::block::compress_prepend_size(&text);
+    packed.shrink_to_fit();
+    Ok(packed)
+}
+
+fn unpack(packed: &[u8]) -> Result<State> {
+    let text = lz4_flex::block::decompress_size_prepended(packed).context(Kind::Other, "cannot unpack a catalog")?;
+    serde_json::from_slice(&text).context(Kind::Other, "cannot decode a catalog")
 }
 
 /// The first and the last time that RFC 3339, the source and this process can all say, in microseconds: the beginning of
@@ -217,7 +290,9 @@ fn time(us: i64) -> String {
 }
 
 /// Everything that the views show of a tenant, as `coffer._agent_mirror()` takes it.
-fn document(history: &History, catalog: &State, t: &TenantEntry) -> Value {
+fn document(history: &History, t: &TenantEntry) -> Value {
+    let none = State::default();
+    let catalog = history.catalog(t.uid).unwrap_or(&none);
     let (end, _) = history.end();
     let lsn = |l: Lsn| l.to_string();
     let mut windows: Vec<Value> = Vec::new();
@@ -264,6 +339,9 @@ fn document(history: &History, catalog: &State, t: &TenantEntry) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::{FullEntry, FullTable};
+    use crate::crypto::ObjectKind;
+    use crate::repository::ObjectRef;
 
     #[test]
     fn every_time_can_be_said_to_the_source() {
@@ -272,5 +350,50 @@ mod tests {
         assert_eq!(time(i64::MIN), time(FIRST_US));
         assert_eq!(time(i64::MAX), time(LAST_US));
         assert_eq!(time(0), "1970-01-01T00:00:00.000000Z");
+    }
+
+    #[test]
+    fn of_a_catalog_only_what_the_views_show_is_kept() {
+        let object = |n: u64| ObjectRef {
+            path: format!("t/{n}/{}", Uuid::from_u128(u128::from(n) << 60)),
+            kind: ObjectKind::Full,
+            tenant: Uuid::nil(),
+            object: Uuid::from_u128(n.into()),
+            key_version: 1,
+            bytes: n,
+            sha256: crate::crypto::hex(&sha256(&n.to_le_bytes())),
+            lsn_start: Lsn::ZERO,
+            lsn_end: Lsn::ZERO,
+            rows: n,
+        };
+        let table = |n: u32| FullTable { relid: n, name: format!("public.table_{n}"), class: None, rows: 5 };
+        let full = |n: u128| FullEntry {
+            id: Uuid::from_u128(n),
+            trigger: "schedule".into(),
+            reason: Some("by night".into()),
+            point_lsn: Lsn(n as u64),
+            point_time_us: 5,
+            log_n: 7,
+            system_identifier: 1,
+            timeline: 1,
+            tables: (0..100).map(table).collect(),
+            manifest: Some(object(1)),
+            objects: (0..1000).map(object).collect(),
+            schema: Some(object(2)),
+            roles: None,
+            sequences: Vec::new(),
+            database: None,
+            rows: 500,
+            bytes: 9,
+            read_back_us: Some(6),
+        };
+        let state = State { fulls: (1..=60).map(full).collect(), ..State::default() };
+        let packed = pack(state.clone()).expect("packed");
+        assert!(packed.len() < 60_000, "{} bytes of 60 fulls", packed.len());
+        let back = unpack(&packed).expect("unpacked");
+        assert_eq!(back.fulls.len(), 60);
+        let shown = |f: &FullEntry| (f.id, f.trigger.clone(), f.reason.clone(), f.point_lsn, f.log_n, f.rows, f.bytes);
+        assert!(back.fulls.iter().zip(&state.fulls).all(|(a, b)| shown(a) == shown(b) && a.tables == b.tables));
+        assert!(back.fulls.iter().all(|f| f.objects.is_empty() && f.read_back_us == Some(6)));
     }
 }
