@@ -31,7 +31,7 @@ use crate::lease::{self, Held, Purpose};
 use crate::repository::{Log, Repository};
 use crate::retention::Policy;
 use crate::tenant::Tenant;
-use coffer_wire::TenantKind;
+use coffer_wire::{Lsn, TenantKind};
 use futures::{StreamExt, stream};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -62,6 +62,8 @@ pub struct Pruner {
 /// What holds for all tenants of a source, read before any of them is looked at.
 struct Survey {
     now_us: i64,
+    /// Where the log ends: what is beyond may be on its way.
+    end: Lsn,
     /// Paths of objects that records of the log name.
     log: Arc<HashSet<String>>,
     /// By tenant, how many of them there are and how long they are together.
@@ -128,6 +130,7 @@ impl Pruner {
         let log = Log::open(&self.repo, source, None).await?;
         let mut survey = Survey {
             now_us: self.repo.clock().now_us(),
+            end: log.records().iter().map(|r| r.upto_lsn).max().unwrap_or_default(),
             log: Arc::default(),
             log_sums: HashMap::new(),
             line: Line::new(log.records()),

@@ -1,7 +1,7 @@
 //! Objects that no record names: what an interrupted ship, base or compaction left behind.
 //!
-//! Only names of our own shapes are looked at, and only those that a store says are older than a day, and older than
-//! the beginning of whatever is being written now. They are removed like everything else: named by a record, after its
+//! Only names of our own shapes are looked at, at or below the log's end, and only those that a store says are older than
+//! a day, and older than the beginning of whatever is being written now. They are removed like everything else: named by a record, after its
 //! grace, and only if they are still nobody's.
 
 use super::{Orphan, PARALLEL, Pruner, Survey};
@@ -44,7 +44,8 @@ pub(super) async fn find(p: &Pruner, survey: &Survey, tenants: &[Uuid]) -> Resul
             };
             for (path, bytes, written_us, tenant) in listed {
                 let Some((lsn, object)) = paths::parse_leaf(&path) else { continue };
-                if written_us >= before_us || survey.log.contains(&path) {
+                // Beyond the log's end it may be a ship on its way, however old: that of a store that was away for days.
+                if written_us >= before_us || lsn > survey.end || survey.log.contains(&path) {
                     continue;
                 }
                 found.insert(path.clone(), Orphan { tenant, path, bytes, written_us, lsn, object });
@@ -124,6 +125,7 @@ mod tests {
         let at = |writing_since_us| {
             oldest(&Survey {
                 now_us,
+                end: Lsn::ZERO,
                 log: std::sync::Arc::default(),
                 log_sums: HashMap::new(),
                 line: crate::history::line::Line::new(&[]),

@@ -283,7 +283,12 @@ async fn incidents_go_some_time_after_their_hold_was_released() {
 #[tokio::test(flavor = "multi_thread")]
 async fn orphans_go_after_a_day_and_what_is_not_ours_stays() {
     let life = Life::begin(&[("a", true), ("b", true)]).await;
+    let mut log = Log::open(&life.repo, life.source, None).await.unwrap();
+    log.append(draft(0, 9, Body::Init)).await.unwrap();
     life.full("schedule", &[]).await;
+    // Beyond the log's end: the record that names it may be to come.
+    let coming = paths::common(life.source, Lsn(10), random::uuid());
+    life.repo.put(&coming, "on its way".into()).await.unwrap();
     let orphan = object(&life.repo, life.source, "acme", vec![3; 100]).await;
     let common = paths::common(life.source, Lsn(5), random::uuid());
     life.repo.put(&common, "left over".into()).await.unwrap();
@@ -298,6 +303,7 @@ async fn orphans_go_after_a_day_and_what_is_not_ours_stays() {
     life.try_act(life.pruner()).await.unwrap();
     let there = |path: &str| ["a", "b"].map(|s| life.world.path(&format!("{s}/{path}")).exists());
     assert_eq!((there(&common), there(&orphan.path), there(&strange)), ([false; 2], [false; 2], [true; 2]));
+    assert_eq!(there(&coming), [true; 2]);
     assert_eq!(found(&life.try_act(life.pruner()).await.unwrap()), [] as [String; 0]);
 }
 
