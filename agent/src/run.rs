@@ -128,7 +128,7 @@ pub async fn run(config: Config) -> Result<()> {
     let mut contexts = Vec::new();
     for (name, source) in &config.source {
         let dsn = Dsn::parse(&source.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
-        let source_uid = keyring.ensure_source(name).await?;
+        let Some(source_uid) = signals.before(keyring.ensure_source(name)).await? else { return Ok(()) };
         let Some(mut log) = signals.before(Log::open(&repo, source_uid, None)).await? else { return Ok(()) };
         keyring.require(log.records().iter().flat_map(|r| r.objects()).map(|o| o.key()))?;
         let status = SourceStatus::new(name, &source.slot_name(name));

@@ -110,6 +110,45 @@ fn answers_are_lost_after_the_write() {
     });
 }
 
+/// Whoever stops an agent that is still waiting for its store, its keyring or its source does not wait for them.
+#[test]
+fn an_agent_is_stopped_while_it_starts() {
+    // Takes connections and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = silent.local_addr().expect("its address").port();
+    let (heard, connections) = std::sync::mpsc::channel();
+    std::thread::spawn(move || silent.incoming().try_for_each(|c| heard.send(c)));
+    let source = format!("postgresql://nobody@127.0.0.1:{port}/shop?sslmode=disable");
+    let setup = |stores: String| Setup {
+        source_url: source.clone(),
+        stores,
+        ship_interval: "300ms".into(),
+        more: String::new(),
+    };
+    let mut agent = Agent::new(&setup(String::new()));
+    agent.env = S3::env();
+    let keyring = format!("file://{}/keyring", agent.dir().display());
+    let elsewhere = format!("s3://keys/one?region=us-east-1&endpoint=http://127.0.0.1:{port}");
+    let mut kept = Vec::new();
+    for (what, stores, keys) in [
+        ("source", String::new(), &keyring),
+        ("store", S3::store_at(port, "main", "backups", true), &keyring),
+        ("keyring", String::new(), &elsewhere),
+    ] {
+        agent.configure(&setup(stores));
+        let text = std::fs::read_to_string(agent.config()).expect("the configuration").replace(&keyring, keys);
+        std::fs::write(agent.config(), text).expect("our folder");
+        agent.start();
+        kept.push(
+            connections.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|_| panic!("{what}: {}", agent.log())),
+        );
+        let begun = Instant::now();
+        assert_eq!(agent.stop(), Some(0), "{what}: {}", agent.log());
+        assert!(begun.elapsed() < Duration::from_secs(5), "{what}: stopped after {:?}", begun.elapsed());
+        kept.extend(connections.try_iter());
+    }
+}
+
 #[test]
 fn refusals_hangs_and_a_full_store() {
     block_on(async {
