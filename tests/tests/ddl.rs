@@ -11,6 +11,7 @@ on_majors! {
     tables_that_leave_the_log: tables_that_leave_the_log;
     partitions_of_another_name: partitions_of_another_name;
     labels_in_a_tenants_schema: labels_in_a_tenants_schema;
+    definitions_of_another_moment: definitions_of_another_moment;
 }
 
 fn changes_without_rows(major: u32) {
@@ -170,4 +171,40 @@ fn labels_in_a_tenants_schema(major: u32) {
     cluster.psql("shop", "SELECT coffer.restore_point('renamed')");
     let made = Database::restore(&agent, &cluster, "1", "name:renamed");
     assert_eq!(cluster.psql(&made.name, "SELECT string_agg(m::text, ' ' ORDER BY id) FROM one.t"), "blue glad");
+}
+
+/// A partition that is detached between a base and the reading of its definitions: no restore takes those for what they
+/// were at the base.
+fn definitions_of_another_moment(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE t (tenant int NOT NULL, id int, PRIMARY KEY (tenant, id)) PARTITION BY RANGE (id);
+         CREATE TABLE t_1 PARTITION OF t FOR VALUES FROM (0) TO (10);
+         CREATE TABLE t_2 PARTITION OF t FOR VALUES FROM (10) TO (20);
+         INSERT INTO t SELECT 1, i FROM generate_series(8, 11) i;
+         SELECT coffer.discover('tenant', true);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-marker@1=sleep(5000)".into())];
+    agent.start();
+    coffer_tests::wait_for("the base's marker", 60, || agent.log().contains("base-after-marker").then_some(()));
+    cluster.psql("shop", "SELECT coffer.restore_point('whole')");
+    cluster.psql("shop", "ALTER TABLE t DETACH PARTITION t_1 CONCURRENTLY");
+    restored::wait_windows(&mut agent, &["1"]);
+    let based = || (agent.log().matches("bases are recorded").count() == 2).then_some(());
+    coffer_tests::wait_for("the base of the table that was a partition", 60, based);
+    cluster.psql("shop", "SELECT coffer.restore_point('in two')");
+    let made = Database::named(&cluster, "restored_whole");
+    let target = cluster.url("postgres", "restored_whole");
+    let args =
+        ["restore", "--tenant", "1", "--to", "name:whole", "--mode", "database", "--target", &target, "--confirm"];
+    // Their definitions as they were then nobody has read.
+    let (code, doc) = agent.json_err(&args);
+    assert_eq!((code, doc["error"]["code"].as_str()), (10, Some("definitions_unknown")), "{doc}");
+    drop(made);
+    let count = "SELECT concat((SELECT count(*) FROM t), (SELECT count(*) FROM t_1))";
+    let made = Database::restore(&agent, &cluster, "1", "name:in two");
+    assert_eq!(cluster.psql(&made.name, count), "22");
 }

@@ -298,6 +298,12 @@ impl BaseTaker {
                 Ok((_, objects)) => objects,
                 Err(e) => self.without_roles(e),
             };
+            if done.base.schema.is_some() {
+                // The definitions were read behind the cut: a change between the two is in them, and was not at the cut.
+                let client = sql::connect(&self.ctx.dsn).await?;
+                self.wait_for_marker(&client).await?;
+                done.base.schema.take_if(|_| self.definitions_at.is_some_and(|at| at > cut));
+            }
             self.new_definitions |= done.base.schema.is_none();
             let relids: BTreeSet<u32> = done.base.tables.iter().map(|t| t.relid).collect();
             self.record(done.base, Some(breaks)).await?;
