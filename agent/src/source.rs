@@ -177,7 +177,12 @@ async fn begin(ctx: &Arc<AgentContext>, anchors: &Anchors) -> Result<Option<Lsn>
         if let Some(upto) = ctx.log.lock().await.upto_lsn() {
             return Ok(Some(upto));
         }
-        let e = match first_record(ctx).await {
+        let begun = tokio::select! {
+            r = first_record(ctx) => r,
+            // A source that does not answer holds no stop up; what is half done the next start finds, as after a kill.
+            () = ctx.stopped() => return Ok(None),
+        };
+        let e = match begun {
             Ok(()) => {
                 anchors.clear();
                 continue;
