@@ -47,6 +47,10 @@ pub const JOBS_FAILED: &str = "jobs_failed";
 pub const VIEWS_FAILED: &str = "views_failed";
 /// The roles of tenants cannot be read or archived.
 pub const ROLES_FAILED: &str = "roles_failed";
+/// Scheduled incrementals are not made.
+pub const INCREMENTALS_FAILED: &str = "incrementals_failed";
+/// Scheduled fulls are not made.
+pub const FULLS_FAILED: &str = "fulls_failed";
 /// What retention keeps no more cannot be removed.
 pub const PRUNE_FAILED: &str = "prune_failed";
 

@@ -49,29 +49,6 @@ pub const JOB_AFTER_CLAIM: &str = "job-after-claim";
 /// A job is done, its row does not say so.
 pub const JOB_BEFORE_FINISH: &str = "job-before-finish";
 
-/// All of them, for the tests that go through the list.
-pub const ALL: &[&str] = &[
-    SHIP_AFTER_OBJECTS,
-    SHIP_BEFORE_OBJECTS,
-    LOG_AFTER_SEQUENCER,
-    SHIP_AFTER_RECORD,
-    KEYRING_AFTER_PUT,
-    SLOT_AFTER_CREATE,
-    BASE_AFTER_HORIZON,
-    BASE_AFTER_COPY,
-    BASE_AFTER_MARKER,
-    BASE_AFTER_FULLS,
-    LARGE_OBJECTS_AFTER_WRITE,
-    SPOOL_AFTER_WRITE,
-    RESTORE_AFTER_FENCE,
-    RESTORE_BEFORE_COMMIT,
-    JOB_AFTER_CLAIM,
-    JOB_BEFORE_FINISH,
-    CATALOG_AFTER_SEQUENCER,
-    FULL_AFTER_OBJECTS,
-    INCREMENTAL_AFTER_OBJECT,
-];
-
 /// Does what the environment asks for at this point. Blocking: a sleep holds the thread, as a stalled machine would.
 #[cfg(feature = "failpoints")]
 pub fn hit(name: &str) -> crate::error::Result<()> {

@@ -76,7 +76,7 @@ fn by_hand_and_by_schedule(major: u32) {
     agent.stop();
     agent.env = vec![("COFFER_TEST_CLOCK".into(), "16d".into())];
     agent.start();
-    wait_for("the drills", 120, || (agent.metric("coffer_drills_total") == 2.0).then_some(()));
+    wait_for("the drills", 300, || (agent.metric("coffer_drills_total") == 2.0).then_some(()));
     let alarms = wait_for("the alarm", 60, || Some(agent.alarms("drill_failed")).filter(|a| !a.is_empty()));
     assert!(alarms.len() == 1 && alarms[0]["tenant"] == "1", "{alarms:?}");
     let newest = "SELECT DISTINCT ON (tenant) tenant, ok FROM coffer.verifications WHERE what = 'drill' ORDER BY tenant, verified_at DESC";

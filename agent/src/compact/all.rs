@@ -1,6 +1,7 @@
 //! Fulls and incrementals of many tenants, a few at a time; and the schedules that ask for them inside `coffer run`.
 
 use super::{Compactor, Occasion, Outcome, Spans};
+use crate::alarms;
 use crate::catalog::{FullEntry, IncrementalEntry, State};
 use crate::error::{Kind, Result};
 use crate::history::{History, Target, When};
@@ -72,6 +73,22 @@ enum Work {
     Fulls,
 }
 
+impl Work {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Incrementals => "incrementals",
+            Self::Fulls => "fulls",
+        }
+    }
+
+    fn alarm(self) -> &'static str {
+        match self {
+            Self::Incrementals => alarms::INCREMENTALS_FAILED,
+            Self::Fulls => alarms::FULLS_FAILED,
+        }
+    }
+}
+
 /// Makes incrementals and fulls whenever their schedules say so, for as long as it is polled. Where both are due,
 /// incrementals come first: the fulls read them.
 pub async fn on_schedule(ctx: Arc<AgentContext>) {
@@ -107,21 +124,26 @@ pub async fn on_schedule(ctx: Arc<AgentContext>) {
                 continue;
             }
             if let Err(e) = once(&ctx, *work).await {
-                let what = if *work == Work::Fulls { "fulls" } else { "incrementals" };
+                let what = work.name();
+                let message = format!("no {what} were made: {e}");
+                ctx.alarms.raise(work.alarm(), &ctx.source, message);
                 tracing::error!("the scheduled {what} were not made, and are tried again at the next time: {e}");
             }
         }
     }
 }
 
-/// The times of the newest incremental and of the newest scheduled full of the source.
+/// The times of the newest incremental of the source, and of the newest scheduled full of each tenant the oldest.
 async fn newest(ctx: &AgentContext) -> Result<(Option<i64>, Option<i64>)> {
     let mut history = History::load(&ctx.repo, &ctx.keyring, ctx.source_uid, None).await?;
     history.load_catalogs().await?;
     let tenants = ctx.keyring.tenants(ctx.source_uid);
     let incrementals = tenants.iter().flat_map(|t| history.incrementals(t.uid)).map(|i| i.to_time_us);
-    let fulls = tenants.iter().flat_map(|t| history.fulls(t.uid)).filter(|f| f.trigger == "schedule");
-    Ok((incrementals.max(), fulls.map(|f| f.point_time_us).max()))
+    let of_schedule = |t: &TenantEntry| {
+        history.fulls(t.uid).into_iter().filter(|f| f.trigger == "schedule").map(|f| f.point_time_us).max()
+    };
+    // The tenant that waits longest: a run that was cut short is made up for.
+    Ok((incrementals.max(), tenants.iter().filter_map(of_schedule).min()))
 }
 
 /// Does it for every tenant, at what is durable now.
@@ -169,8 +191,7 @@ async fn incrementals(
             }
         }
     }
-    metrics::gauge!("coffer_last_incremental_timestamp_seconds", "source" => ctx.source.clone())
-        .set(ctx.clock.now_us() as f64 / 1e6);
+    finished(ctx, Work::Incrementals, failed);
     tracing::info!(source = ctx.source, made, failed, bytes, upto = %history.end().0, "scheduled incrementals");
     Ok(())
 }
@@ -190,14 +211,30 @@ async fn fulls(ctx: &AgentContext, history: &History, compactor: &Compactor, ten
             Ok(Outcome::Unchanged | Outcome::Elsewhere) => {}
             // One tenant's trouble is not another's.
             Err(e) => {
-                failed += 1;
-                let level = if e.kind() == Kind::OutsideWindow { "not possible now" } else { "failed" };
+                // A table that waits for its base is an alarm of its own.
+                let possible = e.kind() != Kind::OutsideWindow;
+                failed += u64::from(possible);
+                let level = if possible { "failed" } else { "not possible now" };
                 tracing::warn!(tenant_uid = %t.uid, "the scheduled full is {level}: {e}");
             }
         }
     }
-    metrics::gauge!("coffer_last_full_timestamp_seconds", "source" => ctx.source.clone())
-        .set(ctx.clock.now_us() as f64 / 1e6);
+    finished(ctx, Work::Fulls, failed);
     tracing::info!(source = ctx.source, made, failed, bytes, at = %point.lsn, "scheduled fulls");
     Ok(())
+}
+
+/// A run is over: the time of the last one counts only if no tenant failed; else somebody has to look.
+fn finished(ctx: &AgentContext, work: Work, failed: u64) {
+    let gauge = match work {
+        Work::Incrementals => "coffer_last_incremental_timestamp_seconds",
+        Work::Fulls => "coffer_last_full_timestamp_seconds",
+    };
+    if failed == 0 {
+        metrics::gauge!(gauge, "source" => ctx.source.clone()).set(ctx.clock.now_us() as f64 / 1e6);
+        ctx.alarms.clear(work.alarm(), &ctx.source);
+    } else {
+        let message = format!("the scheduled {} of {failed} tenants failed: the log names them", work.name());
+        ctx.alarms.raise(work.alarm(), &ctx.source, message);
+    }
 }

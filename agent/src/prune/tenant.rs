@@ -128,7 +128,8 @@ impl Pruner {
             objects: objects.len() as u64,
             bytes: objects.iter().map(|o| o.bytes).sum(),
         };
-        let not_before_us = input.now_us.saturating_add(grace_us);
+        // From now on, not from when the run began: between the two everybody else was planned for.
+        let not_before_us = self.repo.clock().now_us().saturating_add(grace_us);
         let entry = Entry::Removal { backups, objects, not_before_us, reasons };
         // Another backup, hold or policy may keep what this one thought was free.
         let recorded = catalog.append_if(entry, |state| *state == planned).await?;
