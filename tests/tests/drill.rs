@@ -42,10 +42,8 @@ fn by_hand_and_by_schedule(major: u32) {
     let mut agent = Agent::new(&setup);
     agent.start();
     restored::wait_windows(&mut agent, &["1", "2"]);
-    cluster.psql(
-        "shop",
-        "UPDATE a SET v = v || '!' WHERE id % 2 = 0; DELETE FROM c WHERE v = 'c1'; SELECT coffer.wait_durable()",
-    );
+    cluster.psql("shop", "UPDATE a SET v = v || '!' WHERE id % 2 = 0; DELETE FROM c WHERE v = 'c1'");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
     agent.json(&["compact"]);
     let said = agent.json(&["verify", "--drill"]);
     let drills = said["drills"].as_array().expect("drills");

@@ -592,7 +592,10 @@ fn words(major: u32) {
     assert_eq!(job_of(&cluster, "backup('3', 'break-in', 'incident')"), "done");
     let of_incident = "SELECT state FROM coffer.holds WHERE reason = 'incident: break-in'";
     wait_for("the incident to be held", 30, || (cluster.psql("shop", of_incident) == "held").then_some(()));
-    let id = cluster.psql("shop", "SELECT backup FROM coffer.backups WHERE trigger = 'incident'");
+    let id = wait_for("the incident's backup to be shown", 30, || {
+        let id = cluster.psql("shop", "SELECT backup FROM coffer.backups WHERE trigger = 'incident'");
+        (!id.is_empty()).then_some(id)
+    });
     agent.json(&["release", &id]);
     assert_eq!(restored::listed(&agent, "3")["holds"], serde_json::json!([]));
     wait_for("the incident to be released", 90, || (cluster.psql("shop", of_incident) == "released").then_some(()));

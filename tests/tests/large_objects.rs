@@ -275,7 +275,7 @@ fn committed_or_not(major: u32) {
         cluster.psql("shop", "ALTER ROLE coffer_agent SET log_statement = 'all'");
         let before = cluster.log().len();
         let (exit, said) = agent.json_err(&restored::in_place("1", "name:whole"));
-        assert_eq!((exit, said["error"]["code"].as_str()), (6, Some("fenced")), "{said}");
+        assert_eq!((exit, said["error"]["code"].as_str()), (6, Some("busy")), "{said}");
         let log = cluster.log()[before..].to_owned();
         assert!(log.contains("pg_try_advisory_lock") && !log.contains("_agent_large_object_create("), "{log}");
         cluster.psql("shop", "ALTER ROLE coffer_agent RESET log_statement");

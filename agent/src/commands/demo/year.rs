@@ -1,10 +1,10 @@
 //! The last chapter of the demo: a year in the life of one tenant's backups, in seconds.
 //!
-//! The rows, the changes, the fulls and the archives are real, made by the same compactor as every night's. Only the
-//! calendar is not: each full is dated back to its day. What retention keeps of them is then asked for today.
+//! The rows, the changes and the fulls are real, made by the same compactor as every night's. Only the calendar is not:
+//! each full is dated back to its day. What retention keeps of them is then asked for today.
 
 use super::{Demo, prove, say, step};
-use crate::clock::{Clock, rfc3339};
+use crate::clock::Clock;
 use crate::compact::{Compactor, Occasion};
 use crate::config::Config;
 use crate::error::{Context, Error, Kind, Result};
@@ -48,10 +48,7 @@ impl Demo<'_> {
         self.psql("SELECT coffer.wait_durable()")?;
         let taken = Runtime::new().context(Kind::Other, "no runtime")?.block_on(self.fulls())?;
         say(format_args!(
-            "  {DAYS} days, each with its changes, a full at its end and an archive every month: {} fulls, {} archives, {} MB \
-             written, {:.0} s",
-            taken.fulls,
-            taken.archives,
+            "  {DAYS} days, each with its changes and a full at its end: {} MB written, {:.0} s",
             taken.bytes >> 20,
             begun.elapsed().as_secs_f64()
         ));
@@ -60,10 +57,14 @@ impl Demo<'_> {
         say(format_args!("  coffer prune --tenant {TENANT} --confirm"));
         let plan = self.coffer_json(&["prune", "--tenant", TENANT, "--confirm"])?;
         let mut kept: BTreeMap<String, u32> = BTreeMap::new();
+        let mut months = Vec::new();
         let verdicts = plan["sources"][0]["tenants"][0]["backups"].as_array().cloned().unwrap_or_default();
         for b in verdicts.iter().filter(|b| b["keep"] == Value::Bool(true)) {
             for r in b["reasons"].as_array().into_iter().flatten() {
                 let code = r["code"].as_str().unwrap_or("?").to_owned();
+                if code == "monthly" {
+                    months.push(b.clone());
+                }
                 *kept.entry(code).or_default() += 1;
             }
         }
@@ -72,16 +73,17 @@ impl Demo<'_> {
         say(format_args!("  kept {} of {before} backups, for {} (some for several)", backups.len(), why.join(", ")));
 
         say(format_args!("  coffer list --tenant {TENANT}"));
-        let archives: Vec<&Value> = backups.iter().filter(|b| b["kind"] == "archive").collect();
-        for b in &archives {
-            say(format_args!("    archive of {}, {} rows", text(&b["point_time"]), b["rows"]));
+        let listed = |id: &Value| backups.iter().any(|b| b["id"] == *id);
+        for b in &months {
+            say(format_args!("    {}, kept for its month", text(&b["point_time"])));
         }
-        prove("a year has its monthly archives", archives.len() >= 12, format_args!("{} archives", archives.len()))?;
+        let there = months.iter().filter(|b| listed(&b["id"])).count();
+        prove("every month of the year has a backup that stays", there == 12, format_args!("{there} months"))?;
 
-        let chosen = archives[archives.len() / 2];
+        let chosen = &months[months.len() / 2];
         let day =
-            taken.days.get(text(&chosen["id"])).copied().ok_or_else(|| Error::other("an archive that nobody made"))?;
-        let (to, into) = (format!("backup:{}", text(&chosen["id"])), self.dir.join("archive"));
+            taken.days.get(text(&chosen["id"])).copied().ok_or_else(|| Error::other("a backup that nobody made"))?;
+        let (to, into) = (format!("backup:{}", text(&chosen["id"])), self.dir.join("half-a-year-ago"));
         say(format_args!(
             "  coffer restore --tenant {TENANT} --to {to} --mode files   # as of {}",
             text(&chosen["point_time"])
@@ -98,7 +100,7 @@ impl Demo<'_> {
             .filter(|l| serde_json::from_str::<Value>(l).is_ok_and(|r| r["abalance"].as_i64() == Some(day)));
         let right = right.count() as i64;
         prove(
-            "the archive gives back every account as it was that day",
+            "a backup of half a year ago gives back every account as it was that day",
             right == ACCOUNTS && rows.lines().count() as i64 == ACCOUNTS,
             format_args!("{right} of {ACCOUNTS} accounts have the balance of day {day}"),
         )
@@ -113,13 +115,9 @@ impl Demo<'_> {
         let intent = Lease::intent(&opened.repo, source).await?;
         let mut history = opened.history(source).await?;
         let mut taken = Taken::default();
-        let mut month = None;
         for day in 1..=DAYS {
             history.load_catalog(tenant.uid).await?;
             let clock = Arc::new(Back(DAYS - day));
-            let this_month = rfc3339(clock.now_us()).get(..7).map(str::to_owned);
-            let is_first = this_month != month;
-            month = this_month;
             let compactor = Compactor {
                 repo: opened.repo.clone(),
                 keyring: opened.keyring.clone(),
@@ -132,11 +130,9 @@ impl Demo<'_> {
                 share: false,
             };
             let point = history.resolve(&When::Name(format!("day {day}"))).await?;
-            let trigger = if is_first { "archive" } else { "schedule" };
-            let occasion = Occasion { trigger: trigger.to_owned(), reason: None };
+            let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
             let full = compactor.take_full(&history, &tenant, &point, &occasion).await?;
             taken.bytes += full.bytes;
-            *(if is_first { &mut taken.archives } else { &mut taken.fulls }) += 1;
             taken.days.insert(full.id.to_string(), day);
         }
         intent.release().await;
@@ -151,8 +147,6 @@ impl Demo<'_> {
 
 #[derive(Default)]
 struct Taken {
-    fulls: u32,
-    archives: u32,
     bytes: u64,
     /// The day of each backup.
     days: BTreeMap<String, i64>,
