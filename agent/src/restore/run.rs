@@ -449,7 +449,7 @@ async fn to_database(
     let schema = inputs.schema.clone().ok_or_else(|| {
         Error::new(Kind::Refused, "the bases up to the target hold no definitions: a new database cannot be made")
             .code("no_schema")
-            .hint("use --mode files; `coffer run` archives definitions with pg_dump, see its log for why it could not")
+            .hint("choose a later point or use --mode files; `coffer run` archives definitions with pg_dump, its log says why it could not")
     })?;
     let mut warnings = Vec::new();
     if let Some(r) = beside.roles.take_if(|_| !request.roles) {

@@ -123,8 +123,11 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
     }
     // A parent may be there again, for somebody else, before its own trigger has found the rows that the other one left:
     // until then they are archived under the tenant of that one, and so is what joins them.
+    // A row of another transaction waits for no parent: nobody's it is only if the parent that left was.
     if let Some(left) = state::with(|s| s.orphans(&id))
-        && (side != Side::Theirs || left.kind == TenantKind::Normal)
+        && (side != Side::Theirs
+            || left.kind == TenantKind::Normal
+            || with_settings(edge, || dead::results(edge, key)).is_some())
     {
         return (left, Holds::UntilFound);
     }

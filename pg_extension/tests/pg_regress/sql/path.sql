@@ -218,6 +218,10 @@ WITH o AS (INSERT INTO orgs VALUES ('cte', 51, 'fiftyone')) INSERT INTO projects
 WITH u AS (UPDATE orgs SET tenant = 'moved' WHERE id = 50) INSERT INTO projects VALUES (501, 50);
 WITH u AS (UPDATE orgs SET tenant = 'again' WHERE id = 50) UPDATE projects SET body = 'b' WHERE org = 50;
 WITH d AS (DELETE FROM orgs WHERE id = 51) DELETE FROM projects WHERE org = 51;
+-- A parent that is nobody's, replaced in one statement by somebody's: what goes in cascade was nobody's.
+INSERT INTO orgs VALUES (NULL, 52, 'fiftytwo');
+INSERT INTO projects VALUES (520, 52);
+WITH d AS (DELETE FROM orgs WHERE id = 52 RETURNING id) INSERT INTO orgs SELECT 'somebody', id, 'fiftytwo' FROM d;
 SELECT * FROM differences();
 -- Constraints that are checked late: the child first, at two depths; a parent deleted and another tenant's in its place.
 BEGIN;
