@@ -157,7 +157,7 @@ impl Compactor {
             ))
             .hint("make it again"));
         }
-        tracing::info!(
+        tracing::debug!(
             tenant_uid = %tenant.uid,
             point = %full.point_lsn,
             rows = full.rows,
