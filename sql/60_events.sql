@@ -1,8 +1,10 @@
 -- Event triggers: the log says what DDL did to covered tables, new tables are covered where that was asked for, and
 -- what a rule relies on is put back when a DDL takes it away.
 --
--- They never break a DDL: what goes wrong here becomes a warning. The exception, SQLSTATE CF001, is what would lose data
--- in silence: dropping the tenant column, or a table whose deletes would no longer say which row.
+-- They do not break a DDL for a fault of their own: what goes wrong here becomes a warning, and the table gets a new base.
+-- The exceptions are what would lose data in silence: dropping the tenant column, or a table whose deletes would no longer
+-- say which row (SQLSTATE CF001), a rewrite that nothing tells of; and what comes right when the DDL is tried again: a lock
+-- that was waited for too long, a deadlock.
 
 CREATE FUNCTION coffer._auto_column() RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
@@ -20,6 +22,8 @@ BEGIN
     LOOP
         -- Or the log would wait for a first base of it for ever.
         PERFORM coffer._mark('registry', json_build_object('relid', gone::int8, 'action', 'remove', 'rebase', false));
+        -- Its own triggers beside the clones would have the root's made anew, and the root locked against its readers.
+        PERFORM coffer._drop_triggers(gone);
     END LOOP;
     DELETE FROM coffer.exclusions e USING coffer._tree(root) t WHERE e.relid = t.relid AND t.relid <> root;
 END $$;
@@ -229,6 +233,18 @@ BEGIN
     END IF;
 END $$;
 
+-- A covered table of which nobody knows what a DDL made of it: what was archived may not be all of it, so it is read anew.
+CREATE FUNCTION coffer._doubt(root oid) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = root) THEN
+        PERFORM coffer._absorb(root);
+        UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = root;
+        PERFORM coffer._changed(root, 'add', true);
+    END IF;
+END $$;
+
 -- Whether a DDL made or changed something in a tenant's schema that is no covered table: a view, a function, a policy.
 CREATE FUNCTION coffer._in_tenants_schema(class oid, object oid, schema text) RETURNS bool
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
@@ -305,10 +321,11 @@ BEGIN
                 END IF;
             END IF;
         EXCEPTION
-            WHEN SQLSTATE 'CF001' THEN
+            WHEN SQLSTATE 'CF001' OR transaction_rollback OR lock_not_available OR insufficient_resources THEN
                 RAISE;
             WHEN OTHERS THEN
                 PERFORM coffer._refuse_if_lost(rel, SQLERRM);
+                PERFORM coffer._doubt(rel);
                 RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
         END;
     END LOOP;
@@ -322,7 +339,7 @@ BEGIN
         PERFORM coffer._mark('definitions', json_build_object('tag', TG_TAG));
     END IF;
 EXCEPTION
-    WHEN SQLSTATE 'CF001' THEN
+    WHEN SQLSTATE 'CF001' OR transaction_rollback OR lock_not_available OR insufficient_resources THEN
         RAISE;
     WHEN OTHERS THEN
         RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
@@ -407,15 +424,16 @@ BEGIN
                 PERFORM coffer._consider(rel, TG_TAG);
             END IF;
         EXCEPTION
-            WHEN SQLSTATE 'CF001' THEN
+            WHEN SQLSTATE 'CF001' OR transaction_rollback OR lock_not_available OR insufficient_resources THEN
                 RAISE;
             WHEN OTHERS THEN
                 PERFORM coffer._refuse_if_lost(rel, SQLERRM);
+                PERFORM coffer._doubt(rel);
                 RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
         END;
     END LOOP;
 EXCEPTION
-    WHEN SQLSTATE 'CF001' THEN
+    WHEN SQLSTATE 'CF001' OR transaction_rollback OR lock_not_available OR insufficient_resources THEN
         RAISE;
     WHEN OTHERS THEN
         RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
@@ -454,6 +472,4 @@ BEGIN
         RAISE NOTICE 'coffer: % is rewritten and gets a new base; it can be restored to points up to here and from that base on',
             pg_event_trigger_table_rewrite_oid()::regclass;
     END IF;
-EXCEPTION WHEN OTHERS THEN
-    RAISE WARNING 'coffer: before a rewrite by %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
 END $$;

@@ -12,6 +12,7 @@ on_majors! {
     partitions_of_another_name: partitions_of_another_name;
     labels_in_a_tenants_schema: labels_in_a_tenants_schema;
     definitions_of_another_moment: definitions_of_another_moment;
+    locks_that_are_not_free: locks_that_are_not_free;
 }
 
 fn changes_without_rows(major: u32) {
@@ -207,4 +208,52 @@ fn definitions_of_another_moment(major: u32) {
     let count = "SELECT concat((SELECT count(*) FROM t), (SELECT count(*) FROM t_1))";
     let made = Database::restore(&agent, &cluster, "1", "name:in two");
     assert_eq!(cluster.psql(&made.name, count), "22");
+}
+
+/// DDL beside a reader: what the extension repairs after it needs no lock that the reader refuses, or the DDL fails like
+/// any that a lock is not free for. It never stands without its repair.
+fn locks_that_are_not_free(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE TABLE t (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id)) PARTITION BY LIST (tenant);
+             CREATE TABLE t_1 PARTITION OF t FOR VALUES IN (1);
+             CREATE TABLE t_2 (v text, id int NOT NULL, tenant int NOT NULL, PRIMARY KEY (tenant, id));
+             CREATE TABLE tagged (id int PRIMARY KEY, tenant int NOT NULL);
+             SELECT coffer.discover('tenant', true);
+             INSERT INTO t VALUES (1, 1, 'a'); INSERT INTO t_2 VALUES ('b', 1, 2), ('c', 2, 2);",
+        );
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["1", "2"]);
+        let rules = || {
+            cluster.psql(
+                "shop",
+                "SELECT string_agg(relid::regclass::text, ' ' ORDER BY relid::regclass::text) FROM coffer.rules",
+            )
+        };
+        assert_eq!(rules(), "t t_2 tagged");
+
+        let based = agent.log().matches("bases are recorded").count();
+        // Reads of a partitioned table lock it first and its partitions then; ATTACH lets them.
+        let reader = cluster.connect("shop").await;
+        reader.batch_execute("BEGIN; LOCK TABLE ONLY t, tagged IN ACCESS SHARE MODE").await.expect("a lock");
+        let attach = "ALTER TABLE t ATTACH PARTITION t_2 FOR VALUES IN (2)";
+        cluster.psql("shop", &format!("SET lock_timeout = '500ms'; {attach}"));
+        assert_eq!(rules(), "t tagged");
+        let said = cluster
+            .psql_err("shop", "SET lock_timeout = '500ms'; ALTER TABLE tagged DISABLE TRIGGER zzz_coffer_tag_delete");
+        assert!(said.contains("lock timeout"), "{said}");
+        let enabled = "SELECT bool_and(tgenabled = 'A') FROM pg_trigger WHERE tgrelid = 'tagged'::regclass";
+        assert_eq!(cluster.psql("shop", enabled), "t");
+        reader.batch_execute("COMMIT").await.expect("ok");
+
+        let again = || (agent.log().matches("bases are recorded").count() > based).then_some(());
+        coffer_tests::wait_for("a new base", 60, again);
+        cluster.psql("shop", "SELECT coffer.restore_point('attached')");
+        let db = Database::restore(&agent, &cluster, "2", "name:attached");
+        assert_eq!(cluster.psql(&db.name, "SELECT string_agg(id || v, ' ' ORDER BY id) FROM t"), "1b 2c");
+    });
 }

@@ -70,9 +70,12 @@ fn finds_damage(major: u32) {
     agent.init();
     agent.start();
     restored::wait_windows(&mut agent, &["1", "2"]);
-    agent.json(&["compact"]);
-    cluster.psql("shop", "UPDATE a SET v = v || '!'; SELECT coffer.wait_durable()");
-    agent.json(&["compact"]);
+    // A full of what did not change since the base would have no object of its own.
+    for _ in 0..2 {
+        cluster.psql("shop", "UPDATE a SET v = v || '!'");
+        cluster.psql("shop", "SELECT coffer.wait_durable()");
+        agent.json(&["compact"]);
+    }
     let (one, two) = (d.join("one"), d.join("two"));
     wait_for("a round", 60, || (agent.metric("coffer_scrub_round_timestamp_seconds") > 0.0).then_some(()));
     assert_eq!(agent.alarms("damaged_object"), Vec::<Value>::new());

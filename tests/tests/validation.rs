@@ -158,7 +158,8 @@ fn planted_damage(major: u32) {
 
     // An older full in the place of the newest, each of them sound in itself.
     agent.json(&["compact", "--tenant", "1"]);
-    cluster.psql("shop", "UPDATE a SET v = v || '?' WHERE tenant = 1; SELECT coffer.wait_durable()");
+    cluster.psql("shop", "UPDATE a SET v = v || '?' WHERE tenant = 1");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
     agent.json(&["compact", "--tenant", "1"]);
     let uid = restored::listed(&agent, "1")["uid"].as_str().expect("a uid").replace('-', "");
     let folder = format!("/t/{uid}/f/");
