@@ -1,23 +1,35 @@
 //! Random schemas under random workloads: every tenant, at every point, equals what it was there by the model's own account.
 //!
+//! Every other case is a lively one ([`life`]): fulls, incrementals, pruning, validation and the scrub go on every second
+//! or so beside the workload, and a point is there for as long as `coffer list` promises it.
+//!
 //! `COFFER_TEST_CASES` (default 6) cases per version, with the seeds 1 and up; `SEED` repeats one of them; with
 //! `COFFER_TEST_MINUTES` cases run until the time is over, from `SEED` on. The seed of each case is printed, and the script
 //! of one that fails is saved.
 
+mod compare;
+mod life;
+mod tally;
+
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::generate::Model;
-use coffer_tests::generate::observed::{self, PINNED, Truth, Whose};
+use coffer_tests::generate::observed::{self, PINNED, Truth};
 use coffer_tests::generate::sessions::{Script, Sessions};
 use coffer_tests::generate::{Owner, values};
-use coffer_tests::restored::{Database, Out};
 use coffer_tests::{block_on, wait_for};
+use coffer_wire::Lsn;
+use compare::Promise;
+use life::Life;
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use std::time::{Duration, Instant};
+use tally::Tally;
 use tokio_postgres::Client;
+
+/// So many cases are enough for each kind of work to have been done.
+const ALL_KINDS: u64 = 6;
 
 on_majors! {
     random: random;
@@ -44,44 +56,17 @@ fn random(major: u32) {
         println!("PostgreSQL {major}: SEED={seed}");
         let begun = Instant::now();
         let tally = block_on(Case::run(&cluster, seed));
-        println!("PostgreSQL {major}: SEED={seed}: {tally:?} in {:.1} s", begun.elapsed().as_secs_f64());
+        println!("PostgreSQL {major}: SEED={seed}: {tally} in {:.1} s", begun.elapsed().as_secs_f64());
         all.add(&tally);
         run += 1;
     }
-    println!("PostgreSQL {major}: {run} cases, {all:?}");
+    println!("PostgreSQL {major}: {run} cases: {all}");
+    if run >= ALL_KINDS {
+        all.require_every_kind();
+    }
     // A refusal is an honest answer, but one that everything gets would hide what is wrong. A single case may well be one in
     // which a base waits for a transaction that stays open.
     assert!(run < 20 || all.refused * 10 <= all.restores, "{} of {} restores were refused", all.refused, all.restores);
-}
-
-/// What a case came to.
-#[derive(Clone, Debug, Default)]
-struct Tally {
-    points: usize,
-    rows: usize,
-    committed: usize,
-    failed: usize,
-    restores: usize,
-    refused: usize,
-    without_definitions: usize,
-    altered: usize,
-    in_place: usize,
-    in_place_refused: usize,
-}
-
-impl Tally {
-    fn add(&mut self, other: &Self) {
-        self.points += other.points;
-        self.rows += other.rows;
-        self.committed += other.committed;
-        self.failed += other.failed;
-        self.restores += other.restores;
-        self.refused += other.refused;
-        self.without_definitions += other.without_definitions;
-        self.altered += other.altered;
-        self.in_place += other.in_place;
-        self.in_place_refused += other.in_place_refused;
-    }
 }
 
 struct Case<'c> {
@@ -96,6 +81,8 @@ struct Case<'c> {
     truths: Vec<Truth>,
     /// Every table can be restored to what comes now.
     settled: bool,
+    life: Life,
+    promise: Promise,
     tally: Tally,
 }
 
@@ -111,9 +98,11 @@ impl<'c> Case<'c> {
         let observer = cluster.connect(&db).await;
         observer.batch_execute(PINNED).await.expect("settings");
         observer.batch_execute("SET lock_timeout = '300ms'").await.expect("settings");
+        let life = Life::of(seed);
+        script.say(format!("-- {life:?}"));
         let agent = Agent::new(&Setup {
             ship_interval: "100ms".into(),
-            more: "[compact]\npart = \"4KiB\"".into(),
+            more: format!("[compact]\npart = \"4KiB\"\n{}", life.settings()),
             ..Setup::of(cluster, &db)
         });
         let case = Self {
@@ -127,6 +116,8 @@ impl<'c> Case<'c> {
             agent,
             truths: Vec::new(),
             settled: false,
+            life,
+            promise: Promise::default(),
             tally: Tally::default(),
         };
         case.through().await
@@ -148,7 +139,9 @@ impl<'c> Case<'c> {
             }
             self.disturb(round);
             self.compact();
+            self.look_after();
             self.point(&mut sessions, &format!("point {round}")).await;
+            self.look_back().await;
         }
         sessions.drain(&mut self.rng, &mut self.script).await;
         self.settle();
@@ -164,6 +157,7 @@ impl<'c> Case<'c> {
         self.tally.rows = self.truths.last().map_or(0, Truth::rows);
         (self.tally.committed, self.tally.failed) = (sessions.committed, sessions.failures);
         drop(sessions);
+        self.close_down();
         self.clean_up()
     }
 
@@ -342,163 +336,21 @@ impl<'c> Case<'c> {
 
     async fn try_point(&self, name: &str) -> Result<Truth, tokio_postgres::Error> {
         self.observer.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
-        let truth = observed::observe(&self.observer, &self.model, name).await?;
+        let mut truth = observed::observe(&self.observer, &self.model, name).await?;
         self.observer.query_one("SELECT coffer.restore_point($1)", &[&name]).await?;
+        let from = self.position().await?;
         self.observer.batch_execute("COMMIT").await?;
+        truth.between = (from, self.position().await?);
         Ok(truth)
     }
 
-    fn everyone(&self) -> Vec<Whose> {
-        let tenants = self.model.tenants.iter().map(|t| Whose::Tenant(t.clone()));
-        tenants.chain([Whose::Nobody, Whose::Everybody]).collect()
+    /// Where the server's log ends.
+    async fn position(&self) -> Result<Lsn, tokio_postgres::Error> {
+        let row = self.observer.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await?;
+        Ok(row.get::<_, String>(0).parse().expect("an LSN"))
     }
 
-    async fn check_all(&mut self, truths: Vec<Truth>) {
-        let mut wrong = Vec::new();
-        let last = truths.len() - 1;
-        for (n, truth) in truths.into_iter().enumerate() {
-            for whose in self.everyone() {
-                // All at the last point; of the others a sample, for a case to stay short.
-                if n < last && self.rng.random_bool(0.4) {
-                    continue;
-                }
-                let database = matches!(whose, Whose::Tenant(_)) && self.rng.random_bool(0.15);
-                wrong.extend(if database {
-                    self.in_database(&truth, &whose).await
-                } else {
-                    self.in_files(&truth, &whose)
-                });
-            }
-            self.truths.push(truth);
-        }
-        // It may be unhealthy: sessions that contradict each other are told on, and rightly.
-        let out = self.agent.coffer(&["--json", "status"]);
-        let status: Value = serde_json::from_slice(&out.stdout).expect("JSON");
-        if status["sources"][0]["unresolved_rows"] != 0 {
-            wrong.push(format!("rows that could not be attributed: {status}"));
-        }
-        self.must_be_right(wrong);
-    }
-
-    fn must_be_right(&self, mut wrong: Vec<String>) {
-        let number = wrong.len();
-        wrong.truncate(12);
-        let major = self.cluster.major;
-        assert!(wrong.is_empty(), "PostgreSQL {major}, SEED={}: {number} differences, {wrong:#?}", self.seed);
-    }
-
-    /// Restores some into the live database, to points of its present shape: they are what they were, all others what
-    /// they are. Whether anything was restored.
-    async fn in_place(&mut self) -> bool {
-        let mut done = false;
-        for _ in 0..3 {
-            let version = self.model.version;
-            let fits = |t: &&Truth| t.version == version;
-            let fitting: Vec<_> = self.truths.iter().filter(fits).cloned().collect();
-            let who: Vec<_> = self.everyone().into_iter().filter(|w| *w != Whose::Everybody).collect();
-            let (Some(truth), Some(whose)) = (fitting.choose(&mut self.rng), who.choose(&mut self.rng)) else { break };
-            let before = self.look().await;
-            let result = self.restore(whose, &truth.name, "in-place", &self.cluster.url("postgres", &self.db));
-            let now = self.look().await;
-            self.script.say(format!("-- {whose:?} in place to {}: {result:?}", truth.name));
-            let mut wrong = Vec::new();
-            match &result {
-                Ok(()) => {
-                    done = true;
-                    self.tally.in_place += 1;
-                    wrong.extend(truth.against(whose, &now));
-                }
-                // Rows belong to others now, or others' rows refer to them: nothing is changed then.
-                Err((10, said)) => {
-                    self.tally.in_place_refused += 1;
-                    self.script.say(format!("-- {said}"));
-                }
-                Err(e) => wrong.extend(self.refused(truth, whose, e.clone())),
-            }
-            // Rows that became nobody's are taken back; every other row of others stays.
-            let spared = |o: &&Whose| result.is_err() || *o != whose && **o != Whose::Nobody;
-            for other in self.everyone().iter().filter(spared) {
-                wrong.extend(before.against(other, &now));
-            }
-            wrong.iter_mut().for_each(|w| w.insert_str(0, &format!("{whose:?} in place to {}: ", truth.name)));
-            self.must_be_right(wrong);
-        }
-        done
-    }
-
-    /// What everybody has now.
-    async fn look(&self) -> Truth {
-        self.observer.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await.expect("begin");
-        let now = observed::observe(&self.observer, &self.model, "now").await.expect("nobody holds a lock");
-        self.observer.batch_execute("COMMIT").await.expect("commit");
-        now
-    }
-
-    fn restore(&mut self, whose: &Whose, point: &str, mode: &str, target: &str) -> Result<(), (i32, String)> {
-        let [flag, key] = whose.args();
-        let to = format!("name:{point}");
-        let args = [
-            "--json",
-            "restore",
-            flag,
-            key,
-            "--to",
-            &to,
-            "--mode",
-            mode,
-            "--target",
-            target,
-            "--wait",
-            "60s",
-            "--confirm",
-        ];
-        let out = self.agent.coffer(&args);
-        self.tally.restores += 1;
-        match out.status.code() {
-            Some(0) => Ok(()),
-            code => Err((code.unwrap_or(-1), String::from_utf8_lossy(&out.stdout).into_owned())),
-        }
-    }
-
-    /// Sorts an answer other than success: an honest one is counted, any other is wrong.
-    fn refused(&mut self, truth: &Truth, whose: &Whose, (code, said): (i32, String)) -> Vec<String> {
-        match code {
-            // Whoever never had a row is not known.
-            3 if !truth.has(whose) => Vec::new(),
-            // Nothing that asks for a base happened between a moment of which that was so and this one.
-            4 if truth.promised => vec![format!("{whose:?} at {}, which was promised: {said}", truth.name)],
-            4 => {
-                self.tally.refused += 1;
-                Vec::new()
-            }
-            _ => vec![format!("{whose:?} at {}: exit {code}: {said}", truth.name)],
-        }
-    }
-
-    fn in_files(&mut self, truth: &Truth, whose: &Whose) -> Vec<String> {
-        let out = Out::new();
-        match self.restore(whose, &truth.name, "files", out.arg()) {
-            Ok(()) => truth.against_files(whose, &out),
-            Err(e) => self.refused(truth, whose, e),
-        }
-    }
-
-    async fn in_database(&mut self, truth: &Truth, whose: &Whose) -> Vec<String> {
-        let name = format!("restored_{}_{}", self.seed, self.tally.restores);
-        let made = Database::named(self.cluster, &name);
-        match self.restore(whose, &truth.name, "database", &self.cluster.url("postgres", &name)) {
-            Ok(()) => truth.against_database(whose, &made.connect().await).await,
-            // Rather none than one of another moment's shape; it says that files will do, and so they must.
-            Err((10, said)) if said.contains("\"definitions_unknown\"") || said.contains("\"columns_changed\"") => {
-                self.tally.without_definitions += 1;
-                self.in_files(truth, whose)
-            }
-            Err(e) => self.refused(truth, whose, e),
-        }
-    }
-
-    fn clean_up(mut self) -> Tally {
-        assert_eq!(self.agent.stop(), Some(0), "a stop is orderly");
+    fn clean_up(self) -> Tally {
         drop(self.observer);
         self.cluster.psql("postgres", "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots");
         self.cluster.psql("postgres", &format!("DROP DATABASE {} WITH (FORCE)", self.db));

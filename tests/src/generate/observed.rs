@@ -3,9 +3,10 @@
 use super::values::copy_escaped;
 use super::{Model, Owner, Role};
 use crate::restored::Out;
-use coffer_wire::quote_ident;
+use coffer_wire::{Lsn, quote_ident};
 use futures::TryStreamExt;
 use std::collections::BTreeMap;
+use std::time::Instant;
 use tokio_postgres::Client;
 
 /// What the agent pins for its own sessions.
@@ -57,9 +58,20 @@ pub struct Truth {
     pub name: String,
     /// The model's, then.
     pub version: usize,
-    /// A restore to it may not be refused.
+    /// A restore to it may not be refused, unless retention keeps it no more.
     pub promised: bool,
+    /// Its commit ends after the first of these positions, at or before the second.
+    pub between: (Lsn, Lsn),
+    pub taken: Instant,
     tables: BTreeMap<usize, Observed>,
+}
+
+/// A table that a restore made somewhere else than where it was.
+struct Copied {
+    /// As SQL wants it.
+    relation: String,
+    columns: Vec<String>,
+    rows: Vec<Row>,
 }
 
 /// COPY … TO STDOUT; its lines.
@@ -111,7 +123,8 @@ pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, to
         };
         tables.insert(t.id, observed);
     }
-    Ok(Truth { name: name.to_owned(), version: model.version, promised: false, tables })
+    let between = (Lsn::ZERO, Lsn::ZERO);
+    Ok(Truth { name: name.to_owned(), version: model.version, promised: false, between, taken: Instant::now(), tables })
 }
 
 impl Observed {
@@ -133,32 +146,61 @@ impl Truth {
 
     /// What differs in the files of a restore.
     pub fn against_files(&self, whose: &Whose, out: &Out) -> Vec<String> {
+        let manifest = out.manifest();
+        let files = manifest["tables"].as_array().expect("tables").iter().map(|file| {
+            let names = file["columns"].as_array().expect("columns").iter();
+            let path = out.dir.join(file["file"].as_str().expect("file"));
+            Copied {
+                relation: file["relation"].as_str().expect("relation").to_owned(),
+                columns: names.map(|c| c.as_str().expect("a name").to_owned()).collect(),
+                rows: rows(&std::fs::read_to_string(&path).expect("a file of COPY text")),
+            }
+        });
+        self.against_copied(whose, files.collect())
+    }
+
+    /// What differs in a schema that a restore made beside the live rows.
+    pub async fn against_schema(&self, whose: &Whose, db: &Client, schema: &str) -> Vec<String> {
+        // The comment of each table says which one it is a copy of.
+        let sql = "SELECT c.relname::text, obj_description(c.oid), array_agg(a.attname::text ORDER BY a.attnum) \
+                   FILTER (WHERE a.attnum > 0 AND NOT a.attisdropped) FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid \
+                   WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $1) AND c.relkind = 'r' GROUP BY c.oid, c.relname";
+        let mut copied = Vec::new();
+        for r in db.query(sql, &[&schema]).await.expect("the tables of the copy") {
+            let (table, comment) = (r.get::<_, String>(0), r.get::<_, String>(1));
+            let of = comment.strip_prefix("pg_coffer: ").and_then(|c| Some(c.rsplit_once(" of tenant ")?.0));
+            let columns: Vec<String> = r.get::<_, Option<Vec<String>>>(2).unwrap_or_default();
+            let list = columns.iter().map(|c| quote_ident(c)).collect::<Vec<_>>().join(", ");
+            let query = format!("SELECT {list} FROM {}.{}", quote_ident(schema), quote_ident(&table));
+            copied.push(Copied {
+                relation: of.unwrap_or_else(|| panic!("{comment:?} names no table")).to_owned(),
+                columns,
+                rows: copy_out(db, &query).await.expect("the rows of the copy"),
+            });
+        }
+        self.against_copied(whose, copied)
+    }
+
+    fn against_copied(&self, whose: &Whose, copied: Vec<Copied>) -> Vec<String> {
         let mut wrong = Vec::new();
         let mut seen = Vec::new();
-        let manifest = out.manifest();
-        for file in manifest["tables"].as_array().expect("tables") {
-            let relation = file["relation"].as_str().expect("relation");
-            let names =
-                file["columns"].as_array().expect("columns").iter().map(|c| c.as_str().expect("a name").to_owned());
-            let names: Vec<_> = names.collect();
-            let path = out.dir.join(file["file"].as_str().expect("file"));
-            let have = rows(&std::fs::read_to_string(&path).expect("a file of COPY text"));
+        for c in copied {
             let called = |t: &Observed| {
-                let is = |s: &String, n: &String| format!("{}.{}", quote_ident(s), quote_ident(n)) == relation;
+                let is = |s: &String, n: &String| format!("{}.{}", quote_ident(s), quote_ident(n)) == c.relation;
                 t.schemas.iter().any(|s| t.names.iter().any(|n| is(s, n)))
             };
             match self.tables.iter().find(|(_, t)| called(t)) {
                 Some((id, t)) => {
                     seen.push(*id);
-                    wrong.extend(self.compare(t, whose, &names, have));
+                    wrong.extend(self.compare(t, whose, &c.columns, c.rows));
                 }
-                None if have.is_empty() => {}
-                None => wrong.push(format!("{relation}: {} rows of a table that is not there", have.len())),
+                None if c.rows.is_empty() => {}
+                None => wrong.push(format!("{}: {} rows of a table that is not there", c.relation, c.rows.len())),
             }
         }
         for (id, t) in &self.tables {
             if !seen.contains(id) && !t.of(whose).is_empty() {
-                wrong.push(format!("{}: no file, should have {} rows of {whose:?}", t.from, t.of(whose).len()));
+                wrong.push(format!("{}: no copy, should have {} rows of {whose:?}", t.from, t.of(whose).len()));
             }
         }
         wrong
