@@ -81,9 +81,9 @@ DECLARE
     point  text;
     at     pg_lsn;
 BEGIN
-    IF $3 IS NULL OR $3 NOT IN ('manual', 'pre-migration', 'pre-maintenance', 'incident', 'compliance') THEN
+    IF $3 IS NULL OR $3 NOT IN ('manual', 'pre-migration', 'pre-maintenance', 'incident', 'compliance', 'archive') THEN
         RAISE EXCEPTION 'unknown kind of backup %', coalesce(quote_literal($3), 'NULL') USING ERRCODE = 'invalid_parameter_value',
-            HINT = 'The kinds are manual, pre-migration, pre-maintenance, incident and compliance.';
+            HINT = 'The kinds are manual, pre-migration, pre-maintenance, incident, compliance and archive.';
     END IF;
     PERFORM coffer._require_tenant($1);
     n := coffer._new_job('backup', $1, '{}', $4);
@@ -100,7 +100,7 @@ CREATE FUNCTION coffer.backup(tenant text, reason text DEFAULT NULL, kind text D
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$ SELECT coffer._backup($1, $2, $3, session_user) $$;
 COMMENT ON FUNCTION coffer.backup IS
-'Asks the agent for a full backup of one tenant, as of the commit of the transaction that calls it; the result is the job. Kinds: manual, pre-migration, pre-maintenance, incident (held until released), compliance. After the commit, coffer.wait(job) waits for it; coffer restore --to backup:ID goes back to it.';
+'Asks the agent for a full backup of one tenant, as of the commit of the transaction that calls it; the result is the job. Kinds: manual, pre-migration, pre-maintenance, incident (held until released), compliance, archive (complete by itself, as the monthly one is). After the commit, coffer.wait(job) waits for it; coffer restore --to backup:ID goes back to it.';
 
 CREATE FUNCTION coffer._restore(tenant text, target text, mode text, dry_run bool) RETURNS bigint
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp

@@ -2,6 +2,7 @@
 
 pub mod accounts;
 pub mod alarms;
+pub mod archive;
 pub mod batch;
 pub mod catalog;
 pub mod cli;

@@ -51,12 +51,12 @@ struct Part {
     relations: Vec<String>,
 }
 
-/// Writes the manifest of a full at `point`. Blocking.
+/// Writes the manifest of a full at `point`, into the folder of the tenant `folder`. Blocking.
 pub fn write(
     repo: &Arc<Repository>,
     rt: &Handle,
     key: &DataKey,
-    like: &Header,
+    (like, folder): (&Header, Uuid),
     point: Lsn,
     parts: &[PartAt],
 ) -> Result<ObjectRef> {
@@ -86,7 +86,7 @@ pub fn write(
         });
     }
     let header = Header { kind: ObjectKind::Manifest, codec: Codec::Zstd, object: random::uuid(), ..like.clone() };
-    let path = paths::manifest(header.source, header.tenant, point, header.object);
+    let path = paths::manifest(header.source, folder, point, header.object);
     let text = serde_json::to_vec(&m).context(Kind::Other, "cannot encode a manifest")?;
     repo.seal_to(rt.clone(), path, &header, key, |s| {
         s.write_all(&text).context(Kind::Other, "cannot seal a manifest")?;

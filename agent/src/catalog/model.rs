@@ -127,12 +127,20 @@ pub struct FullEntry {
     pub bytes: u64,
     /// When it was read back and was what had been written.
     pub read_back_us: Option<i64>,
+    /// Of an archive: its document first, then what it has beside what is named above.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub archive: Vec<ObjectRef>,
 }
 
 impl FullEntry {
+    /// As lists call it.
+    pub fn kind(&self) -> &'static str {
+        if self.archive.is_empty() { "full" } else { "archive" }
+    }
+
     /// Everything in the stores that it needs.
     pub fn needs(&self) -> impl Iterator<Item = &ObjectRef> {
-        self.objects.iter().chain(&self.manifest).chain(&self.schema).chain(&self.roles)
+        self.objects.iter().chain(&self.manifest).chain(&self.schema).chain(&self.roles).chain(&self.archive)
     }
 }
 

@@ -25,6 +25,7 @@ fn full(id: u128, objects: Vec<ObjectRef>) -> Entry {
         rows: 0,
         bytes: 0,
         read_back_us: None,
+        archive: vec![],
     })
 }
 

@@ -27,9 +27,9 @@ pub struct BackupArgs {
     /// Why, for whoever reads the list later
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,
-    /// manual, pre-migration, pre-maintenance, incident (held until released) or compliance
+    /// manual, pre-migration, pre-maintenance, incident (held until released), compliance or archive (complete by itself)
     #[arg(long, value_name = "KIND", default_value = "manual",
-        value_parser = ["manual", "pre-migration", "pre-maintenance", "incident", "compliance"])]
+        value_parser = ["manual", "pre-migration", "pre-maintenance", "incident", "compliance", "archive"])]
     pub kind: String,
     /// Wait until it is done
     #[arg(long)]

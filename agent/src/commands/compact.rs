@@ -25,6 +25,9 @@ pub struct CompactArgs {
     /// Make incrementals: what each tenant's changes since the last one come to
     #[arg(long)]
     pub incremental: bool,
+    /// Make archives: fulls that are complete by themselves, with definitions, roles and reference data
+    #[arg(long, conflicts_with = "incremental")]
+    pub archive: bool,
 }
 
 /// Compacts; the exit code: 0, or 9 when some tenants could not be.
@@ -76,7 +79,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
                 }
             }
         } else {
-            let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
+            let occasion = Occasion::of_command(args.archive);
             let mut done = std::pin::pin!(compactor.all(&history, tenants, &point, &occasion));
             while let Some((t, made)) = done.next().await {
                 progress.add(1);

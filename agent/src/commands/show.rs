@@ -101,7 +101,7 @@ fn synthetic(source: &str, t: &TenantEntry, f: &FullEntry) -> Value {
         .iter()
         .map(|t| json!({"relation": t.name, "relid": t.relid, "class": t.class, "rows": t.rows}))
         .collect();
-    json!({"version": 1, "id": f.id, "kind": if f.trigger == "archive" { "archive" } else { "full" }, "source": source,
+    json!({"version": 1, "id": f.id, "kind": f.kind(), "source": source,
         "tenant": t.tenant.key, "tenant_kind": t.tenant.kind.name(), "tenant_uid": t.uid, "trigger": f.trigger,
         "reason": f.reason, "record": f.log_n, "point_lsn": f.point_lsn.to_string(),
         "point_time": rfc3339(f.point_time_us), "verified_at": f.read_back_us.map(rfc3339), "rows": f.rows,

@@ -1,6 +1,6 @@
 //! Fulls and incrementals of many tenants, a few at a time; and the schedules that ask for them inside `coffer run`.
 
-use super::{Compactor, Occasion, Outcome, Spans};
+use super::{ARCHIVE, Compactor, Occasion, Outcome, SCHEDULE, Spans};
 use crate::alarms;
 use crate::catalog::{FullEntry, IncrementalEntry, State};
 use crate::error::{Kind, Result};
@@ -34,8 +34,7 @@ impl Compactor {
             .map(move |t| async move {
                 let work = async { self.take_full(history, &t, point, occasion).await.map(Outcome::Made) };
                 let since = |now: &State, then: &State| {
-                    let same = |f: &&FullEntry| f.trigger == occasion.trigger;
-                    now.fulls.iter().filter(same).any(|f| then.full(f.id).is_none())
+                    now.fulls.iter().filter(|f| occasion.is_of(f)).any(|f| then.full(f.id).is_none())
                 };
                 let made = self.alone(history, &t, since, work).await;
                 (t, made)
@@ -139,9 +138,9 @@ async fn newest(ctx: &AgentContext) -> Result<(Option<i64>, Option<i64>)> {
     history.load_catalogs().await?;
     let tenants = ctx.keyring.tenants(ctx.source_uid);
     let incrementals = tenants.iter().flat_map(|t| history.incrementals(t.uid)).map(|i| i.to_time_us);
-    let of_schedule = |t: &TenantEntry| {
-        history.fulls(t.uid).into_iter().filter(|f| f.trigger == "schedule").map(|f| f.point_time_us).max()
-    };
+    let scheduled = |f: &&FullEntry| matches!(f.trigger.as_str(), SCHEDULE | ARCHIVE);
+    let of_schedule =
+        |t: &TenantEntry| history.fulls(t.uid).into_iter().filter(scheduled).map(|f| f.point_time_us).max();
     // The tenant that waits longest: a run that was cut short is made up for.
     Ok((incrementals.max(), tenants.iter().filter_map(of_schedule).min()))
 }
@@ -199,7 +198,7 @@ async fn incrementals(
 /// A full of every tenant, at what is durable now.
 async fn fulls(ctx: &AgentContext, history: &History, compactor: &Compactor, tenants: Vec<TenantEntry>) -> Result<()> {
     let point = history.resolve(&When::Latest).await?;
-    let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
+    let occasion = Occasion::of_schedule();
     let (mut made, mut bytes, mut failed) = (0u64, 0, 0u64);
     let mut done = std::pin::pin!(compactor.all(history, tenants, &point, &occasion));
     while let Some((t, r)) = done.next().await {

@@ -25,10 +25,14 @@ pub(super) struct Job {
     pub point: Lsn,
     pub system_identifier: u64,
     pub timeline: u32,
+    /// Nothing is taken over from older fulls.
+    pub fresh: bool,
+    /// The tenant whose folder it goes to, where that is not its own.
+    pub folder: Option<Uuid>,
 }
 
 /// What is in the stores now.
-pub(super) struct Written {
+pub(crate) struct Written {
     pub manifest: Option<ObjectRef>,
     pub objects: Vec<ObjectRef>,
     /// By table and part.
@@ -51,6 +55,9 @@ pub(super) fn write(job: &Job, at: &TenantAt) -> Result<Written> {
         .collect();
     let mut touched = merge.touched(0, &known)?;
     retire(before, &mut touched);
+    if job.fresh {
+        touched.fill(true);
+    }
     at.fulls(&mut merge, &|n| touched[n])?;
     let kept: Vec<&PartAt> = before.iter().zip(&touched).filter(|(_, t)| !**t).map(|(p, _)| p).collect();
     let borders = kept.iter().map(|p| (p.relid, p.first.clone().unwrap_or_default())).collect();
@@ -84,14 +91,18 @@ pub(super) fn write(job: &Job, at: &TenantAt) -> Result<Written> {
     parts.sort_by(|a, b| (a.relid, &a.first).cmp(&(b.relid, &b.first)));
     let rows = parts.iter().map(|p| (p.relid, p.rows)).collect();
     let objects = objects_of(&parts);
-    let same =
-        at.inputs.full.as_ref().filter(|f| new_object.is_none() && parts.len() == whole(at, f.manifest.as_ref()));
+    let same = at
+        .inputs
+        .full
+        .as_ref()
+        .filter(|f| new_object.is_none() && !job.fresh && parts.len() == whole(at, f.manifest.as_ref()));
     let manifest = match same {
         _ if parts.is_empty() => None,
         Some(f) => f.manifest.clone(),
         None => {
             let key = c.keyring.key(job.entry.key_id())?;
-            let m = manifest::write(&c.repo, &c.rt, &key, &header(job), job.point, &parts)?;
+            let folder = job.folder.unwrap_or(job.entry.uid);
+            let m = manifest::write(&c.repo, &c.rt, &key, (&header(job), folder), job.point, &parts)?;
             bytes += m.bytes;
             read_back(job, &m, &at.tenant)?;
             Some(m)
@@ -151,6 +162,7 @@ fn write_job(job: &Job) -> WriteJob {
         timeline: job.timeline,
         cut: job.point,
         progress: None,
+        folder: job.folder,
     }
 }
 

@@ -12,10 +12,12 @@
 mod all;
 mod full;
 mod incremental;
+mod occasion;
 mod share;
 
 pub use all::{PARALLEL, on_schedule};
 pub use incremental::Spans;
+pub use occasion::{ARCHIVE, By, Occasion, SCHEDULE};
 pub use share::Outcome;
 
 use crate::catalog::{Catalog, Entry, FullEntry, FullTable, State};
@@ -27,7 +29,7 @@ use crate::keyring::{Keyring, TenantEntry};
 use crate::merge::{Holes, Scratch, TenantAt};
 use crate::repository::{ObjectRef, Repository};
 use crate::retention::FUTURE_US;
-use full::Written;
+pub(crate) use full::Written;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use tokio::runtime::Handle;
@@ -52,23 +54,32 @@ pub struct Compactor {
     pub share: bool,
 }
 
-/// Why a full is made.
-#[derive(Clone, Debug)]
-pub struct Occasion {
-    /// As [`FullEntry::trigger`].
-    pub trigger: String,
-    pub reason: Option<String>,
-}
-
-impl Occasion {
-    /// The full that somebody asked for here, if it is there: it is made once, however often the job begins anew.
-    pub fn made<'a>(&self, fulls: impl IntoIterator<Item = &'a FullEntry>, point: &Target) -> Option<&'a FullEntry> {
-        let same = |f: &&FullEntry| f.point_lsn == point.lsn && f.trigger == self.trigger && f.reason == self.reason;
-        fulls.into_iter().find(same).filter(|_| !matches!(self.trigger.as_str(), "schedule" | "archive"))
-    }
+async fn write(job: full::Job, at: TenantAt) -> Result<Written> {
+    let written = tokio::task::spawn_blocking(move || full::write(&job, &at));
+    written.await.context(Kind::Other, "a worker thread broke off")?
 }
 
 impl Compactor {
+    /// Writes every row of a merge into objects of their own, in a tenant's folder, as `like` has its point.
+    pub(crate) async fn write_rows(
+        &self,
+        entry: &TenantEntry,
+        at: TenantAt,
+        like: &FullEntry,
+        folder: Uuid,
+    ) -> Result<Written> {
+        let job = full::Job {
+            compactor: self.clone(),
+            entry: entry.clone(),
+            point: like.point_lsn,
+            system_identifier: like.system_identifier,
+            timeline: like.timeline,
+            fresh: true,
+            folder: Some(folder),
+        };
+        write(job, at).await
+    }
+
     /// Makes and records a full of every row of the tenant at a point. `history` has the tenant's catalog.
     ///
     /// # Errors
@@ -82,6 +93,10 @@ impl Compactor {
     ) -> Result<FullEntry> {
         let covered = history.require(point, tenant.uid, &|_| true)?;
         let inputs = history.inputs(tenant.uid, point.lsn, covered.clone()).await?;
+        // Where time is simulated, the point is as far away as the clock is.
+        let point_time_us = point.time_us.saturating_add(self.clock.skew_us());
+        let is_archive = occasion.is_archive(history, tenant, (point, point_time_us), &inputs)?;
+        let trigger = if is_archive { ARCHIVE } else { occasion.trigger.as_str() };
         let newest = history.records().last().ok_or_else(|| Error::other("the log is empty"))?;
         let schema = inputs.schema.clone();
         let at = TenantAt {
@@ -102,10 +117,10 @@ impl Compactor {
             point: point.lsn,
             system_identifier: newest.system_identifier,
             timeline: newest.timeline,
+            fresh: is_archive,
+            folder: None,
         };
-        let written = tokio::task::spawn_blocking(move || full::write(&job, &at))
-            .await
-            .context(Kind::Other, "a worker thread broke off")??;
+        let written = write(job, at).await?;
         failpoints::hit(failpoints::FULL_AFTER_OBJECTS)?;
         let Written { manifest, objects, rows, bytes, taken_over } = written;
         self.still_there(&taken_over).await?;
@@ -122,13 +137,12 @@ impl Compactor {
                 name: t.name,
             })
             .collect();
-        let full = FullEntry {
+        let mut full = FullEntry {
             id: crate::crypto::random::uuid(),
-            trigger: occasion.trigger.clone(),
+            trigger: trigger.to_owned(),
             reason: occasion.reason.clone(),
             point_lsn: point.lsn,
-            // Where time is simulated, the point is as far away as the clock is.
-            point_time_us: point.time_us.saturating_add(self.clock.skew_us()),
+            point_time_us,
             log_n: newest.n,
             system_identifier: newest.system_identifier,
             timeline: newest.timeline,
@@ -142,7 +156,11 @@ impl Compactor {
             database: history.database(point.lsn).cloned(),
             bytes,
             read_back_us: Some(self.clock.now_us()),
+            archive: Vec::new(),
         };
+        if is_archive {
+            self.complete(history, tenant, point, &mut full).await?;
+        }
         let mut catalog = Catalog::open(&self.repo, self.source, tenant.uid, None).await?;
         // Another attempt at the same job may have been quicker; then ours is objects that nobody names.
         let wanted = |s: &State| occasion.made(&s.fulls, point).is_none() && stay(s, &taken_over, self.clock.now_us());

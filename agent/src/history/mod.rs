@@ -5,6 +5,7 @@
 //!
 //! A target is never rounded: a position that is not known in full is refused, with the window in the error.
 
+mod archived;
 mod facts;
 mod incrementals;
 pub mod line;
@@ -129,6 +130,8 @@ pub struct History {
     line: Line,
     facts: Facts,
     catalogs: BTreeMap<Uuid, State>,
+    /// All that it says is of one archive.
+    is_archive: bool,
 }
 
 impl History {
@@ -157,11 +160,15 @@ impl History {
             line,
             facts,
             catalogs: BTreeMap::new(),
+            is_archive: false,
         })
     }
 
     /// Takes a tenant's catalog in: its backups can be named, and are read from.
     pub async fn load_catalog(&mut self, tenant: Uuid) -> Result<()> {
+        if self.is_archive {
+            return Ok(());
+        }
         let c = Catalog::open(&self.repo, self.source, tenant, self.from.as_deref()).await?;
         self.catalogs.insert(tenant, c.state().clone());
         Ok(())
@@ -204,7 +211,7 @@ impl History {
     }
 
     /// Whether no check found a backup's objects damaged: what can be merged without it is.
-    fn is_sound(&self, tenant: Uuid, backup: Uuid) -> bool {
+    pub fn is_sound(&self, tenant: Uuid, backup: Uuid) -> bool {
         let checks = self.catalogs.get(&tenant).map_or(&[][..], |c| &c.checks);
         !checks.iter().any(|c| c.backup == backup && !c.ok && c.what == "read_back")
     }
@@ -705,7 +712,7 @@ impl History {
         let mut all = self.bases(tenant);
         all.extend(self.fulls(tenant).into_iter().map(|f| Backup {
             id: f.id,
-            kind: if f.trigger == "archive" { "archive" } else { "full" },
+            kind: f.kind(),
             trigger: f.trigger.clone(),
             reason: f.reason.clone(),
             point: f.point_lsn,

@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::history::{History, Target};
 use crate::keyring::TenantEntry;
 use crate::lease::Lease;
-use crate::opened::scratch;
+use crate::opened::{Reserved, scratch};
 use coffer_wire::Lsn;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
@@ -25,11 +25,12 @@ impl Work<'_> {
         let _intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
         let mut history = self.opened().history(self.ctx.source_uid).await?;
         history.load_catalog(tenant.uid).await?;
+        // An archive has a copy of the reference data.
+        let shared = self.ctx.keyring.tenant_uid(self.ctx.source_uid, &Reserved::Shared.tenant());
+        history.load_catalog(shared).await?;
         let point = self.point(&history)?;
-        let occasion = Occasion {
-            trigger: self.job.text("kind").unwrap_or("manual").to_owned(),
-            reason: self.job.text("reason").map(str::to_owned),
-        };
+        let kind = self.job.text("kind").unwrap_or("manual").to_owned();
+        let occasion = Occasion::of_job(kind, self.job.text("reason").map(str::to_owned));
         // An earlier attempt may have come so far.
         let made = occasion.made(history.fulls(tenant.uid), &point);
         let full = match made.cloned() {
@@ -43,7 +44,7 @@ impl Work<'_> {
         // From here on it is there, whatever anybody wants.
         let held = self.hold_incident(&tenant, &full).await?;
         self.mirror.tenant_changed(tenant.uid);
-        Ok(json!({"id": full.id, "kind": "full", "trigger": full.trigger, "reason": full.reason,
+        Ok(json!({"id": full.id, "kind": full.kind(), "trigger": full.trigger, "reason": full.reason,
             "point_lsn": full.point_lsn.to_string(), "point_time": rfc3339(full.point_time_us), "rows": full.rows,
             "bytes": full.bytes, "tables": full.tables.len(), "verified_at": full.read_back_us.map(rfc3339),
             "holds": held.into_iter().collect::<Vec<_>>()}))

@@ -232,7 +232,7 @@ fn full(f: &FullEntry, state: &State, survey: &Survey) -> Full {
 fn backups(state: &State, plan: &Plan) -> Vec<Backup> {
     let fulls = state.fulls.iter().zip(&plan.fulls).map(|(f, v)| Backup {
         id: f.id,
-        kind: if f.trigger == "archive" { "archive" } else { "full" },
+        kind: f.kind(),
         trigger: Some(f.trigger.clone()),
         point: f.point_lsn,
         time_us: f.point_time_us,

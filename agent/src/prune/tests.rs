@@ -102,6 +102,7 @@ impl Life {
             rows: 1,
             bytes: 500,
             read_back_us: Some(self.now()),
+            archive: vec![],
         };
         self.catalog().await.append(Entry::Full(f.clone())).await.unwrap();
         f

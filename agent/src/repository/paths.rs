@@ -74,6 +74,16 @@ pub fn manifest(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> S
     format!("{}/{}/m/{}", tenants_dir(source_uid), tenant.simple(), leaf(lsn_end, object))
 }
 
+/// The folder of what a tenant's archives have beside rows: their documents, and copies of what others have.
+pub fn archives_dir(source_uid: Uuid, tenant: Uuid) -> String {
+    format!("{}/{}/a", tenants_dir(source_uid), tenant.simple())
+}
+
+/// Something in that folder; of a document, the object is the archive's id.
+pub fn archive(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> String {
+    format!("{}/{}", archives_dir(source_uid, tenant), leaf(lsn_end, object))
+}
+
 /// A tenant's incremental.
 pub fn incremental(source_uid: Uuid, tenant: Uuid, lsn_end: Lsn, object: Uuid) -> String {
     format!("{}/{}/i/{}", tenants_dir(source_uid), tenant.simple(), leaf(lsn_end, object))

@@ -14,6 +14,7 @@ use super::request::{Means, Mode, Place, Report, Request, TableReport};
 use super::side::{self, SideBySide};
 use super::sink::{Counts, Filter, Selected, Selection, Watch};
 use crate::accounts::Roles;
+use crate::archive;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::{History, Target, When};
@@ -267,6 +268,15 @@ async fn wait_for(means: &Means<'_>, request: &Request, tenant: Uuid) -> Result<
     let deadline = request.wait.map(|w| Instant::now() + w);
     let over = || deadline.is_none_or(|d| Instant::now() + POLL > d);
     let new_database = matches!(request.place, Place::Database(_));
+    if let When::Backup(id) = request.to
+        && let Some(archive) = archive::find(means.opened, means.source.1, tenant, id).await?
+    {
+        let shared = means.opened.keyring.tenant_uid(means.source.1, &Reserved::Shared.tenant());
+        let (repo, keyring, from) = (&means.opened.repo, &means.opened.keyring, means.opened.from.as_deref());
+        let history = History::of_archive(repo, keyring, &archive, shared, from);
+        let target = history.resolve(&request.to).await?;
+        return Ok((history, target));
+    }
     loop {
         means.watch.check()?;
         let mut history = means.opened.history(means.source.1).await?;

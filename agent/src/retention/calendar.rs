@@ -19,6 +19,11 @@ pub(super) fn day(us: i64) -> Date {
     t.to_zoned(TimeZone::UTC).date()
 }
 
+/// Whether two times are in one calendar month.
+pub fn is_same_month(a_us: i64, b_us: i64) -> bool {
+    Period::of(Rule::Monthly, a_us) == Period::of(Rule::Monthly, b_us)
+}
+
 impl Period {
     /// The period of a rule that a time falls into.
     pub(super) fn of(rule: Rule, us: i64) -> Self {

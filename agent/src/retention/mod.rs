@@ -23,6 +23,7 @@ mod reason;
 #[cfg(test)]
 mod tests;
 
+pub use calendar::is_same_month;
 pub use plan::{Plan, Verdict, plan};
 pub use policy::Policy;
 pub use reason::{Reason, Rule};

@@ -38,6 +38,8 @@ pub struct Job {
     pub timeline: u32,
     pub cut: Lsn,
     pub progress: Option<Arc<BaseProgress>>,
+    /// The tenant whose folder everything goes to; `None`: each full to its own tenant's.
+    pub folder: Option<Uuid>,
 }
 
 /// A full and how many rows it has of each table that it has rows of.
@@ -441,7 +443,7 @@ fn write_full(job: &Job, tenant: &Tenant, pieces: &Receiver<Piece>) -> Result<Fu
         lsn_end: job.cut,
         key_version: entry.version,
     };
-    let path = paths::full(job.source, entry.uid, job.cut, header.object);
+    let path = paths::full(job.source, job.folder.unwrap_or(entry.uid), job.cut, header.object);
     let mut rows = BTreeMap::new();
     let fill = |sealer: &mut Sealer<ObjectWriter>| {
         rows = copy(sealer, pieces)?;

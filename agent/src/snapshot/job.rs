@@ -198,6 +198,7 @@ impl ReadTables {
             timeline,
             cut,
             progress: Some(progress.clone()),
+            folder: None,
         };
         let pick = NotSeen {
             tables: self.tables.into_iter().map(|t| (t.rule.relid, t)).collect(),

@@ -6,7 +6,7 @@ use crate::catalog::{self, Catalog, FullEntry, State, manifest};
 use crate::crypto::ObjectKind;
 use crate::error::{Error, Result};
 use crate::repository::{Log, ObjectRef, Repository, paths};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -86,13 +86,18 @@ pub async fn adds_up(repo: &Repository, full: &FullEntry, manifest: &ObjectRef, 
 }
 
 impl Listed {
-    /// The backups that an object belongs to, by the names that checks have for them.
-    pub fn backups_with(&self, object: &ObjectRef) -> Vec<Uuid> {
-        let Some(state) = self.catalogs.get(&object.tenant) else { return of_base(object) };
-        let fulls = state.fulls.iter().filter(|f| f.needs().any(|o| o.path == object.path)).map(|f| f.id);
-        let mut all: Vec<Uuid> = fulls.collect();
-        all.extend(of_base(object));
-        all.dedup();
+    /// The backups that an object belongs to, each with its tenant, by the names that checks have for them. An archive has
+    /// objects of others', too.
+    pub fn backups_with(&self, object: &ObjectRef) -> BTreeSet<(Uuid, Uuid)> {
+        let mut all: BTreeSet<(Uuid, Uuid)> = BTreeSet::new();
+        for (tenant, state) in &self.catalogs {
+            let fulls = state.fulls.iter().filter(|f| f.needs().any(|o| o.path == object.path));
+            all.extend(fulls.map(|f| (*tenant, f.id)));
+        }
+        // A full of a base is a backup by its own uid; parts of it may be parts of later fulls as well.
+        if object.kind == ObjectKind::Full {
+            all.insert((object.tenant, object.object));
+        }
         all
     }
 
@@ -106,9 +111,4 @@ impl Listed {
     pub fn names(&self, path: &str) -> bool {
         self.objects.iter().any(|o| o.path == path)
     }
-}
-
-/// A full of a base is a backup by its own uid; parts of it may be parts of later fulls as well.
-fn of_base(object: &ObjectRef) -> Vec<Uuid> {
-    if object.kind == ObjectKind::Full { vec![object.object] } else { Vec::new() }
 }

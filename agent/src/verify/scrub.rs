@@ -22,7 +22,7 @@ use crate::jobs::Mirror;
 use crate::repository::ObjectRef;
 use crate::run::AgentContext;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -297,14 +297,9 @@ impl Scrub {
 
     /// Notes with every backup that an object belongs to that it is damaged, or is no more.
     async fn record(&self, object: &ObjectRef, stores: &BTreeMap<String, Listed>, message: Option<&str>) -> Result<()> {
-        let mut backups: Vec<Uuid> = stores.values().flat_map(|l| l.backups_with(object)).collect();
-        backups.sort_unstable();
-        backups.dedup();
-        if backups.is_empty() {
-            return Ok(());
-        }
-        let mut catalog = Catalog::open(&self.ctx.repo, self.ctx.source_uid, object.tenant, None).await?;
-        for backup in backups {
+        let backups: BTreeSet<(Uuid, Uuid)> = stores.values().flat_map(|l| l.backups_with(object)).collect();
+        for (tenant, backup) in backups {
+            let mut catalog = Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await?;
             let (ok, what) = (message.is_none(), READ_BACK);
             let known = catalog.state().checks.iter().find(|c| c.backup == backup && c.what == what);
             // Of a backup with several damaged objects, one that is sound again says nothing.
@@ -314,8 +309,8 @@ impl Scrub {
             }
             let entry = Entry::Verified { backup, ok, what: what.into(), message: message.map(str::to_owned) };
             catalog.append(entry).await?;
+            self.mirror.tenant_changed(tenant);
         }
-        self.mirror.tenant_changed(object.tenant);
         Ok(())
     }
 
@@ -387,7 +382,7 @@ impl Scrub {
 /// Whether what was found belongs to a backup.
 fn is_of(listed: &Listed, f: &Found, backup: Uuid) -> bool {
     let object = listed.objects.iter().find(|o| o.path == f.object);
-    object.is_some_and(|o| listed.backups_with(o).contains(&backup))
+    object.is_some_and(|o| listed.backups_with(o).iter().any(|(_, b)| *b == backup))
 }
 
 /// What was noted; a new round where nothing can be made of it.

@@ -130,7 +130,7 @@ impl Demo<'_> {
                 share: false,
             };
             let point = history.resolve(&When::Name(format!("day {day}"))).await?;
-            let occasion = Occasion { trigger: "schedule".to_owned(), reason: None };
+            let occasion = Occasion::of_schedule();
             let full = compactor.take_full(&history, &tenant, &point, &occasion).await?;
             taken.bytes += full.bytes;
             taken.days.insert(full.id.to_string(), day);

@@ -1,0 +1,211 @@
+//! Archives: restored exactly when nothing else of the repository is left; made once a month by the schedule.
+
+use crate::isolation::files;
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored::{self, Database, Out, Scratch};
+use coffer_tests::truth::{self, Watched};
+use coffer_tests::{block_on, wait_for};
+use serde_json::Value;
+use std::collections::BTreeSet;
+
+on_majors! {
+    complete_by_itself: complete_by_itself;
+    once_a_month: once_a_month;
+}
+
+const TYPES: &str = "CREATE TYPE mood AS ENUM ('sad', 'ok');";
+const TABLES: &str = "
+    CREATE TABLE kinds (id int PRIMARY KEY, label text NOT NULL);
+    CREATE TABLE a (tenant int NOT NULL, id serial, kind int REFERENCES kinds, m mood, v text, PRIMARY KEY (tenant, id));
+    CREATE TABLE settings (tenant int NOT NULL, name text NOT NULL, value jsonb, PRIMARY KEY (tenant, name));
+    CREATE TABLE notes (tenant int NOT NULL, at timestamptz, v text);
+    CREATE TABLE docs (tenant int NOT NULL, id int NOT NULL, body oid, PRIMARY KEY (tenant, id));";
+
+fn watched() -> Vec<Watched> {
+    ["a", "settings", "notes", "docs"].map(|t| Watched::new(t, "tenant")).to_vec()
+}
+
+fn database(major: u32) -> Cluster {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        &format!(
+            "{TYPES} {TABLES}
+             ALTER DATABASE shop SET work_mem = '5MB';
+             CREATE ROLE clerk_1 LOGIN; GRANT SELECT ON a TO clerk_1; SELECT coffer.add_role('clerk_1', '1');
+             SELECT * FROM coffer.add_shared('kinds'); SELECT * FROM coffer.add_table('a', 'tenant');
+             SELECT * FROM coffer.add_table('settings', 'tenant', class => 'config');
+             SELECT * FROM coffer.add_table('notes', 'tenant'); SELECT * FROM coffer.add_table('docs', 'tenant');
+             SELECT coffer.add_large_objects('docs', 'body');
+             SELECT lo_from_bytea(70001, 'the first'), lo_from_bytea(70002, decode(repeat('ab', 300000), 'hex')), lo_from_bytea(70011, 'of two');
+             INSERT INTO docs VALUES (1, 1, 70001), (1, 2, 70002), (2, 1, 70011);
+             INSERT INTO kinds VALUES (1, 'one'), (2, 'two');
+             INSERT INTO a (tenant, kind, m, v) SELECT t, 1 + i % 2, 'ok', E'a\\t' || i FROM generate_series(1, 2) t, generate_series(1, 300) i;
+             INSERT INTO settings SELECT t, 'color', '{{\"x\": 1}}' FROM generate_series(1, 2) t;
+             INSERT INTO notes SELECT t, '2026-01-01 00:00:00Z', 'n' || i % 3 FROM generate_series(1, 2) t, generate_series(1, 9) i;"
+        ),
+    );
+    cluster
+}
+
+/// Waits until the large objects of both tenants are archived.
+fn wait_objects(agent: &Agent) {
+    let have = || files(&agent.repository()).iter().filter(|f| f.to_str().is_some_and(|f| f.contains("/o/"))).count();
+    wait_for("the large objects to be archived", 60, || (have() >= 2).then_some(()));
+    wait_for("a reading in the log", 60, || {
+        let dry = [
+            "restore",
+            "--tenant",
+            "1",
+            "--to",
+            "latest",
+            "--mode",
+            "files",
+            "--target",
+            "/tmp/coffer-none",
+            "--dry-run",
+        ];
+        (agent.json(&dry)["large_objects"]["missing_count"] == 0).then_some(())
+    });
+}
+
+/// The archive's document, as a human opens it.
+fn document(agent: &Agent, id: &str) -> (String, Value) {
+    let end = format!("-{}", id.replace('-', ""));
+    let file = files(&agent.repository()).into_iter().find(|f| {
+        f.to_str().is_some_and(|f| f.contains("/a/") && (f.ends_with(&end) || f.ends_with(&format!("-{id}"))))
+    });
+    let file = file.expect("the archive's document");
+    let path = file.strip_prefix(agent.repository()).expect("inside").to_str().expect("ASCII").to_owned();
+    let out = agent.coffer(&["show", "--object", &path, "--plaintext"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let text = String::from_utf8(out.stdout).expect("UTF-8");
+    assert!(text.contains("\n  \"how_to_restore\""), "a human reads it: {text}");
+    (path, serde_json::from_str(&text).expect("JSON"))
+}
+
+fn complete_by_itself(major: u32) {
+    block_on(async {
+        let cluster = database(major);
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["1", "2"]);
+        wait_objects(&agent);
+        agent.json(&["compact"]);
+        cluster.psql("shop", "UPDATE a SET v = v || '!' WHERE id % 3 = 0; DELETE FROM notes WHERE v = 'n1'; INSERT INTO kinds VALUES (3, 'three'); UPDATE a SET kind = 3 WHERE id % 7 = 0");
+        let mut db = cluster.connect("shop").await;
+        let kept = truth::take(&mut db, &watched(), "kept").await;
+        let sequence = cluster.psql("shop", "SELECT last_value FROM a_id_seq");
+        let made = agent.json(&["backup", "--tenant", "1", "--kind", "archive", "--reason", "for the shelf", "--wait"]);
+        assert_eq!(
+            (&made["backup"]["kind"], &made["backup"]["trigger"]),
+            (&"archive".into(), &"archive".into()),
+            "{made}"
+        );
+        let id = made["backup"]["id"].as_str().expect("an id").to_owned();
+        cluster.psql("shop", "DELETE FROM a; UPDATE kinds SET label = 'other'; DELETE FROM settings; SELECT lo_unlink(70001); SELECT coffer.wait_durable()");
+        agent.json(&["compact"]);
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+        let (path, d) = document(&agent, &id);
+        agent.stop();
+
+        // A human learns from it what there is.
+        let table = |list: &str, name: &str| {
+            d[list].as_array().expect("tables").iter().find(|t| t["relation"] == name).cloned()
+        };
+        let a = table("tables", "public.a").expect("a");
+        assert_eq!((&a["rows"], &a["key"]), (&300.into(), &serde_json::json!(["tenant", "id"])), "{a}");
+        let m = &a["columns"][3];
+        assert!(m["name"] == "m" && m["type"].as_str().is_some_and(|t| t.ends_with("mood")), "{a}");
+        assert_eq!(table("reference_tables", "public.kinds").expect("kinds")["rows"], 3);
+        assert_eq!(
+            (&d["tenant"]["key"], &d["configuration"]["tables"][0]),
+            (&"1".into(), &"public.settings".into()),
+            "{d}"
+        );
+        assert!(d["configuration"]["database_settings"].to_string().contains("work_mem"), "{d}");
+        assert!(d["how_to_restore"].to_string().contains(&format!("backup:{id}")), "{d}");
+
+        // Hide every object that it does not name: other fulls, bases, changesets, commons, the log, the catalogs.
+        let mut named: BTreeSet<String> = d["objects"]
+            .as_array()
+            .expect("objects")
+            .iter()
+            .map(|o| o["path"].as_str().expect("a path").to_owned())
+            .collect();
+        let holds: BTreeSet<&str> =
+            d["objects"].as_array().expect("objects").iter().filter_map(|o| o["holds"].as_str()).collect();
+        assert_eq!(
+            holds,
+            BTreeSet::from(["rows", "reference rows", "manifest", "definitions", "roles", "large objects"])
+        );
+        let uid = d["tenant"]["uid"].as_str().expect("a uid").replace('-', "");
+        assert!(
+            named.iter().all(|p| p.contains(&format!("/t/{uid}/"))),
+            "all of it is in the tenant's folder: {named:?}"
+        );
+        named.insert(path);
+        named.insert("coffer-repository".to_owned());
+        let mut hidden = 0;
+        for f in files(&agent.repository()) {
+            let name = f.strip_prefix(agent.repository()).expect("inside").to_str().expect("ASCII").to_owned();
+            if !named.contains(&name) {
+                std::fs::remove_file(&f).expect("our store");
+                hidden += 1;
+            }
+        }
+        assert!(hidden > 20, "{hidden}");
+
+        let to = format!("backup:{id}");
+        let out = Out::new();
+        agent.json(&restored::args("1", &to, "files", out.arg()));
+        let scratch = Scratch::new(&cluster, &format!("{TYPES} {}", TABLES.replace(" REFERENCES kinds", ""))).await;
+        scratch.load(&out).await;
+        let wrong = kept.differences(&scratch.client, &watched(), "1").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        assert!(
+            out.names().iter().any(|n| n == "roles.sql") && out.names().iter().any(|n| n == "large_objects"),
+            "{:?}",
+            out.names()
+        );
+        let restored = Database::restore(&agent, &cluster, "1", &to);
+        let client = restored.connect().await;
+        let wrong = kept.differences(&client, &watched(), "1").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        let of = |sql: &str| cluster.psql(&restored.name, sql);
+        assert_eq!(of("SELECT string_agg(label, ',' ORDER BY id) FROM kinds"), "one,two,three");
+        assert_eq!(of("SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND convalidated"), "1");
+        assert_eq!(of("SELECT last_value FROM a_id_seq"), sequence);
+        assert_eq!(of("SHOW work_mem"), "5MB");
+        assert_eq!(of("SELECT convert_from(lo_get(70001), 'UTF8') || length(lo_get(70002))"), "the first300000");
+        assert_eq!(of("SELECT count(*) FROM a WHERE tenant <> 1"), "0");
+        let (exit, said) = agent.json_err(&restored::args_now("2", &to, "/tmp/coffer-none"));
+        assert_ne!(exit, 0, "it is of tenant 1 alone: {said}");
+    });
+}
+
+fn once_a_month(major: u32) {
+    let cluster = database(major);
+    let mut setup = Setup::of(&cluster, "shop");
+    setup.more = "[schedule]\nfull = \"* * * * *\"\n".to_owned();
+    let mut agent = Agent::new(&setup);
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let of = |tenant: &str, kind: &str| {
+        let all = restored::listed(&agent, tenant)["backups"].clone();
+        all.as_array().expect("backups").iter().filter(|b| b["kind"] == kind && b["trigger"] != "base").count()
+    };
+    wait_for("the first run of the schedule", 120, || {
+        (of("1", "archive") == 1 && of("2", "archive") == 1).then_some(())
+    });
+    wait_for("the next one", 120, || (of("1", "full") >= 1 && of("2", "full") >= 1).then_some(()));
+    assert_eq!((of("1", "archive"), of("2", "archive")), (1, 1), "a month has one");
+    // By hand there are as many as somebody wants.
+    agent.json(&["compact", "--tenant", "2", "--archive"]);
+    assert_eq!((of("1", "archive"), of("2", "archive")), (1, 2));
+    assert_eq!(agent.json(&["verify"])["ok"], true);
+    let kept = agent.json(&["prune", "--tenant", "2"]).to_string();
+    assert!(kept.contains("archive"), "{kept}");
+}
