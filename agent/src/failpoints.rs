@@ -35,6 +35,8 @@ pub const RESTORE_BEFORE_COMMIT: &str = "restore-before-commit";
 pub const CATALOG_AFTER_SEQUENCER: &str = "catalog-after-sequencer";
 /// A full's objects are in the stores, no record names them.
 pub const FULL_AFTER_OBJECTS: &str = "full-after-objects";
+/// All that an archive consists of is in the stores, no record names it.
+pub const ARCHIVE_AFTER_OBJECTS: &str = "archive-after-objects";
 /// An incremental's object is in the stores, no record names it.
 pub const INCREMENTAL_AFTER_OBJECT: &str = "incremental-after-object";
 /// A removal is recorded, nothing is deleted.

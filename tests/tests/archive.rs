@@ -4,7 +4,7 @@ use crate::isolation::files;
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database, Out, Scratch};
-use coffer_tests::truth::{self, Watched};
+use coffer_tests::truth::{self, Truth, Watched};
 use coffer_tests::{block_on, wait_for};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -12,6 +12,8 @@ use std::collections::BTreeSet;
 on_majors! {
     complete_by_itself: complete_by_itself;
     once_a_month: once_a_month;
+    stays_when_the_rest_goes: stays_when_the_rest_goes;
+    interrupted: interrupted;
 }
 
 const TYPES: &str = "CREATE TYPE mood AS ENUM ('sad', 'ok');";
@@ -48,6 +50,19 @@ fn database(major: u32) -> Cluster {
         ),
     );
     cluster
+}
+
+/// A source with two tenants whose rows and large objects are archived; the agent still runs.
+fn begin(major: u32, more: &str) -> (Cluster, Agent) {
+    let cluster = database(major);
+    let mut agent = Agent::new(&Setup { more: more.to_owned(), ..Setup::of(&cluster, "shop") });
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    wait_objects(&agent);
+    wait_for("the tenants to register themselves", 60, || {
+        (cluster.psql("shop", "SELECT count(*) FROM coffer.tenants WHERE kind = 'normal'") == "2").then_some(())
+    });
+    (cluster, agent)
 }
 
 /// Waits until the large objects of both tenants are archived.
@@ -88,11 +103,7 @@ fn document(agent: &Agent, id: &str) -> (String, Value) {
 
 fn complete_by_itself(major: u32) {
     block_on(async {
-        let cluster = database(major);
-        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
-        agent.start();
-        restored::wait_windows(&mut agent, &["1", "2"]);
-        wait_objects(&agent);
+        let (cluster, mut agent) = begin(major, "");
         agent.json(&["compact"]);
         cluster.psql("shop", "UPDATE a SET v = v || '!' WHERE id % 3 = 0; DELETE FROM notes WHERE v = 'n1'; INSERT INTO kinds VALUES (3, 'three'); UPDATE a SET kind = 3 WHERE id % 7 = 0");
         let mut db = cluster.connect("shop").await;
@@ -128,13 +139,6 @@ fn complete_by_itself(major: u32) {
         assert!(d["configuration"]["database_settings"].to_string().contains("work_mem"), "{d}");
         assert!(d["how_to_restore"].to_string().contains(&format!("backup:{id}")), "{d}");
 
-        // Hide every object that it does not name: other fulls, bases, changesets, commons, the log, the catalogs.
-        let mut named: BTreeSet<String> = d["objects"]
-            .as_array()
-            .expect("objects")
-            .iter()
-            .map(|o| o["path"].as_str().expect("a path").to_owned())
-            .collect();
         let holds: BTreeSet<&str> =
             d["objects"].as_array().expect("objects").iter().filter_map(|o| o["holds"].as_str()).collect();
         assert_eq!(
@@ -142,21 +146,14 @@ fn complete_by_itself(major: u32) {
             BTreeSet::from(["rows", "reference rows", "manifest", "definitions", "roles", "large objects"])
         );
         let uid = d["tenant"]["uid"].as_str().expect("a uid").replace('-', "");
+        let mut named = paths(&d);
         assert!(
             named.iter().all(|p| p.contains(&format!("/t/{uid}/"))),
             "all of it is in the tenant's folder: {named:?}"
         );
         named.insert(path);
-        named.insert("coffer-repository".to_owned());
-        let mut hidden = 0;
-        for f in files(&agent.repository()) {
-            let name = f.strip_prefix(agent.repository()).expect("inside").to_str().expect("ASCII").to_owned();
-            if !named.contains(&name) {
-                std::fs::remove_file(&f).expect("our store");
-                hidden += 1;
-            }
-        }
-        assert!(hidden > 20, "{hidden}");
+        // Other fulls, bases, changesets, commons, the log, the catalogs.
+        assert!(remove_others(&agent, &named) > 20);
 
         let to = format!("backup:{id}");
         let out = Out::new();
@@ -183,6 +180,178 @@ fn complete_by_itself(major: u32) {
         assert_eq!(of("SELECT count(*) FROM a WHERE tenant <> 1"), "0");
         let (exit, said) = agent.json_err(&restored::args_now("2", &to, "/tmp/coffer-none"));
         assert_ne!(exit, 0, "it is of tenant 1 alone: {said}");
+    });
+}
+
+/// The objects that a document names.
+fn paths(document: &Value) -> BTreeSet<String> {
+    let objects = document["objects"].as_array().expect("objects");
+    objects.iter().map(|o| o["path"].as_str().expect("a path").to_owned()).collect()
+}
+
+/// Deletes every file of the store but these, and what says that it is a store; how many.
+fn remove_others(agent: &Agent, named: &BTreeSet<String>) -> usize {
+    let mut removed = 0;
+    for f in files(&agent.repository()) {
+        let name = f.strip_prefix(agent.repository()).expect("inside").to_str().expect("ASCII").to_owned();
+        if !named.contains(&name) && name != "coffer-repository" {
+            std::fs::remove_file(&f).expect("our store");
+            removed += 1;
+        }
+    }
+    removed
+}
+
+/// No schedule interferes; of a month its archive is kept, and of days nothing.
+const MONTHS: &str = "[schedule]\nincremental = \"0 0 1 1 *\"\nfull = \"0 0 1 1 *\"\nprune = \"0 0 1 1 *\"\n[compact]\npart = \"8KiB\"\n\
+    [retention]\npitr = \"1h\"\ndaily = 0\nweekly = 0\nmonthly = 12\nannual = 0\n";
+
+/// The verbs that follow have their clock so many days ahead.
+fn today(agent: &mut Agent, day: u32) {
+    agent.env = vec![("COFFER_TEST_CLOCK".into(), format!("{day}d"))];
+}
+
+/// The id of the one full that a call made.
+fn made(doc: &Value) -> String {
+    assert_eq!(doc["skipped"], serde_json::json!([]), "{doc}");
+    let fulls = doc["fulls"].as_array().expect("fulls");
+    assert_eq!(fulls.len(), 1, "{doc}");
+    fulls[0]["id"].as_str().expect("an id").to_owned()
+}
+
+async fn restores(agent: &Agent, cluster: &Cluster, id: &str, truth: &Truth, kinds: &str) -> Vec<String> {
+    let restored = Database::restore(agent, cluster, "1", &format!("backup:{id}"));
+    let mut wrong = truth.differences(&restored.connect().await, &watched(), "1").await;
+    let found = cluster.psql(&restored.name, "SELECT string_agg(label, ',' ORDER BY id) FROM kinds");
+    if found != kinds {
+        wrong.push(format!("reference data: {found}, not {kinds}"));
+    }
+    wrong
+}
+
+fn stays_when_the_rest_goes(major: u32) {
+    block_on(async {
+        let (cluster, mut agent) = begin(major, MONTHS);
+        let mut db = cluster.connect("shop").await;
+        let mut months = Vec::new();
+        for month in 0..3 {
+            let kinds = format!("one,two {month}");
+            cluster.script(
+                "shop",
+                &format!(
+                    "UPDATE a SET v = 'month {month}' WHERE id % 50 = {month}; DELETE FROM a WHERE id = {month} + 200;
+                     UPDATE kinds SET label = 'two {month}' WHERE id = 2"
+                ),
+            );
+            let truth = truth::take(&mut db, &watched(), &format!("month {month}")).await;
+            cluster.psql("shop", "SELECT coffer.wait_durable()");
+            today(&mut agent, month * 31);
+            // One whose parts the archive could take over, and one that takes over the archive's.
+            let mut others = vec![made(&agent.json(&["compact", "--tenant", "1"]))];
+            let id = made(&agent.json(&["compact", "--tenant", "1", "--archive"]));
+            cluster.psql("shop", "INSERT INTO notes SELECT 1, now(), 'later'; SELECT coffer.wait_durable()");
+            others.push(made(&agent.json(&["compact", "--tenant", "1"])));
+            months.push((id, truth, kinds, others));
+        }
+        agent.stop();
+        today(&mut agent, 3 * 31);
+        let plan = agent.json(&["prune", "--tenant", "1", "--confirm", "--grace", "0s"]);
+        let verdicts = plan["sources"][0]["tenants"][0]["backups"].as_array().expect("backups").clone();
+        for (id, _, _, others) in &months[..2] {
+            let of =
+                |id: &String| verdicts.iter().find(|v| v["id"] == **id).unwrap_or_else(|| panic!("{plan}")).clone();
+            let archive = of(id);
+            assert_eq!((&archive["kind"], &archive["keep"]), (&"archive".into(), &true.into()), "{archive}");
+            assert!(archive["reasons"].to_string().contains("\"monthly\""), "{archive}");
+            assert!(others.iter().all(|o| of(o)["keep"] == false), "{plan}");
+        }
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+        for (id, truth, kinds, _) in &months {
+            let wrong = restores(&agent, &cluster, id, truth, kinds).await;
+            assert!(wrong.is_empty(), "{}: {wrong:#?}", truth.name);
+        }
+
+        // One that lost an object gives way to what else has its point.
+        let (damaged, truth, kinds, _) = &months[1];
+        let (path, d) = document(&agent, damaged);
+        let objects = d["objects"].as_array().expect("objects");
+        let lost = objects.iter().find(|o| o["holds"] == "reference rows").expect("reference rows");
+        let lost = agent.repository().join(lost["path"].as_str().expect("a path"));
+        let bytes = std::fs::read(&lost).expect("an object");
+        std::fs::remove_file(&lost).expect("our store");
+        assert_eq!(agent.json_err(&["verify"]).0, 5);
+        let wrong = restores(&agent, &cluster, damaged, truth, kinds).await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        std::fs::write(&lost, bytes).expect("our store");
+
+        // Nothing else of the whole repository.
+        let mut named = paths(&d);
+        named.insert(path);
+        let away = tempfile::tempdir().expect("a folder");
+        let all = files(&agent.repository());
+        for f in &all {
+            let to = away.path().join(f.strip_prefix(agent.repository()).expect("inside"));
+            std::fs::create_dir_all(to.parent().expect("a folder")).expect("a folder");
+            std::fs::copy(f, to).expect("a copy");
+        }
+        assert!(remove_others(&agent, &named) > 20);
+        let wrong = restores(&agent, &cluster, damaged, truth, kinds).await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        for f in &all {
+            std::fs::copy(away.path().join(f.strip_prefix(agent.repository()).expect("inside")), f).expect("a copy");
+        }
+
+        // When no rule wants them any more, all of them goes but what the newest full took over.
+        agent.configure(&Setup { more: MONTHS.replace("monthly = 12", "monthly = 0"), ..Setup::of(&cluster, "shop") });
+        agent.json(&["prune", "--tenant", "1", "--confirm", "--grace", "0s"]);
+        let left = files(&agent.repository());
+        let left: Vec<&str> = left.iter().filter_map(|f| f.to_str()).filter(|f| f.contains("/a/")).collect();
+        assert!(left.is_empty(), "{left:#?}");
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+    });
+}
+
+fn interrupted(major: u32) {
+    block_on(async {
+        let (cluster, mut agent) = begin(major, MONTHS);
+        cluster.psql("shop", "UPDATE a SET v = 'now'; SELECT coffer.wait_durable()");
+        let mut db = cluster.connect("shop").await;
+        let truth = truth::take(&mut db, &watched(), "now").await;
+        cluster.psql("shop", "SELECT coffer.wait_durable()");
+        agent.stop();
+        let archives = |agent: &Agent| {
+            let backups = restored::listed(agent, "1")["backups"].clone();
+            let backups = backups.as_array().expect("backups");
+            let ids = backups.iter().filter(|b| b["kind"] == "archive").filter_map(|b| b["id"].as_str());
+            ids.map(str::to_owned).collect::<Vec<_>>()
+        };
+        for (point, there) in [("full-after-objects", 0), ("archive-after-objects", 0), ("catalog-after-sequencer", 1)]
+        {
+            agent.env = vec![("COFFER_FAILPOINTS".into(), format!("{point}=abort"))];
+            let out = agent.coffer(&["compact", "--tenant", "1", "--archive"]);
+            assert!(out.status.code().is_none(), "{point}: {out:?}");
+            agent.env.clear();
+            assert_eq!(agent.json(&["verify"])["ok"], true, "{point}");
+            assert_eq!(archives(&agent).len(), there, "{point}");
+            let wrong = Database::check(&agent, &cluster, &truth, &watched(), "1").await;
+            assert!(wrong.is_empty(), "after {point}: {wrong:#?}");
+        }
+        let id = made(&agent.json(&["compact", "--tenant", "1", "--archive"]));
+        for id in archives(&agent).iter().chain([&id]) {
+            let wrong = restores(&agent, &cluster, id, &truth, "one,two").await;
+            assert!(wrong.is_empty(), "{wrong:#?}");
+        }
+        // What nobody names goes after a day, and none of what the archives need.
+        today(&mut agent, 3);
+        agent.json(&["prune", "--confirm", "--grace", "0s"]);
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+        let (path, d) = document(&agent, &id);
+        let mut named = paths(&d);
+        named.insert(path);
+        assert!(remove_others(&agent, &named) > 10);
+        agent.env.clear();
+        let wrong = restores(&agent, &cluster, &id, &truth, "one,two").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
     });
 }
 

@@ -86,8 +86,9 @@ fn the_list_of_failpoints_is_complete() {
     ours.insert("spool-after-write");
     // large_objects.rs has it.
     ours.insert("large-objects-after-write");
-    // jobs.rs and retention.rs, compaction.rs have these.
+    // jobs.rs and retention.rs, compaction.rs, archive.rs have these.
     ours.extend(["job-after-claim", "job-before-finish", "full-after-objects", "incremental-after-object"]);
+    ours.insert("archive-after-objects");
     ours.extend(["prune-after-record", "prune-after-delete", "prune-before-removed", "catalog-after-sequencer"]);
     assert_eq!(names, ours, "crash.rs does not go through every failpoint");
 }

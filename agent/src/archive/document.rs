@@ -38,9 +38,15 @@ pub struct Document {
     pub full: FullEntry,
     /// The same of the reference data; `None`: there is none.
     pub reference: Option<FullEntry>,
-    /// When and for which columns its large objects were read.
-    pub large_objects_read: Option<LargeObjectsRead>,
-    pub large_objects: Vec<ObjectRef>,
+    /// Its large objects, and those of the reference data.
+    pub large_objects: Vec<Reading>,
+}
+
+/// Large objects as they were read at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    pub read: LargeObjectsRead,
+    pub objects: Vec<ObjectRef>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

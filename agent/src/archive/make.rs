@@ -1,18 +1,17 @@
 //! Makes a full complete by itself: what it needs beside its rows is written, or copied, into the tenant's own folder.
 
 use super::document::{
-    ARCHIVE_VERSION, Configuration, Document, Named, Object, Point, WHAT, Whose, how_to_restore, tables,
+    ARCHIVE_VERSION, Configuration, Document, Named, Object, Point, Reading, WHAT, Whose, how_to_restore, tables,
 };
 use crate::catalog::{FullEntry, FullTable, manifest};
 use crate::clock::rfc3339;
 use crate::compact::Compactor;
-use crate::crypto::{Codec, Header, KeySource, ObjectKind};
+use crate::crypto::{Codec, Header, KeySource, ObjectKind, random};
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::{History, Target};
 use crate::keyring::TenantEntry;
 use crate::merge::{Holes, TenantAt, from_io};
 use crate::opened::Reserved;
-use crate::repository::model::LargeObjectsRead;
 use crate::repository::{ObjectRef, paths};
 use coffer_wire::{Lsn, Relation};
 use std::collections::BTreeMap;
@@ -32,28 +31,23 @@ impl Compactor {
         point: &Target,
         full: &mut FullEntry,
     ) -> Result<()> {
-        let copy = |o: Option<ObjectRef>| async move {
-            match o {
-                Some(o) => self.copy(tenant, &o).await.map(Some),
-                None => Ok(None),
-            }
-        };
-        full.schema = copy(full.schema.take()).await?;
-        full.roles = copy(full.roles.take()).await?;
+        for o in [&mut full.schema, &mut full.roles].into_iter().flatten() {
+            *o = self.copy(tenant, point.lsn, o).await?;
+        }
         let reference = self.reference(history, tenant, point, full).await?;
-        let (read, large_objects) = self.large_objects(history, tenant, point).await?;
+        let large_objects = self.large_objects(history, tenant, point).await?;
         let mut objects = named(full);
         if let Some(r) = &reference {
             objects.extend(r.objects.iter().map(|o| (o.clone(), "reference rows")));
             objects.extend(r.manifest.iter().map(|o| (o.clone(), "manifest")));
         }
-        objects.extend(large_objects.iter().map(|o| (o.clone(), "large objects")));
+        objects.extend(large_objects.iter().flat_map(|r| &r.objects).map(|o| (o.clone(), "large objects")));
         full.bytes = objects.iter().map(|(o, _)| o.bytes).sum();
         let own: Vec<&ObjectRef> = full.needs().collect();
         // Beyond what the entry names anyway.
         let beside = objects.iter().filter(|(o, _)| own.iter().all(|n| n.path != o.path)).map(|(o, _)| o.clone());
         let beside: Vec<ObjectRef> = beside.collect();
-        let document = self.document(history, tenant, (&*full, reference), (read, large_objects), &objects).await?;
+        let document = self.document(history, tenant, (&*full, reference), large_objects, &objects).await?;
         let document = self.write(tenant, full, document).await?;
         full.bytes += document.bytes;
         full.archive = std::iter::once(document).chain(beside).collect();
@@ -103,7 +97,7 @@ impl Compactor {
             })
             .collect();
         Ok(Some(FullEntry {
-            id: crate::crypto::random::uuid(),
+            id: random::uuid(),
             rows: tables.iter().map(|t| t.rows).sum(),
             tables,
             manifest: written.manifest,
@@ -118,25 +112,29 @@ impl Compactor {
         }))
     }
 
-    /// The newest large objects of the tenant that were read up to the point.
-    async fn large_objects(
-        &self,
-        history: &History,
-        tenant: &TenantEntry,
-        point: &Target,
-    ) -> Result<(Option<LargeObjectsRead>, Vec<ObjectRef>)> {
-        let readings = history.large_objects(tenant.uid, point);
-        let Some((read, objects)) = readings.into_iter().next() else { return Ok((None, Vec::new())) };
-        let mut own = Vec::new();
-        for o in &objects {
-            own.push(self.copy(tenant, o).await?);
+    /// The large objects of the tenant and of the shared tables, from the readings around the point.
+    async fn large_objects(&self, history: &History, tenant: &TenantEntry, point: &Target) -> Result<Vec<Reading>> {
+        let shared = self.keyring.tenant_uid(self.source, &Reserved::Shared.tenant());
+        let mut readings = Vec::new();
+        let both = history.large_objects(tenant.uid, point).into_iter().zip(history.large_objects(shared, point));
+        for ((read, own), (_, shared)) in both {
+            let mut all: BTreeMap<String, ObjectRef> = BTreeMap::new();
+            for o in own.into_iter().chain(shared) {
+                all.insert(o.path.clone(), o);
+            }
+            let mut objects = Vec::new();
+            for o in all.values() {
+                objects.push(self.copy(tenant, point.lsn, o).await?);
+            }
+            readings.push(Reading { read, objects });
         }
-        Ok((Some(read), own))
+        Ok(readings)
     }
 
-    /// The same sealed bytes under a name in the tenant's folder, in every required store.
-    async fn copy(&self, tenant: &TenantEntry, o: &ObjectRef) -> Result<ObjectRef> {
-        let copy = ObjectRef { path: paths::archive(self.source, tenant.uid, o.lsn_end, o.object), ..o.clone() };
+    /// The same sealed bytes in the tenant's folder, in every required store; under a name of its own, so that what becomes
+    /// of another archive is nothing to this one.
+    async fn copy(&self, tenant: &TenantEntry, point: Lsn, o: &ObjectRef) -> Result<ObjectRef> {
+        let copy = ObjectRef { path: paths::archive(self.source, tenant.uid, point, random::uuid()), ..o.clone() };
         let (repo, rt, object, to) = (self.repo.clone(), self.rt.clone(), o.clone(), copy.clone());
         let copied = tokio::task::spawn_blocking(move || {
             let mut writer = repo.writer(rt.clone(), &to.path);
@@ -158,7 +156,7 @@ impl Compactor {
         history: &History,
         tenant: &TenantEntry,
         (full, reference): (&FullEntry, Option<FullEntry>),
-        (large_objects_read, large_objects): (Option<LargeObjectsRead>, Vec<ObjectRef>),
+        large_objects: Vec<Reading>,
         objects: &[(ObjectRef, &str)],
     ) -> Result<Document> {
         let sources = self.keyring.sources();
@@ -193,7 +191,6 @@ impl Compactor {
             objects: objects.iter().map(|(o, holds)| Object::of(o, holds)).collect(),
             full: full.clone(),
             reference,
-            large_objects_read,
             large_objects,
         })
     }

@@ -11,4 +11,4 @@ mod make;
 mod open;
 
 pub use document::Document;
-pub use open::find;
+pub use open::{Alone, alone, differs};

@@ -135,7 +135,7 @@ pub struct FullEntry {
 impl FullEntry {
     /// As lists call it.
     pub fn kind(&self) -> &'static str {
-        if self.archive.is_empty() { "full" } else { "archive" }
+        if self.trigger == "archive" { "archive" } else { "full" }
     }
 
     /// Everything in the stores that it needs.

@@ -160,6 +160,7 @@ impl Compactor {
         };
         if is_archive {
             self.complete(history, tenant, point, &mut full).await?;
+            failpoints::hit(failpoints::ARCHIVE_AFTER_OBJECTS)?;
         }
         let mut catalog = Catalog::open(&self.repo, self.source, tenant.uid, None).await?;
         // Another attempt at the same job may have been quicker; then ours is objects that nobody names.

@@ -84,11 +84,18 @@ fn records(document: &Document, source: Uuid) -> Vec<Arc<LogRecord>> {
         schema: full.schema.clone(),
         sequences: full.sequences.clone(),
         roles: full.roles.iter().cloned().collect(),
-        large_objects: document.large_objects.clone(),
-        large_objects_read: document.large_objects_read.clone().map(Box::new),
         classes,
         database: full.database.clone(),
         ..Base::default()
     };
-    vec![record(cut, Body::Init), record(cut, Body::Base(base)), record(full.point_lsn, Body::Idle)]
+    let readings = document.large_objects.iter().map(|r| Base {
+        job: full.id,
+        cut_lsn: cut,
+        large_objects: r.objects.clone(),
+        large_objects_read: Some(Box::new(r.read.clone())),
+        ..Base::default()
+    });
+    let bases = std::iter::once(base).chain(readings).map(|b| record(cut, Body::Base(b)));
+    let begin = std::iter::once(record(cut, Body::Init));
+    begin.chain(bases).chain([record(full.point_lsn, Body::Idle)]).collect()
 }

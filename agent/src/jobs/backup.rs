@@ -3,7 +3,7 @@
 use super::kinds::Work;
 use crate::catalog::{Entry, FullEntry};
 use crate::clock::rfc3339;
-use crate::compact::{Compactor, Occasion};
+use crate::compact::{ARCHIVE, Compactor, Occasion};
 use crate::error::{Error, Kind, Result};
 use crate::history::{History, Target};
 use crate::keyring::TenantEntry;
@@ -11,10 +11,15 @@ use crate::lease::Lease;
 use crate::opened::{Reserved, scratch};
 use coffer_wire::Lsn;
 use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 /// Who is written down as having placed the hold of an incident's backup.
 pub const HOLDER: &str = "coffer.backup";
+/// How long an archive waits for definitions that changed just before.
+const DEFINITIONS: Duration = Duration::from_secs(120);
+/// How often they are looked for.
+const LOOK: Duration = Duration::from_secs(1);
 
 impl Work<'_> {
     pub(super) async fn backup(&self) -> Result<Value> {
@@ -23,13 +28,8 @@ impl Work<'_> {
         self.step.begin(0.1, 0.2, "reading the history")?;
         // Before the catalog is read: what it names by then is not removed until the full that refers to it is recorded.
         let _intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
-        let mut history = self.opened().history(self.ctx.source_uid).await?;
-        history.load_catalog(tenant.uid).await?;
-        // An archive has a copy of the reference data.
-        let shared = self.ctx.keyring.tenant_uid(self.ctx.source_uid, &Reserved::Shared.tenant());
-        history.load_catalog(shared).await?;
-        let point = self.point(&history)?;
         let kind = self.job.text("kind").unwrap_or("manual").to_owned();
+        let (history, point) = self.history(&tenant, kind == ARCHIVE).await?;
         let occasion = Occasion::of_job(kind, self.job.text("reason").map(str::to_owned));
         // An earlier attempt may have come so far.
         let made = occasion.made(history.fulls(tenant.uid), &point);
@@ -48,6 +48,27 @@ impl Work<'_> {
             "point_lsn": full.point_lsn.to_string(), "point_time": rfc3339(full.point_time_us), "rows": full.rows,
             "bytes": full.bytes, "tables": full.tables.len(), "verified_at": full.read_back_us.map(rfc3339),
             "holds": held.into_iter().collect::<Vec<_>>()}))
+    }
+
+    /// The history and the commit that asked. `archive`: waits for the definitions as they were there, which the agent archives
+    /// a moment after they changed.
+    async fn history(&self, tenant: &TenantEntry, archive: bool) -> Result<(History, Target)> {
+        let until = Instant::now() + DEFINITIONS;
+        loop {
+            let mut history = self.opened().history(self.ctx.source_uid).await?;
+            history.load_catalog(tenant.uid).await?;
+            let point = self.point(&history)?;
+            if !archive {
+                return Ok((history, point));
+            }
+            if !history.definitions_pending(&point) || Instant::now() > until {
+                let shared = self.ctx.keyring.tenant_uid(self.ctx.source_uid, &Reserved::Shared.tenant());
+                history.load_catalog(shared).await?;
+                return Ok((history, point));
+            }
+            self.step.begin(0.1, 0.2, "waiting for the definitions")?;
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// The commit that the job's marker names. Its number may have been used before, by an extension that was dropped

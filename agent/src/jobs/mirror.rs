@@ -259,7 +259,7 @@ async fn send(client: &SqlClient, docs: Vec<(Uuid, [u8; 32], Value)>, known: &mu
 /// A catalog without what no view shows: which objects its backups are in, most of all.
 fn pack(mut state: State) -> Result<Vec<u8>> {
     for f in &mut state.fulls {
-        f.objects = Vec::new();
+        (f.objects, f.archive) = (Vec::new(), Vec::new());
         f.sequences = Vec::new();
         (f.manifest, f.schema, f.roles, f.database) = (None, None, None, None);
     }
@@ -386,6 +386,7 @@ mod tests {
             rows: 500,
             bytes: 9,
             read_back_us: Some(6),
+            archive: (0..10).map(object).collect(),
         };
         let state = State { fulls: (1..=60).map(full).collect(), ..State::default() };
         let packed = pack(state.clone()).expect("packed");
@@ -394,6 +395,6 @@ mod tests {
         assert_eq!(back.fulls.len(), 60);
         let shown = |f: &FullEntry| (f.id, f.trigger.clone(), f.reason.clone(), f.point_lsn, f.log_n, f.rows, f.bytes);
         assert!(back.fulls.iter().zip(&state.fulls).all(|(a, b)| shown(a) == shown(b) && a.tables == b.tables));
-        assert!(back.fulls.iter().all(|f| f.objects.is_empty() && f.read_back_us == Some(6)));
+        assert!(back.fulls.iter().all(|f| f.objects.is_empty() && f.archive.is_empty() && f.read_back_us == Some(6)));
     }
 }

@@ -93,7 +93,7 @@ impl Orphan {
         let kind = match parts.next() {
             Some("c") => ObjectKind::Changeset,
             Some("r") => ObjectKind::Roles,
-            Some("m") => ObjectKind::Manifest,
+            Some("m" | "a") => ObjectKind::Manifest,
             Some("i") => ObjectKind::Incremental,
             Some("common") => ObjectKind::Common,
             Some("schema") => ObjectKind::Schema,

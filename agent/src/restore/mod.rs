@@ -10,6 +10,7 @@ pub mod keys;
 pub mod large_objects;
 pub mod large_takers;
 mod load;
+mod moment;
 pub mod once;
 #[cfg(feature = "parquet")]
 mod parquet;

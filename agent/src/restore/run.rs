@@ -8,16 +8,16 @@ use super::in_place::{InPlace, Options};
 use super::keys;
 use super::large_objects::{self, Found, LargeObjects};
 use super::large_takers;
+use super::moment;
 use super::once::Note;
 use super::rename::Rename;
 use super::request::{Means, Mode, Place, Report, Request, TableReport};
 use super::side::{self, SideBySide};
 use super::sink::{Counts, Filter, Selected, Selection, Watch};
 use crate::accounts::Roles;
-use crate::archive;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
-use crate::history::{History, Target, When};
+use crate::history::{History, Target};
 use crate::lease::Lease;
 use crate::merge::{Holes, Image, MergeStats, RowSink, TenantAt};
 use crate::opened::{Opened, Reserved};
@@ -25,12 +25,9 @@ use crate::tenant::Tenant;
 use coffer_wire::{Class, Relation, TenantKind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::runtime::Handle;
 use uuid::Uuid;
-
-/// How often the log is looked at while a target is waited for.
-pub(super) const POLL: Duration = Duration::from_millis(500);
 
 /// What came of the rows.
 #[derive(Default)]
@@ -202,7 +199,7 @@ impl Prepared {
         keys::require_one_table(&request.keys, request.tables.len())?;
         let opened = means.opened;
         let uid = opened.tenant(means.source, &request.tenant).await?.uid;
-        let (history, target) = wait_for(means, request, uid).await?;
+        let (history, target) = moment::find(means, request, uid).await?;
         if request.wait.is_some() {
             // The first row of a shared table may have come meanwhile, and with it the key of such rows.
             opened.keyring.refresh().await?;
@@ -260,42 +257,6 @@ fn unquoted(qualified: &str) -> String {
         }
     }
     out
-}
-
-/// The history in which the target is durable, and the target. For a new database, its definitions count, too: the agent
-/// archives them a moment after they changed.
-async fn wait_for(means: &Means<'_>, request: &Request, tenant: Uuid) -> Result<(History, Target)> {
-    let deadline = request.wait.map(|w| Instant::now() + w);
-    let over = || deadline.is_none_or(|d| Instant::now() + POLL > d);
-    let new_database = matches!(request.place, Place::Database(_));
-    if let When::Backup(id) = request.to
-        && let Some(archive) = archive::find(means.opened, means.source.1, tenant, id).await?
-    {
-        let shared = means.opened.keyring.tenant_uid(means.source.1, &Reserved::Shared.tenant());
-        let (repo, keyring, from) = (&means.opened.repo, &means.opened.keyring, means.opened.from.as_deref());
-        let history = History::of_archive(repo, keyring, &archive, shared, from);
-        let target = history.resolve(&request.to).await?;
-        return Ok((history, target));
-    }
-    loop {
-        means.watch.check()?;
-        let mut history = means.opened.history(means.source.1).await?;
-        history.load_catalog(tenant).await?;
-        match history.resolve(&request.to).await {
-            Ok(target) if !new_database || over() || !history.definitions_pending(&target) => {
-                return Ok((history, target));
-            }
-            Ok(_) => {}
-            Err(e) => {
-                let may_come = e.is_code("not_durable")
-                    || (e.kind() == Kind::NotFound && matches!(request.to, When::Name(_) | When::Undo(_)));
-                if !may_come || over() {
-                    return Err(e);
-                }
-            }
-        }
-        tokio::time::sleep(POLL).await;
-    }
 }
 
 pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

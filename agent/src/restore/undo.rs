@@ -3,7 +3,7 @@
 //! A restore in place leaves a marker in its own transaction, so the log says where it is, whose it was and what it
 //! changed. What the undo needs is held from then on: a restore that went wrong may be noticed late.
 
-use super::run::POLL;
+use super::moment::POLL;
 use crate::catalog::{Catalog, Entry};
 use crate::error::{Error, Kind, Result};
 use crate::history::{Target, When};

@@ -2,6 +2,7 @@
 //! chains themselves.
 
 use super::objects::{Failure, continuity, is_finding, named_in};
+use crate::archive;
 use crate::catalog::{self, Catalog, FullEntry, State, manifest};
 use crate::crypto::ObjectKind;
 use crate::error::{Error, Result};
@@ -60,6 +61,10 @@ pub async fn list(
                         let wrong = adds_up(repo, f, m, store).await?;
                         out.failures.extend(wrong.map(|e| Failure::of(&m.path, Some(uid), &e)));
                     }
+                    for (f, d) in c.state().fulls.iter().filter_map(|f| Some((f, f.archive.first()?))) {
+                        let wrong = finding(archive::differs(repo, f, store).await, store)?;
+                        out.failures.extend(wrong.map(|e| Failure::of(&d.path, Some(uid), &e)));
+                    }
                 }
                 out.records.extend(numbers.into_iter().map(|n| paths::catalog_record(source, uid, n)));
                 out.catalogs.insert(uid, c.state().clone());
@@ -78,7 +83,12 @@ pub async fn list(
 /// That a manifest authenticates does not say that it adds up; what is wrong with it. What cannot be opened is found with
 /// the other objects.
 pub async fn adds_up(repo: &Repository, full: &FullEntry, manifest: &ObjectRef, store: &str) -> Result<Option<Error>> {
-    match manifest::read(repo, manifest, &full.objects, Some(store)).await {
+    finding(manifest::read(repo, manifest, &full.objects, Some(store)).await, store)
+}
+
+/// What a look found wrong with what an object says.
+fn finding<T>(looked: Result<T>, store: &str) -> Result<Option<Error>> {
+    match looked {
         Err(e) if e.is_code("malformed") => Ok(Some(e.during(format_args!("store {store}")))),
         Err(e) if !is_finding(&e) => Err(e),
         _ => Ok(None),
