@@ -202,9 +202,9 @@ fn remove_others(agent: &Agent, named: &BTreeSet<String>) -> usize {
     removed
 }
 
-/// No schedule interferes; of a month its archive is kept, and of days nothing.
+/// No schedule interferes; of each month its archive is kept, and of days nothing.
 const MONTHS: &str = "[schedule]\nincremental = \"0 0 1 1 *\"\nfull = \"0 0 1 1 *\"\nprune = \"0 0 1 1 *\"\n[compact]\npart = \"8KiB\"\n\
-    [retention]\npitr = \"1h\"\ndaily = 0\nweekly = 0\nmonthly = 12\nannual = 0\n";
+    [retention]\npitr = \"1h\"\ndaily = 0\nweekly = 0\nmonthly = 3\nannual = 0\n";
 
 /// The verbs that follow have their clock so many days ahead.
 fn today(agent: &mut Agent, day: u32) {
@@ -302,7 +302,7 @@ fn stays_when_the_rest_goes(major: u32) {
         }
 
         // When no rule wants them any more, all of them goes but what the newest full took over.
-        agent.configure(&Setup { more: MONTHS.replace("monthly = 12", "monthly = 0"), ..Setup::of(&cluster, "shop") });
+        agent.configure(&Setup { more: MONTHS.replace("monthly = 3", "monthly = 0"), ..Setup::of(&cluster, "shop") });
         agent.json(&["prune", "--tenant", "1", "--confirm", "--grace", "0s"]);
         let left = files(&agent.repository());
         let left: Vec<&str> = left.iter().filter_map(|f| f.to_str()).filter(|f| f.contains("/a/")).collect();

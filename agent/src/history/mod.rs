@@ -76,6 +76,18 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// The same of some tables.
+    pub fn only(&self, wanted: &dyn Fn(u32) -> bool) -> Self {
+        let mut some = self.clone();
+        some.tables.retain(|t| wanted(t.relid));
+        some.parts.retain(|p| wanted(p.relid));
+        for (_, tables) in &mut some.fulls {
+            tables.retain(|relid| wanted(*relid));
+        }
+        some.fulls.retain(|(_, tables)| !tables.is_empty());
+        some
+    }
+
     /// Changes alone.
     pub fn of_ships(target: Lsn, ships: Vec<ShipInput>) -> Self {
         Self {

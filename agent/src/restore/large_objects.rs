@@ -84,12 +84,11 @@ impl LargeObjects {
         let readings = history.large_objects(tenant, target);
         let columns: Vec<(u32, i16)> =
             readings.iter().flat_map(|(r, _)| &r.columns).map(|c| (c.relid, c.attnum)).collect();
-        let mut tables = at.inputs.tables.clone();
-        tables.retain(|t| columns.iter().any(|c| c.0 == t.relid));
-        if tables.is_empty() {
+        // From where the rows themselves are read: the same full, bases and changes.
+        let inputs = Arc::new(at.inputs.only(&|relid| columns.iter().any(|c| c.0 == relid)));
+        if inputs.tables.is_empty() {
             return Ok(None);
         }
-        let inputs = Arc::new(history.inputs(tenant, target.lsn, tables).await?);
         let only = TenantAt { inputs, ..at.clone() };
         // Under whatever key the rows go out.
         let selection = Selection { rename: None, ..selection.clone() };
