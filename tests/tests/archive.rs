@@ -178,6 +178,14 @@ fn complete_by_itself(major: u32) {
         assert_eq!(of("SHOW work_mem"), "5MB");
         assert_eq!(of("SELECT convert_from(lo_get(70001), 'UTF8') || length(lo_get(70002))"), "the first300000");
         assert_eq!(of("SELECT count(*) FROM a WHERE tenant <> 1"), "0");
+        // Beside the live rows, and in their place.
+        agent.json(&["restore", "--tenant", "1", "--to", &to, "--mode", "schema", "--target", "beside", "--confirm"]);
+        let sql = "SELECT count(*), count(*) FILTER (WHERE v LIKE '%!') FROM beside.a";
+        assert_eq!(cluster.psql("shop", sql), "300|100");
+        agent.json(&restored::in_place("1", &to));
+        let wrong = kept.differences(&cluster.connect("shop").await, &watched(), "1").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        assert_eq!(cluster.psql("shop", "SELECT convert_from(lo_get(70001), 'UTF8')"), "the first");
         let (exit, said) = agent.json_err(&restored::args_now("2", &to, "/tmp/coffer-none"));
         assert_ne!(exit, 0, "it is of tenant 1 alone: {said}");
     });

@@ -4,7 +4,8 @@ use crate::catalog::FullEntry;
 use crate::clock::rfc3339;
 use crate::repository::ObjectRef;
 use crate::repository::model::LargeObjectsRead;
-use coffer_wire::Relation;
+use crate::tenant::Tenant;
+use coffer_wire::{Relation, TenantKind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -139,9 +140,14 @@ pub fn tables(full: &FullEntry, relations: &BTreeMap<u32, Relation>) -> Vec<Tabl
 }
 
 /// What to do with an archive.
-pub fn how_to_restore(id: Uuid, source: &str, tenant: &str) -> Vec<String> {
+pub fn how_to_restore(id: Uuid, source: &str, tenant: &Tenant) -> Vec<String> {
+    let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
+    let whose = match tenant.kind {
+        TenantKind::Normal => format!("--tenant {}", quoted(&tenant.key)),
+        reserved => format!("--reserved {}", reserved.name()),
+    };
     let verb = |mode: &str| {
-        format!("coffer --source {source} restore --tenant '{tenant}' --to backup:{id} --mode {mode} --confirm")
+        format!("coffer --source {} restore {whose} --to backup:{id} --mode {mode} --confirm", quoted(source))
     };
     vec![
         "This is everything of one tenant at one point. It needs this document, the objects that it names, the keyring and \

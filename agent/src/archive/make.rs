@@ -175,7 +175,7 @@ impl Compactor {
         Ok(Document {
             v: ARCHIVE_VERSION,
             what: WHAT.to_owned(),
-            how_to_restore: how_to_restore(full.id, &source, &tenant.tenant.key),
+            how_to_restore: how_to_restore(full.id, &source, &tenant.tenant),
             id: full.id,
             source: Named { name: source, uid: self.source },
             tenant: Whose {

@@ -1,7 +1,8 @@
 //! The last chapter of the demo: a year in the life of one tenant's backups, in seconds.
 //!
-//! The rows, the changes and the fulls are real, made by the same compactor as every night's. Only the calendar is not:
-//! each full is dated back to its day. What retention keeps of them is then asked for today.
+//! The rows, the changes and the fulls are real, made by the same compactor as every night's, the first of a month as an
+//! archive. Only the calendar is not: each full is dated back to its day. What retention keeps of them is then asked for
+//! today.
 
 use super::{Demo, prove, say, step};
 use crate::clock::Clock;
@@ -75,10 +76,10 @@ impl Demo<'_> {
         say(format_args!("  coffer list --tenant {TENANT}"));
         let listed = |id: &Value| backups.iter().any(|b| b["id"] == *id);
         for b in &months {
-            say(format_args!("    {}, kept for its month", text(&b["point_time"])));
+            say(format_args!("    {} {}, kept for its month", text(&b["kind"]), text(&b["point_time"])));
         }
-        let there = months.iter().filter(|b| listed(&b["id"])).count();
-        prove("every month of the year has a backup that stays", there == 12, format_args!("{there} months"))?;
+        let there = months.iter().filter(|b| listed(&b["id"]) && b["kind"] == "archive").count();
+        prove("every month of the year has an archive that stays", there == 12, format_args!("{there} months"))?;
 
         let chosen = &months[months.len() / 2];
         let day =
@@ -100,7 +101,7 @@ impl Demo<'_> {
             .filter(|l| serde_json::from_str::<Value>(l).is_ok_and(|r| r["abalance"].as_i64() == Some(day)));
         let right = right.count() as i64;
         prove(
-            "a backup of half a year ago gives back every account as it was that day",
+            "the archive of half a year ago gives back every account as it was that day",
             right == ACCOUNTS && rows.lines().count() as i64 == ACCOUNTS,
             format_args!("{right} of {ACCOUNTS} accounts have the balance of day {day}"),
         )
