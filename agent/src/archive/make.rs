@@ -5,7 +5,7 @@ use super::document::{
 };
 use crate::catalog::{FullEntry, FullTable, manifest};
 use crate::clock::rfc3339;
-use crate::compact::Compactor;
+use crate::compact::{self, Compactor};
 use crate::crypto::{Codec, Header, KeySource, ObjectKind, random};
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::{History, Target};
@@ -83,19 +83,9 @@ impl Compactor {
         if written.manifest.is_none() {
             return Ok(None);
         }
-        let mut rows: BTreeMap<u32, u64> = BTreeMap::new();
-        for (relid, n) in &written.rows {
-            *rows.entry(*relid).or_default() += n;
-        }
-        let with_rows = known.into_iter().filter(|t| rows.contains_key(&t.relid));
-        let tables: Vec<FullTable> = with_rows
-            .map(|t| FullTable {
-                relid: t.relid,
-                class: history.class(t.relid).map(str::to_owned),
-                rows: rows[&t.relid],
-                name: t.name,
-            })
-            .collect();
+        let mut tables = compact::tables(history, known, &written.rows);
+        // Which tables are shared is known from the rows alone.
+        tables.retain(|t| t.rows > 0);
         Ok(Some(FullEntry {
             id: random::uuid(),
             rows: tables.iter().map(|t| t.rows).sum(),

@@ -148,3 +148,78 @@ fn parse(text: &[u8]) -> Result<Document> {
 fn bad(why: String) -> Error {
     Error::new(Kind::Verification, why).code("malformed")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::document::{Configuration, Named, Object, Point, Whose};
+    use super::*;
+    use coffer_wire::Lsn;
+
+    #[test]
+    fn what_a_program_reads_is_what_a_human_sees() {
+        let id = Uuid::from_u128(1);
+        let object = ObjectRef {
+            path: "s/1/t/2/f/3".into(),
+            kind: ObjectKind::Full,
+            tenant: id,
+            object: id,
+            key_version: 1,
+            bytes: 5,
+            sha256: "ab".into(),
+            lsn_start: Lsn::ZERO,
+            lsn_end: Lsn(7),
+            rows: 1,
+        };
+        let full = FullEntry {
+            id,
+            trigger: "archive".into(),
+            reason: None,
+            point_lsn: Lsn(7),
+            point_time_us: 0,
+            log_n: 0,
+            system_identifier: 1,
+            timeline: 1,
+            tables: Vec::new(),
+            manifest: None,
+            objects: vec![object.clone()],
+            schema: None,
+            roles: None,
+            sequences: Vec::new(),
+            database: None,
+            rows: 1,
+            bytes: 5,
+            read_back_us: None,
+            archive: Vec::new(),
+        };
+        let good = Document {
+            v: ARCHIVE_VERSION,
+            what: WHAT.into(),
+            how_to_restore: Vec::new(),
+            id,
+            source: Named { name: "shop".into(), uid: id },
+            tenant: Whose { key: "acme".into(), kind: "normal".into(), uid: id },
+            point: Point::of(&full),
+            made_at: String::new(),
+            tables: Vec::new(),
+            reference_tables: Vec::new(),
+            configuration: Configuration::default(),
+            objects: vec![Object::of(&object, "rows")],
+            full,
+            reference: None,
+            large_objects: Vec::new(),
+        };
+        let read = |d: &Document| parse(&serde_json::to_vec_pretty(d).unwrap());
+        assert_eq!(read(&good).unwrap(), good);
+        let mut other = good.clone();
+        other.objects[0].sha256 = "cd".into();
+        for bad in [
+            Document { objects: Vec::new(), ..good.clone() },
+            other,
+            Document { v: ARCHIVE_VERSION + 1, ..good.clone() },
+            Document { what: "a shopping list".into(), ..good },
+        ] {
+            assert!(read(&bad).unwrap_err().is_code("malformed"), "{bad:?}");
+        }
+        assert!(parse(b"{}").unwrap_err().is_code("malformed"));
+    }
+}

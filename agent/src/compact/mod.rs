@@ -24,6 +24,7 @@ use crate::catalog::{Catalog, Entry, FullEntry, FullTable, State};
 use crate::clock::SharedClock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::failpoints;
+use crate::history::line::TableAt;
 use crate::history::{History, Target};
 use crate::keyring::{Keyring, TenantEntry};
 use crate::merge::{Holes, Scratch, TenantAt};
@@ -52,6 +53,21 @@ pub struct Compactor {
     pub part_bytes: u64,
     /// Whether tenants that another worker has are left to it.
     pub share: bool,
+}
+
+/// The tables of a full. `rows`: by table and part.
+pub(crate) fn tables(history: &History, covered: Vec<TableAt>, rows: &[(u32, u64)]) -> Vec<FullTable> {
+    let mut by_table: HashMap<u32, u64> = HashMap::new();
+    for (relid, n) in rows {
+        *by_table.entry(*relid).or_default() += n;
+    }
+    let table = |t: TableAt| FullTable {
+        relid: t.relid,
+        class: history.class(t.relid).map(str::to_owned),
+        rows: by_table.get(&t.relid).copied().unwrap_or(0),
+        name: t.name,
+    };
+    covered.into_iter().map(table).collect()
 }
 
 async fn write(job: full::Job, at: TenantAt) -> Result<Written> {
@@ -124,19 +140,7 @@ impl Compactor {
         failpoints::hit(failpoints::FULL_AFTER_OBJECTS)?;
         let Written { manifest, objects, rows, bytes, taken_over } = written;
         self.still_there(&taken_over).await?;
-        let mut by_table: HashMap<u32, u64> = HashMap::new();
-        for (relid, n) in rows {
-            *by_table.entry(relid).or_default() += n;
-        }
-        let tables: Vec<FullTable> = covered
-            .into_iter()
-            .map(|t| FullTable {
-                relid: t.relid,
-                class: history.class(t.relid).map(str::to_owned),
-                rows: by_table.get(&t.relid).copied().unwrap_or(0),
-                name: t.name,
-            })
-            .collect();
+        let tables = tables(history, covered, &rows);
         let mut full = FullEntry {
             id: crate::crypto::random::uuid(),
             trigger: trigger.to_owned(),
