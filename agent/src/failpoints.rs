@@ -46,6 +46,11 @@ pub const PRUNE_AFTER_DELETE: &str = "prune-after-delete";
 /// Every object of a removal is deleted, no record says so.
 pub const PRUNE_BEFORE_REMOVED: &str = "prune-before-removed";
 
+/// A pack of the log is written, its records are still there by themselves.
+pub const PACK_AFTER_WRITE: &str = "pack-after-write";
+/// A record that is in a pack is about to be removed.
+pub const PACK_BEFORE_REMOVE: &str = "pack-before-remove";
+
 /// A job from SQL is claimed, nothing is done.
 pub const JOB_AFTER_CLAIM: &str = "job-after-claim";
 /// A job is done, its row does not say so.

@@ -88,6 +88,10 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
             let ctx = ctx.clone();
             async move { ctx.repo.replicate_optional(ctx.source_uid).await }
         }),
+        tokio::spawn({
+            let ctx = ctx.clone();
+            async move { ctx.repo.pack_log(ctx.source_uid).await }
+        }),
         tokio::spawn(clear_gaps(ctx.clone())),
         tokio::spawn(crate::prune::watch(ctx.clone())),
         tokio::spawn(compact::on_schedule(ctx.clone())),

@@ -48,9 +48,15 @@ pub fn block_on<F: std::future::Future>(test: F) -> F::Output {
         .block_on(test)
 }
 
-/// A free TCP port on the loopback.
+/// A free TCP port on the loopback, below those that the kernel gives to outgoing connections: nobody takes it before it
+/// is listened at.
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+    loop {
+        let port = 10_000 + rand::random::<u16>() % 20_000;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Waits until `check` yields a value; panics with `what` after `seconds`. Polls every 50 ms.

@@ -19,7 +19,7 @@ on_majors! {
 }
 
 /// The points of agent/src/failpoints.rs that `coffer run` passes, with the hit at which it dies. A base is taken once.
-const RUN_POINTS: [(&str, u32); 14] = [
+const RUN_POINTS: [(&str, u32); 17] = [
     ("ship-after-objects", 1),
     ("ship-after-objects", 4),
     ("ship-before-objects", 2),
@@ -34,7 +34,15 @@ const RUN_POINTS: [(&str, u32); 14] = [
     ("base-after-copy", 1),
     ("base-after-marker", 1),
     ("base-after-fulls", 1),
+    ("pack-after-write", 1),
+    ("pack-after-write", 3),
+    ("pack-before-remove", 6),
 ];
+
+/// The log is packed every few records.
+fn small_packs() -> Vec<(String, String)> {
+    vec![("COFFER_TEST_PACK".into(), "4".into())]
+}
 
 /// Those that an in-place restore passes.
 const RESTORE_POINTS: [&str; 2] = ["restore-after-fence", "restore-before-commit"];
@@ -107,12 +115,13 @@ fn at_every_failpoint_of_run() {
         let mut rng = StdRng::seed_from_u64(seed);
         for (name, hit) in RUN_POINTS {
             let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
-            agent.env = failpoint(&format!("{name}@{hit}=abort"));
+            agent.env = small_packs();
+            agent.env.extend(failpoint(&format!("{name}@{hit}=abort")));
             agent.start();
             assert_eq!(agent.wait_end(90), None, "{name}: the agent should have been killed by a signal");
             assert!(agent.log().contains(&format!("failpoint {name}: abort")), "{}", agent.log());
             load.after(20).await;
-            agent.env.clear();
+            agent.env = small_packs();
             agent.start();
             restored::wait_windows(&mut agent, &TENANTS);
             let two: Vec<&str> = TENANTS.sample(&mut rng, 2).copied().collect();
@@ -207,6 +216,7 @@ fn random_kills(major: u32) {
         let scratch = Scratch::new(&beside, workload::DDL).await;
         let load = Workload::start(&cluster, "shop", 4, seed, Duration::from_millis(15));
         let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.env = small_packs();
         agent.start();
         let (mut agents, mut servers) = (0, 0);
         let n = cycles();

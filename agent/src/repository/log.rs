@@ -5,6 +5,7 @@
 //! gets them, data first, before the next record.
 
 use super::model::{Body, LogRecord, RECORD_VERSION};
+use super::packs::{self, Shelf};
 use super::store::{Created, Store};
 use super::{Access, Repository, paths, patiently};
 use crate::clock::rfc3339;
@@ -15,14 +16,15 @@ use bytes::Bytes;
 use coffer_wire::Lsn;
 use futures::future::try_join_all;
 use futures::{StreamExt, stream};
-use std::collections::BTreeSet;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// Records read at a time.
-const PARALLEL: usize = 32;
+/// Records that are read at once, and packs or such handfuls of records at a time.
+const TOGETHER: u64 = 32;
+const PARALLEL: usize = 4;
 /// How long a reader waits for a required store that is behind: a writer may be between two stores.
 const BEHIND_WAIT: Duration = Duration::from_secs(5);
 
@@ -48,6 +50,8 @@ pub struct Log {
     /// Empty after [`Self::forget_records`].
     records: Vec<Arc<LogRecord>>,
     keep_records: bool,
+    /// The objects that it was read from, where one store was named.
+    names: Vec<String>,
     /// Every required store has every record.
     level: bool,
     /// A reason why nothing can be appended any more.
@@ -74,13 +78,17 @@ impl Log {
             head: None,
             records: Vec::new(),
             keep_records: true,
+            names: match from {
+                Some(_) => copies.iter().flat_map(|(_, shelf)| shelf.names(source)).collect(),
+                None => Vec::new(),
+            },
             level: false,
             broken: None,
         };
         log.read(&copies).await?;
         if let Some(head) = &log.head {
-            for (store, numbers) in &copies {
-                if numbers.last() == Some(&head.record.n)
+            for (store, shelf) in &copies {
+                if shelf.last() == Some(head.record.n)
                     && let Some(m) = repository.members.iter().find(|m| Arc::ptr_eq(&m.store, store))
                 {
                     m.set_durable(source, head.record.upto_lsn);
@@ -90,37 +98,54 @@ impl Log {
         Ok(log)
     }
 
-    async fn read(&mut self, copies: &[(Arc<Store>, BTreeSet<u64>)]) -> Result<()> {
-        let end = copies.iter().filter_map(|(_, n)| n.last()).max().map_or(0, |n| n + 1);
+    async fn read(&mut self, copies: &[(Arc<Store>, Shelf)]) -> Result<()> {
         let (repository, source) = (&self.repository.clone(), self.source);
-        let mut read = stream::iter(0..end)
-            .map(|n| async move {
-                let path = paths::log_record(source, n);
-                let (store, _) = copies.iter().find(|(_, numbers)| numbers.contains(&n)).ok_or_else(|| {
-                    Error::new(Kind::Verification, format!("record {path} is missing: the log has a gap"))
-                        .code("chain_gap")
-                })?;
-                let bytes = store.get(&path).await?;
-                open_record(repository, source, n, &bytes).map(|r| (r, hex(&sha256(&bytes))))
+        let each: Vec<_> = pieces(copies, source)?
+            .into_iter()
+            .map(|p| async move {
+                let objects = p.objects(source).await?;
+                let opened =
+                    p.records.clone().zip(objects).map(|(n, bytes)| {
+                        open_record(repository, source, n, &bytes).map(|r| (r, hex(&sha256(&bytes))))
+                    });
+                opened.collect::<Result<Vec<_>>>().map_err(|e| match p.packed {
+                    true => e.during(format_args!("in {}", paths::pack(source, &p.records))),
+                    false => e,
+                })
             })
-            .buffered(PARALLEL);
-        while let Some(next) = read.next().await {
-            let (record, hash) = next?;
-            let before = self.head.as_ref().map(|h| &h.hash);
-            if record.prev.as_ref() != before {
-                return Err(Error::new(
-                    Kind::Verification,
-                    format!(
-                        "record {} does not follow the record before it: the hash that it names is another",
-                        paths::log_record(source, record.n)
-                    ),
-                )
-                .code("chain_gap"));
+            .collect();
+        let mut read = stream::iter(each).buffered(PARALLEL);
+        while let Some(piece) = read.next().await {
+            for (record, hash) in piece? {
+                self.follow(record, hash)?;
             }
-            let record = Arc::new(record);
-            self.records.push(record.clone());
-            self.head = Some(Head { hash, record });
         }
+        Ok(())
+    }
+
+    /// Reads it again, from what was listed then.
+    #[cfg(test)]
+    pub(super) async fn read_anew(&mut self, copies: &[(Arc<Store>, Shelf)]) -> Result<()> {
+        (self.head, self.records) = (None, Vec::new());
+        self.read(copies).await
+    }
+
+    /// Takes in the record that comes next.
+    fn follow(&mut self, record: LogRecord, hash: String) -> Result<()> {
+        let before = self.head.as_ref().map(|h| &h.hash);
+        if record.prev.as_ref() != before {
+            return Err(Error::new(
+                Kind::Verification,
+                format!(
+                    "record {} does not follow the record before it: the hash that it names is another",
+                    paths::log_record(self.source, record.n)
+                ),
+            )
+            .code("chain_gap"));
+        }
+        let record = Arc::new(record);
+        self.records.push(record.clone());
+        self.head = Some(Head { hash, record });
         Ok(())
     }
 
@@ -136,6 +161,11 @@ impl Log {
     /// All records from number 0, unless they were forgotten.
     pub fn records(&self) -> &[Arc<LogRecord>] {
         &self.records
+    }
+
+    /// The objects that it was read from; empty unless one store was named.
+    pub fn names(&self) -> &[String] {
+        &self.names
     }
 
     /// Frees the records: a writer needs only the newest.
@@ -184,6 +214,7 @@ impl Log {
         self.broken = Some(format!("the append of record {n} was cut off"));
         let sequencer = &self.repository.members[self.repository.sequencer];
         self.win(&sequencer.store, &path, &record, &bytes).await?;
+        self.is_unpacked(&sequencer.store, n).await?;
         failpoints::hit(failpoints::LOG_AFTER_SEQUENCER)?;
         let others = self.repository.required().filter(|m| !Arc::ptr_eq(&m.store, &sequencer.store));
         try_join_all(others.map(|m| self.win(&m.store, &path, &record, &bytes))).await?;
@@ -222,6 +253,24 @@ impl Log {
         .hint("one agent writes a source's log: stop one of the two; the one that goes on resumes from the log"))
     }
 
+    /// A number whose record was packed away can be won by a writer that stood still meanwhile: it is somebody else's.
+    async fn is_unpacked(&self, sequencer: &Arc<Store>, n: u64) -> Result<()> {
+        let first = n - n % packs::records_of_a_pack();
+        let pack = paths::pack(self.source, &(first..first + packs::records_of_a_pack()));
+        if patiently(sequencer, || sequencer.size(&pack)).await?.is_none() {
+            return Ok(());
+        }
+        // What was won is ours alone, and nobody is to take it for the record.
+        if let Err(e) = sequencer.delete(&paths::log_record(self.source, n)).await {
+            tracing::warn!("a record that counts for nothing stays in store {}: {e}", sequencer.name());
+        }
+        Err(Error::new(
+            Kind::Fenced,
+            format!("record {n} of the log was written long ago: it is in {pack}; this agent is {}", self.writer),
+        )
+        .hint("another agent went on with this log while this one stood still: stop this one"))
+    }
+
     /// Brings every required store to this log's head, which only then is durable: an append that was cut off may have
     /// reached the sequencer alone.
     pub async fn level(&mut self) -> Result<()> {
@@ -247,20 +296,20 @@ impl Log {
 }
 
 /// Which records each store has.
-async fn copies(
+pub(super) async fn copies(
     repository: &Arc<Repository>,
     source: Uuid,
     from: Option<&str>,
-) -> Result<Vec<(Arc<Store>, BTreeSet<u64>)>> {
+) -> Result<Vec<(Arc<Store>, Shelf)>> {
     if from.is_some() {
         let store = repository.readable(from)?.remove(0);
-        let numbers = numbers(&store, source).await?;
-        return Ok(vec![(store, numbers)]);
+        let shelf = Shelf::list(&store, source).await?;
+        return Ok(vec![(store, shelf)]);
     }
     let started = Instant::now();
     loop {
-        let found = numbers_everywhere(repository, source).await?;
-        let end = found.iter().filter_map(|(_, n)| n.last()).max();
+        let found = shelves(repository, source).await?;
+        let end = found.iter().filter_map(|(_, s)| s.last()).max();
         let behind: Vec<&str> =
             found.iter().filter(|(s, n)| s.required() && n.last() != end).map(|(s, _)| s.name()).collect();
         if behind.is_empty() || repository.access == Access::Write {
@@ -279,13 +328,13 @@ async fn copies(
 }
 
 /// The same, of every store that counts.
-async fn numbers_everywhere(repository: &Arc<Repository>, source: Uuid) -> Result<Vec<(Arc<Store>, BTreeSet<u64>)>> {
+async fn shelves(repository: &Arc<Repository>, source: Uuid) -> Result<Vec<(Arc<Store>, Shelf)>> {
     let mut found = Vec::new();
     let mut order: Vec<_> = repository.members.iter().collect();
     order.sort_by_key(|m| !m.store.required());
     for m in order {
         let listed = match m.attached() {
-            true => numbers(&m.store, source).await,
+            true => Shelf::list(&m.store, source).await,
             false => Err(Error::new(
                 Kind::Unreachable,
                 format!("store {} ({}) did not answer", m.store.name(), m.store.shown()),
@@ -305,9 +354,73 @@ async fn numbers_everywhere(repository: &Arc<Repository>, source: Uuid) -> Resul
     Ok(found)
 }
 
-pub(super) async fn numbers(store: &Store, source: Uuid) -> Result<BTreeSet<u64>> {
-    let listed = store.list(&paths::log_dir(source)).await?;
-    Ok(listed.iter().filter_map(|(name, _)| paths::log_number(name)).collect())
+/// A part of a log as it is read: a pack, or some records.
+struct Piece {
+    records: Range<u64>,
+    packed: bool,
+    /// Of each record, or of the pack.
+    stores: Vec<Arc<Store>>,
+}
+
+impl Piece {
+    async fn objects(&self, source: Uuid) -> Result<Vec<Bytes>> {
+        if self.packed {
+            return packs::read(&self.stores[0], source, &self.records).await;
+        }
+        let each = self.records.clone().zip(&self.stores).map(|(n, store)| packs::single(store, source, n));
+        match try_join_all(each).await {
+            Err(e) if e.kind() == Kind::NotFound => self.packed_meanwhile(source).await,
+            r => r,
+        }
+    }
+
+    /// The same when one of the records was packed away after it was listed.
+    async fn packed_meanwhile(&self, source: Uuid) -> Result<Vec<Bytes>> {
+        let mut out = Vec::new();
+        let mut pack: Option<(Range<u64>, Vec<Bytes>)> = None;
+        for (n, store) in self.records.clone().zip(&self.stores) {
+            if pack.as_ref().is_none_or(|(range, _)| !range.contains(&n)) {
+                let found = Shelf::list(store, source).await?.pack_with(n);
+                pack = match found {
+                    Some(range) => Some((range.clone(), packs::read(store, source, &range).await?)),
+                    None => None,
+                };
+            }
+            out.push(match &pack {
+                Some((range, objects)) => objects[(n - range.start) as usize].clone(),
+                None => packs::single(store, source, n).await?,
+            });
+        }
+        Ok(out)
+    }
+}
+
+/// All records up to the newest that some store has.
+fn pieces(copies: &[(Arc<Store>, Shelf)], source: Uuid) -> Result<Vec<Piece>> {
+    let end = copies.iter().filter_map(|(_, s)| s.last()).max().map_or(0, |n| n + 1);
+    let mut out: Vec<Piece> = Vec::new();
+    let mut n = 0;
+    while n < end {
+        let pack = copies.iter().find_map(|(store, s)| Some((store, s.pack_with(n).filter(|r| r.start == n)?)));
+        if let Some((store, records)) = pack {
+            n = records.end;
+            out.push(Piece { records, packed: true, stores: vec![store.clone()] });
+            continue;
+        }
+        let (store, _) = copies.iter().find(|(_, s)| s.contains(n)).ok_or_else(|| {
+            let path = paths::log_record(source, n);
+            Error::new(Kind::Verification, format!("record {path} is missing: the log has a gap")).code("chain_gap")
+        })?;
+        match out.last_mut().filter(|p| !p.packed && p.records.end - p.records.start < TOGETHER) {
+            Some(p) => {
+                p.records.end = n + 1;
+                p.stores.push(store.clone());
+            }
+            None => out.push(Piece { records: n..n + 1, packed: false, stores: vec![store.clone()] }),
+        }
+        n += 1;
+    }
+    Ok(out)
 }
 
 fn seal_record(repository: &Repository, r: &LogRecord) -> Result<Bytes> {

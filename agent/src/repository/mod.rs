@@ -14,6 +14,7 @@ mod io;
 mod log;
 pub mod model;
 mod numbered;
+mod packs;
 pub mod paths;
 mod probe;
 mod remove;
@@ -39,6 +40,7 @@ use bytes::Bytes;
 use coffer_wire::Lsn;
 use descriptor::Descriptor;
 use futures::future::try_join_all;
+use packs::Shelf;
 use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -179,7 +181,7 @@ impl Repository {
         let Some(d) = Descriptor::read(store, self.uid, &*self.keyring).await? else {
             // Records without a descriptor: it was there once.
             for (_, source) in self.keyring.sources() {
-                if store.size(&paths::log_record(source, 0)).await?.is_some() {
+                if !Shelf::list(store, source).await?.is_empty() {
                     return Err(Error::new(
                         Kind::Verification,
                         format!("store {} ({}): object {} is missing", store.name(), store.shown(), paths::DESCRIPTOR),

@@ -1,6 +1,7 @@
 //! Every name in a store and in a keyring, in one file. Names carry uids and positions only, never a tenant's key.
 
 use coffer_wire::Lsn;
+use std::ops::Range;
 use uuid::Uuid;
 
 /// What a store says about its repository; at most one per store.
@@ -32,6 +33,24 @@ pub fn log_record(source_uid: Uuid, n: u64) -> String {
 pub fn log_number(name: &str) -> Option<u64> {
     let last = name.rsplit('/').next()?;
     (last.len() == NUMBER_DIGITS && last.bytes().all(|b| b.is_ascii_digit())).then(|| last.parse().ok())?
+}
+
+/// The folder of the log's packs.
+pub fn packs_dir(source_uid: Uuid) -> String {
+    format!("{}/packs", source(source_uid))
+}
+
+/// The pack of these records of a source's commit log.
+pub fn pack(source_uid: Uuid, records: &Range<u64>) -> String {
+    format!("{}/{:0NUMBER_DIGITS$}-{}", packs_dir(source_uid), records.start, records.end - records.start)
+}
+
+/// The records of a pack by its name; `None` for a name that is no pack's.
+pub fn pack_range(name: &str) -> Option<Range<u64>> {
+    let (first, count) = name.rsplit('/').next()?.split_once('-')?;
+    let first = log_number(first)?;
+    let count: u64 = count.parse().ok().filter(|c| *c > 0)?;
+    Some(first..first.checked_add(count)?)
 }
 
 /// What of a ship concerns every tenant.

@@ -2,14 +2,15 @@
 
 use super::descriptor::Descriptor;
 use super::io::PART_BYTES;
-use super::log::{numbers, open_record};
+use super::log::open_record;
+use super::packs::Shelf;
 use super::store::{Created, Store};
 use super::{Member, ObjectRef, Repository, paths};
 use crate::crypto::{Sha256, hex};
 use crate::error::{Error, Kind, Result};
+use coffer_wire::Lsn;
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::PutPayload;
-use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use uuid::Uuid;
@@ -90,8 +91,8 @@ impl Repository {
         }
         let mut end = 0;
         for other in self.members.iter().filter(|o| o.attached()) {
-            match numbers(&other.store, source).await {
-                Ok(n) => end = end.max(n.last().map_or(0, |n| n + 1)),
+            match Shelf::list(&other.store, source).await {
+                Ok(s) => end = end.max(s.last().map_or(0, |n| n + 1)),
                 Err(e) if e.kind() == Kind::Unreachable && !other.store.required() => {}
                 Err(e) => return Err(e),
             }
@@ -113,39 +114,60 @@ impl Repository {
     pub(super) async fn catch_up(&self, m: &Member, source: Uuid, end: u64) -> Result<Copied> {
         // A long log is listed once; from then on the store is known to have all before a number.
         let from = m.complete(source).unwrap_or(0);
-        let has = if from == 0 { numbers(&m.store, source).await? } else { BTreeSet::new() };
+        let has = if from == 0 { Shelf::list(&m.store, source).await? } else { Shelf::default() };
+        let mut elsewhere = self.elsewhere(m, source, from == 0).await?;
         let mut copied = Copied::default();
-        for n in (from..end).filter(|n| !has.contains(n)) {
-            let path = paths::log_record(source, n);
-            let bytes = self.record_from_others(m, &path).await?;
-            let record = open_record(self, source, n, &bytes)?;
-            let each: Vec<_> = record.objects().map(|object| self.copy_object(m, object)).collect();
-            let counts = stream::iter(each).buffer_unordered(PARALLEL).try_collect::<Vec<u64>>().await?;
-            copied.objects += counts.iter().filter(|n| **n > 0).count() as u64;
-            copied.bytes += counts.iter().sum::<u64>();
-            if let Created::Lost(_) = m.store.create(&path, bytes).await? {
-                return Err(Error::new(
-                    Kind::Verification,
-                    format!("store {} holds another record {path} than the sequencer", m.store.name()),
-                )
-                .code("chain_gap"));
+        let mut n = from;
+        while n < end {
+            if has.contains(n) {
+                n += 1;
+                continue;
             }
-            copied.records += 1;
-            m.set_durable(source, record.upto_lsn);
+            // Of what is in a pack elsewhere, the whole pack.
+            let packed = if from == 0 { self.pack_from_others(m, source, n, &has).await? } else { None };
+            let (range, records) = match packed {
+                Some(p) => p,
+                None => (n..n + 1, vec![elsewhere.object(n).await?]),
+            };
+            let mut upto = Lsn::ZERO;
+            for (n, bytes) in range.clone().zip(&records) {
+                let record = open_record(self, source, n, bytes)?;
+                let each: Vec<_> = record.objects().map(|object| self.copy_object(m, object)).collect();
+                let counts = stream::iter(each).buffer_unordered(PARALLEL).try_collect::<Vec<u64>>().await?;
+                copied.objects += counts.iter().filter(|n| **n > 0).count() as u64;
+                copied.bytes += counts.iter().sum::<u64>();
+                upto = record.upto_lsn;
+            }
+            match records.as_slice() {
+                [one] => {
+                    let path = paths::log_record(source, n);
+                    if let Created::Lost(_) = m.store.create(&path, one.clone()).await? {
+                        return Err(Error::new(
+                            Kind::Verification,
+                            format!("store {} holds another record {path} than the sequencer", m.store.name()),
+                        )
+                        .code("chain_gap"));
+                    }
+                }
+                many => self.put_pack(m, source, &range, many).await?,
+            }
+            copied.records += range.end - range.start;
+            m.set_durable(source, upto);
+            n = range.end;
         }
         m.set_complete(source, end.max(from));
         if copied.records == 0
             && let Some(last) = has.last()
             && m.durable(source).is_none()
         {
-            let bytes = m.store.get(&paths::log_record(source, *last)).await?;
-            m.set_durable(source, open_record(self, source, *last, &bytes)?.upto_lsn);
+            let bytes = super::packs::record(&m.store, source, last).await?;
+            m.set_durable(source, open_record(self, source, last, &bytes)?.upto_lsn);
         }
         Ok(copied)
     }
 
     /// Stores to copy from, the target left out, required ones first.
-    fn others<'a>(&'a self, target: &'a Member) -> impl Iterator<Item = &'a Arc<Store>> {
+    pub(super) fn others<'a>(&'a self, target: &'a Member) -> impl Iterator<Item = &'a Arc<Store>> {
         let mut others: Vec<_> = self.members.iter().filter(|m| m.attached() && !std::ptr::eq(*m, target)).collect();
         others.sort_by_key(|m| !m.store.required());
         others.into_iter().map(|m| &m.store)
@@ -178,7 +200,7 @@ impl Repository {
     }
 }
 
-fn nowhere(path: &str) -> Error {
+pub(super) fn nowhere(path: &str) -> Error {
     Error::new(Kind::Unreachable, format!("no other store answers to copy {path} from"))
 }
 

@@ -1,6 +1,7 @@
 //! The repository over local directories: everything that needs no server.
 
 use super::model::Ship;
+use super::packs::{self, Packed};
 use super::*;
 use crate::clock::SystemClock;
 use crate::crypto::{Codec, ObjectKind, random};
@@ -458,6 +459,143 @@ async fn whatever_is_done_to_an_object_is_found() {
     std::fs::remove_file(&file).unwrap();
     failing("a missing object", "missing").await;
     assert!(read_back(&repo, &objects[0], Some("b")).await.is_ok());
+}
+
+/// Records of a source's log: objects of their own and packs, by store.
+fn log_files(w: &World, store: &str, source: Uuid) -> (usize, usize) {
+    let below = |folder: String| files_below(&w.path(store).join(folder)).len();
+    (below(paths::log_dir(source)), below(paths::packs_dir(source)))
+}
+
+async fn idle_upto(log: &mut Log, end: u64) {
+    for n in log.last().map_or(0, |r| r.n + 1)..end {
+        log.append(draft(n, n + 1, if n == 0 { Body::Init } else { Body::Idle })).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packs_are_read_as_the_records_they_were_made_of() {
+    const PACK: u64 = 1024;
+    let w = World::new(&[("a", true), ("b", true), ("c", false)]);
+    let repo = w.init().await;
+    let source = repo.keyring().ensure_source("shop").await.unwrap();
+    let mut log = Log::open(&repo, source, None).await.unwrap();
+    idle_upto(&mut log, 1000).await;
+    let stood_still = w.open(Access::Write).await;
+    let mut stale = Log::open(&stood_still, source, None).await.unwrap();
+    stale.level().await.unwrap();
+    idle_upto(&mut log, 2 * PACK).await;
+    let before: Vec<_> = log.records().to_vec();
+    for m in &repo.members[..2] {
+        // The newest record is never packed.
+        let packed = repo.pack_log_of(m, source, 2 * PACK).await.unwrap();
+        assert_eq!((packed.packs, packed.removed), (1, PACK));
+    }
+    idle_upto(&mut log, 2 * PACK + 50).await;
+    for m in &repo.members[..2] {
+        let packed = repo.pack_log_of(m, source, 2 * PACK + 50).await.unwrap();
+        assert_eq!((packed.packs, packed.removed), (1, PACK));
+        assert_eq!(repo.pack_log_of(m, source, 2 * PACK + 50).await.unwrap(), Packed::default());
+    }
+    for from in [None, Some("a"), Some("b")] {
+        let again = Log::open(&repo, source, from).await.unwrap();
+        assert_eq!(again.records()[..before.len()], before[..]);
+        assert_eq!(again.records().len() as u64, 2 * PACK + 50);
+        assert_eq!(again.names().len(), if from.is_some() { 52 } else { 0 });
+    }
+    assert_eq!(log_files(&w, "a", source), (50, 2));
+
+    // The numbers are taken, packed away or not.
+    let e = stale.append(draft(1000, 1001, Body::Idle)).await.unwrap_err();
+    assert_eq!(e.kind(), Kind::Fenced);
+    assert!(e.to_string().contains("written long ago"), "{e}");
+    assert_eq!(stale.append(draft(1000, 1001, Body::Idle)).await.unwrap_err().kind(), Kind::Fenced);
+    let again = Log::open(&repo, source, None).await.unwrap();
+    assert_eq!(again.records()[1000], before[1000]);
+    assert!(!w.record("a", source, 1000).exists(), "nothing of it is left");
+    std::fs::write(w.record("a", source, 1000), "left over nevertheless").unwrap();
+    log.append(draft(2 * PACK + 50, 2 * PACK + 51, Body::Idle)).await.unwrap();
+
+    // A store that has nothing yet gets packs; one that has some of a pack's records gets those that it lacks.
+    let copied = repo.replicate_to("c", source).await.unwrap();
+    assert_eq!(copied.records, 2 * PACK + 51);
+    assert_eq!(log_files(&w, "c", source), (51, 2));
+    assert_eq!(Log::open(&repo, source, Some("c")).await.unwrap().records().len() as u64, 2 * PACK + 51);
+    std::fs::remove_dir_all(w.path("b").join(paths::packs_dir(source))).unwrap();
+    std::fs::remove_dir_all(w.path("c").join(paths::packs_dir(source))).unwrap();
+    let some = w.path("b").join(paths::log_record(source, 3));
+    let third = packs::record(&repo.members[0].store, source, 3).await.unwrap();
+    std::fs::write(some, third).unwrap();
+    let writer = w.open(Access::Write).await;
+    let mut log = Log::open(&writer, source, None).await.unwrap();
+    log.level().await.unwrap();
+    assert_eq!(log_files(&w, "b", source), (PACK as usize + 51, 1));
+    std::fs::remove_file(w.record("a", source, 1000)).unwrap();
+    assert_eq!(Log::open(&repo, source, Some("b")).await.unwrap().records().len() as u64, 2 * PACK + 51);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packing_goes_on_where_it_was_cut_off_and_takes_nothing_that_differs() {
+    const PACK: u64 = 1024;
+    let w = World::new(&[("a", true), ("b", true)]);
+    let repo = w.init().await;
+    let source = repo.keyring().ensure_source("shop").await.unwrap();
+    let mut log = Log::open(&repo, source, None).await.unwrap();
+    idle_upto(&mut log, PACK + 10).await;
+    let (a, b) = (&repo.members[0], &repo.members[1]);
+
+    // A reader that listed the records before they were packed away.
+    let reader = w.open(Access::Read).await;
+    let listed = log::copies(&reader, source, Some("a")).await.unwrap();
+    repo.pack_log_of(a, source, PACK + 10).await.unwrap();
+    let mut late = Log::open(&reader, source, Some("b")).await.unwrap();
+    late.read_anew(&listed).await.unwrap();
+    assert_eq!(late.records().len() as u64, PACK + 10);
+
+    // Cut off after the pack, and in the middle of the removal.
+    let bytes = std::fs::read(w.path("a").join(paths::pack(source, &(0..PACK)))).unwrap();
+    b.store.create(&paths::pack(source, &(0..PACK)), bytes.clone().into()).await.unwrap();
+    for n in 5..100 {
+        std::fs::remove_file(w.record("b", source, n)).unwrap();
+    }
+    assert_eq!(Log::open(&repo, source, Some("b")).await.unwrap().records().len() as u64, PACK + 10);
+    let packed = repo.pack_log_of(b, source, PACK + 10).await.unwrap();
+    assert_eq!((packed.packs, packed.removed), (0, PACK - 95));
+    assert_eq!(log_files(&w, "b", source), (10, 1));
+
+    // A pack that is damaged is told by its name, and nothing is removed for its sake.
+    let mut bad = bytes.clone();
+    bad[bytes.len() / 2] ^= 1;
+    std::fs::write(w.path("b").join(paths::pack(source, &(0..PACK))), &bad).unwrap();
+    let e = Log::open(&repo, source, Some("b")).await.err().unwrap();
+    assert!(e.kind() == Kind::Verification && e.to_string().contains("/packs/00000000000000000000-1024"), "{e}");
+    assert_eq!(Log::open(&repo, source, Some("a")).await.unwrap().records().len() as u64, PACK + 10);
+    let n = (0..PACK).find(|n| {
+        let own = decoded(&bytes, *n);
+        std::fs::write(w.record("b", source, *n), &own).unwrap();
+        let differs = decoded(&bad, *n) != own;
+        if !differs {
+            std::fs::remove_file(w.record("b", source, *n)).unwrap();
+        }
+        differs
+    });
+    let n = n.expect("one record is damaged");
+    assert!(repo.pack_log_of(b, source, PACK + 10).await.is_err());
+    assert!(w.record("b", source, n).exists());
+}
+
+/// The object of record `n` in a pack that begins with record 0.
+fn decoded(pack: &[u8], n: u64) -> Vec<u8> {
+    let mut rest = pack;
+    for i in 0.. {
+        let (len, after) = rest.split_first_chunk::<4>().unwrap();
+        let (record, after) = after.split_at(u32::from_le_bytes(*len) as usize);
+        if i == n {
+            return record.to_vec();
+        }
+        rest = after;
+    }
+    unreachable!("the pack is endless")
 }
 
 /// `cargo test --release -p coffer --lib repository::tests::speed -- --ignored --nocapture`

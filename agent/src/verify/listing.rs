@@ -16,7 +16,7 @@ use uuid::Uuid;
 pub struct Listed {
     /// Each once.
     pub objects: Vec<ObjectRef>,
-    /// Records of the log and of the catalogs, all of which were read for this.
+    /// Records (and packs) of the log and records of the catalogs, all of which were read for this.
     pub records: Vec<String>,
     pub failures: Vec<Failure>,
     /// By tenant.
@@ -42,7 +42,7 @@ pub async fn list(
             let wanted = objects.filter(|o| tenant.is_none_or(|t| t == o.tenant));
             out.objects.extend(wanted.filter(|o| known.insert(o.path.clone())).cloned());
             if tenant.is_none() {
-                out.records.extend(log.records().iter().map(|r| paths::log_record(source, r.n)));
+                out.records.extend_from_slice(log.names());
             }
         }
         Err(e) if is_finding(&e) => {
