@@ -31,6 +31,8 @@ pub const SPOOL_AFTER_WRITE: &str = "spool-after-write";
 pub const RESTORE_AFTER_FENCE: &str = "restore-after-fence";
 /// An in-place restore is about to commit.
 pub const RESTORE_BEFORE_COMMIT: &str = "restore-before-commit";
+/// An in-place restore is committed, its fences stand.
+pub const RESTORE_AFTER_COMMIT: &str = "restore-after-commit";
 /// A catalog's record is in the sequencer, not in the other stores.
 pub const CATALOG_AFTER_SEQUENCER: &str = "catalog-after-sequencer";
 /// A full's objects are in the stores, no record names them.
@@ -45,6 +47,8 @@ pub const PRUNE_AFTER_RECORD: &str = "prune-after-record";
 pub const PRUNE_AFTER_DELETE: &str = "prune-after-delete";
 /// Every object of a removal is deleted, no record says so.
 pub const PRUNE_BEFORE_REMOVED: &str = "prune-before-removed";
+/// What a store is to have is listed, nothing of it is read back.
+pub const VERIFY_AFTER_LIST: &str = "verify-after-list";
 
 /// A pack of the log is written, its records are still there by themselves.
 pub const PACK_AFTER_WRITE: &str = "pack-after-write";

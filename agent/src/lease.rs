@@ -29,6 +29,9 @@ const CLAIM: Duration = Duration::from_secs(60);
 const RENEW: u32 = 4;
 /// By how much the clock of the machine that put it may be behind, in microseconds.
 const CLOCKS_US: i64 = 5 * 60 * 1_000_000;
+/// One that the store has had for so long, in microseconds, is over, whatever it says: one that is held is put under a
+/// new name long before. The clocks of its holder and of the store count.
+const OVER_US: i64 = LEASE.as_micros() as i64 + 2 * CLOCKS_US;
 /// One that is over for so long is removed by whoever prunes, in microseconds.
 const LITTER_US: i64 = 3600 * 1_000_000;
 /// How often, and how far apart, who claims a tenant looks whether others have given way.
@@ -210,8 +213,8 @@ fn seal(repo: &Repository, source: Uuid, object: Uuid, held: &Held) -> Result<By
 /// The leases of a source that are held, of all stores that answer.
 ///
 /// # Errors
-/// `Unreachable`: a required store does not answer, and could have others. `Verification`: one cannot be read, so nobody
-/// knows whose it is.
+/// `Unreachable`: a required store does not answer, and could have others. `Verification`: one cannot be read and is not
+/// over for sure, so nobody knows whose it is.
 pub async fn live(repo: &Repository, source: Uuid) -> Result<Vec<Held>> {
     let now_us = repo.clock().now_us();
     let mut found: BTreeMap<Uuid, Held> = BTreeMap::new();
@@ -228,10 +231,28 @@ pub async fn live(repo: &Repository, source: Uuid) -> Result<Vec<Held>> {
 async fn of_store(repo: &Repository, store: &Store, source: Uuid, now_us: i64) -> Result<Vec<Held>> {
     'listing: for _ in 0..LISTINGS {
         let mut held = Vec::new();
-        for (path, _) in store.list(&paths::leases_dir(source)).await? {
+        for (path, _, written_us) in store.list_dated(&paths::leases_dir(source)).await? {
             // Gone since it was listed: it ended, or it was renewed under another name.
             let Some(bytes) = store.get_opt(&path).await? else { continue 'listing };
-            held.push(open(repo, source, &path, &bytes)?);
+            let over_us = written_us.saturating_add(OVER_US);
+            match open(repo, source, &path, &bytes) {
+                Ok(h) => held.push(h),
+                Err(e) if over_us < now_us => {
+                    tracing::warn!(
+                        "left out, since it is over by its age, but it cannot be read: store {}: {e}",
+                        store.name()
+                    );
+                }
+                Err(e) => {
+                    return Err(e
+                        .during(format_args!("store {}: who reads or writes what is not known", store.name()))
+                        .hint(format!(
+                            "it is over, whoever held it, at {}: what is to be removed waits until then; delete it by hand \
+                             only when no restore and no other agent runs",
+                            rfc3339(over_us)
+                        )));
+                }
+            }
         }
         held.retain(|h| h.until_us.saturating_add(CLOCKS_US) > now_us);
         return Ok(held);
@@ -275,9 +296,10 @@ pub async fn sweep(repo: &Repository, source: Uuid) {
 }
 
 async fn sweep_store(repo: &Repository, store: &Store, source: Uuid, now_us: i64) -> Result<()> {
-    for (path, _) in store.list(&paths::leases_dir(source)).await? {
+    for (path, _, written_us) in store.list_dated(&paths::leases_dir(source)).await? {
         let Some(bytes) = store.get_opt(&path).await? else { continue };
-        if open(repo, source, &path, &bytes)?.until_us.saturating_add(LITTER_US) < now_us {
+        let over_us = open(repo, source, &path, &bytes).map_or(written_us.saturating_add(OVER_US), |h| h.until_us);
+        if over_us.saturating_add(LITTER_US) < now_us {
             store.delete(&path).await?;
         }
     }
@@ -334,9 +356,26 @@ mod tests {
         assert_eq!(live(&repo, source).await.unwrap().len(), 1);
         sweep(&repo, source).await;
         assert_eq!(store.size(&path).await.unwrap(), None);
-        // One that cannot be read could be anybody's.
+        // One that cannot be read could be anybody's, until it is over by its age; it hides no other.
         store.put(&path, Bytes::from_static(b"no lease")).await.unwrap();
+        let other = Lease::take(&repo, source, Uuid::from_u128(7)).await.unwrap();
+        let e = live(&repo, source).await.unwrap_err();
+        assert!(e.to_string().contains(&path) && e.report().contains("it is over"), "{}", e.report());
+        let written = |minutes: u64| {
+            let file = std::fs::File::options().write(true).open(w.path("a").join(&path)).unwrap();
+            let back = Duration::from_secs(60 * minutes);
+            file.set_modified(std::time::SystemTime::now().checked_sub(back).unwrap()).unwrap();
+        };
+        written(24);
         assert!(live(&repo, source).await.is_err());
+        written(26);
+        assert_eq!(live(&repo, source).await.unwrap().iter().map(|h| h.id).collect::<Vec<_>>(), [other.id()]);
+        sweep(&repo, source).await;
+        assert!(store.size(&path).await.unwrap().is_some());
+        written(86);
+        sweep(&repo, source).await;
+        assert_eq!(store.size(&path).await.unwrap(), None);
+        assert_eq!(live(&repo, source).await.unwrap().len(), 1);
     }
 
     #[tokio::test(flavor = "multi_thread")]

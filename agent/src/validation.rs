@@ -14,6 +14,7 @@ use crate::crypto::random;
 use crate::dsn::Dsn;
 use crate::error::{Error, Kind, Result};
 use crate::history::{History, Inputs};
+use crate::lease::Lease;
 use crate::merge::{Holes, Image, RowSink, Scratch, TenantAt};
 use crate::opened::Opened;
 use crate::repository::{Body, Log};
@@ -206,6 +207,14 @@ impl Validation<'_> {
     /// the repository does not catch up. `Fenced`: tables changed all the time.
     pub async fn run(&self, tenant: &Tenant) -> Result<Validated> {
         let uid = self.opened.tenant(self.source, tenant).await?.uid;
+        // What is read must not be removed meanwhile: it would be missed, and called lost.
+        let lease = Lease::take(&self.opened.repo, self.source.1, uid).await?;
+        let done = self.attempts(tenant, uid).await;
+        lease.release().await;
+        done
+    }
+
+    async fn attempts(&self, tenant: &Tenant, uid: Uuid) -> Result<Validated> {
         let mut why = String::new();
         for _ in 0..ATTEMPTS {
             self.watch.check()?;

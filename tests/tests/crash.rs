@@ -16,6 +16,7 @@ use tokio_postgres::Client;
 
 on_majors! {
     random_kills: random_kills;
+    sequences_go_with_the_rows: sequences_go_with_the_rows;
 }
 
 /// The points of agent/src/failpoints.rs that `coffer run` passes, with the hit at which it dies. A base is taken once.
@@ -91,6 +92,8 @@ fn the_list_of_failpoints_is_complete() {
         .collect();
     let mut ours: std::collections::BTreeSet<&str> = RUN_POINTS.iter().map(|(n, _)| *n).collect();
     ours.extend(RESTORE_POINTS);
+    // By `sequences_go_with_the_rows`.
+    ours.insert("restore-after-commit");
     ours.insert("spool-after-write");
     // large_objects.rs has it.
     ours.insert("large-objects-after-write");
@@ -98,6 +101,7 @@ fn the_list_of_failpoints_is_complete() {
     ours.extend(["job-after-claim", "job-before-finish", "full-after-objects", "incremental-after-object"]);
     ours.insert("archive-after-objects");
     ours.extend(["prune-after-record", "prune-after-delete", "prune-before-removed", "catalog-after-sequencer"]);
+    ours.insert("verify-after-list");
     assert_eq!(names, ours, "crash.rs does not go through every failpoint");
 }
 
@@ -202,6 +206,56 @@ fn an_in_place_restore_at_its_failpoints() {
         let left = cluster.psql("shop", "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'aaa_coffer_fence%'");
         assert_eq!(left, "0", "fences are left");
     });
+}
+
+/// A restore that dies right after its commit leaves no sequence behind the rows that it brought back.
+fn sequences_go_with_the_rows(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE SEQUENCE down INCREMENT -1;
+         CREATE TABLE t (tenant int NOT NULL, id bigserial, down int NOT NULL DEFAULT nextval('down'), PRIMARY KEY (tenant, id));
+         CREATE TABLE one (tenant int NOT NULL, id int GENERATED ALWAYS AS IDENTITY, PRIMARY KEY (tenant, id));
+         ALTER SEQUENCE down OWNED BY t.down; INSERT INTO t (tenant) SELECT 1 FROM generate_series(1, 5);
+         INSERT INTO one (tenant) VALUES (1); SELECT * FROM coffer.discover('tenant', apply => true)",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1"]);
+    let sql = |s: &str| cluster.psql("shop", s);
+    sql("SELECT coffer.restore_point('good')");
+    // As a migration of keys might leave them.
+    sql("DELETE FROM t; DELETE FROM one; SELECT setval('t_id_seq', 1, false); SELECT setval('down', -1, false); \
+         SELECT setval('one_id_seq', 1, false)");
+    agent.env = failpoint("restore-after-commit=abort");
+    let out = agent.coffer(&restored::in_place("1", "name:good"));
+    assert_eq!(out.status.code(), None, "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(sql("SELECT count(*) FROM t"), "5", "it was committed");
+    let stand = "SELECT nextval('t_id_seq'), nextval('down'), nextval('one_id_seq')";
+    assert_eq!(sql(stand), "6|-6|2");
+
+    // None moves back.
+    agent.env.clear();
+    sql("SELECT setval('t_id_seq', 100), setval('down', -100); DELETE FROM t WHERE id = 3");
+    let done = agent.json(&restored::in_place("1", "name:good"));
+    assert_eq!(done["warnings"], serde_json::json!([]), "{done}");
+    assert_eq!(sql(stand), "101|-101|3");
+
+    // One that a migration holds is no reason to wait for long, nor to fail.
+    sql("DELETE FROM t; SELECT setval('t_id_seq', 1), setval('down', -1)");
+    block_on(async {
+        let holder = cluster.connect("shop").await;
+        holder.batch_execute("BEGIN; ALTER SEQUENCE down INCREMENT BY -2").await.expect("a lock");
+        let done = agent.json(&restored::in_place("1", "name:good"));
+        let warnings = done["warnings"].as_array().expect("warnings");
+        assert!(
+            warnings.len() == 1 && warnings[0].to_string().contains("cannot move the sequence public.down"),
+            "{done}"
+        );
+        holder.batch_execute("ROLLBACK").await.expect("rolled back");
+    });
+    assert_eq!(sql("SELECT count(*), max(id), nextval('t_id_seq') FROM t"), "5|5|6");
 }
 
 fn random_kills(major: u32) {

@@ -25,6 +25,7 @@ fn on_major(major: u32, test: impl Fn(u32)) {
     }
 }
 
+mod alarms;
 mod archive;
 mod awkward;
 mod big;

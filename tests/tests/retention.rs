@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 on_majors! {
     holds: holds;
+    readers_beside_pruning: readers_beside_pruning;
     days: days;
 }
 
@@ -225,6 +226,52 @@ fn metrics_of(agent: &Agent) -> String {
 fn of<'d>(doc: &'d Value, tenant: &str) -> &'d Value {
     let all = doc["tenants"].as_array().expect("tenants");
     all.iter().find(|t| t["tenant"] == tenant).unwrap_or_else(|| panic!("no tenant {tenant}: {doc}"))
+}
+
+/// Who reads back while pruning removes: what is gone by right is not missed, and what is being compared stays.
+fn readers_beside_pruning(major: u32) {
+    let (cluster, mut agent) =
+        begin(major, "[retention]\npitr = \"0s\"\ndaily = 1\nweekly = 0\nmonthly = 0\nannual = 0\n", "");
+    for v in ["one", "two"] {
+        cluster.psql("shop", &format!("UPDATE a SET v = '{v}'"));
+        cluster.psql("shop", "SELECT coffer.wait_durable()");
+        agent.json(&["compact"]);
+    }
+    let other = agent.twin();
+    // The newest full is far enough from now that the one before is not needed for any point.
+    wait_for("a full that may go", 60, || {
+        let plan = prune(&other, &["--tenant", "1"]);
+        let backups = of(&plan, "1")["backups"].as_array().expect("backups").clone();
+        backups.iter().any(|b| b["keep"] == false).then_some(())
+    });
+    set(&mut agent, "COFFER_FAILPOINTS", "verify-after-list=sleep(5000)");
+    std::thread::scope(|scope| {
+        let verified = scope.spawn(|| agent.json(&["verify", "--tenant", "1"]));
+        std::thread::sleep(std::time::Duration::from_millis(2000));
+        let done = prune(&other, &["--tenant", "1", "--confirm", "--grace", "0s"]);
+        assert!(of(&done, "1")["deleted"]["objects"].as_u64().is_some_and(|n| n > 0), "{done}");
+        let said = verified.join().expect("verified");
+        assert_eq!(said["ok"], true, "{said}");
+    });
+    set(&mut agent, "COFFER_FAILPOINTS", "");
+
+    // A comparison with the live rows that waits for the repository to catch up.
+    assert_eq!(agent.stop(), Some(0));
+    std::thread::scope(|scope| {
+        let compared = scope.spawn(|| other.json(&["verify", "--tenant", "1", "--against-live"]));
+        wait_for("a reader that keeps all backups", 60, || {
+            let plan = prune(&agent, &["--tenant", "1"]);
+            let backups = of(&plan, "1")["backups"].as_array().expect("backups").clone();
+            let running =
+                |b: &Value| b["reasons"].as_array().expect("reasons").iter().any(|r| r["code"] == "restore_running");
+            backups.iter().all(running).then_some(())
+        });
+        let mut running = other.twin();
+        running.start();
+        let said = compared.join().expect("compared");
+        assert_eq!((&said["ok"], &said["live"][0]["ok"]), (&json!(true), &json!(true)), "{said}");
+        assert_eq!(running.stop(), Some(0));
+    });
 }
 
 fn holds(major: u32) {

@@ -14,6 +14,7 @@ on_majors! {
     planted_damage: planted_damage;
     by_schedule: by_schedule;
     what_was_not_compared: what_was_not_compared;
+    noted_from_the_command_line: noted_from_the_command_line;
 }
 
 /// How often each tenant is compared.
@@ -78,6 +79,47 @@ fn found(said: &Value) -> Vec<String> {
     let mut all: Vec<String> = said["failures"].as_array().expect("failures").iter().filter_map(of).collect();
     all.sort();
     all
+}
+
+/// What a comparison from the command line finds stands in `coffer.verifications`, and as an alarm after a restart.
+fn noted_from_the_command_line(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+         SELECT * FROM coffer.add_table('a', 'tenant');
+         INSERT INTO a SELECT t, i, 'v' || i FROM generate_series(1, 2) t, generate_series(1, 9) i",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let live = ["verify", "--tenant", "1", "--against-live"];
+    // The views are brought up to date when the agent starts.
+    let noted = |agent: &mut Agent, want: &str| {
+        assert_eq!(agent.stop(), Some(0));
+        agent.start();
+        let sql = "SELECT ok || ' ' || coalesce(message, '-') FROM coffer.verifications WHERE tenant = '1' AND what = 'live' \
+                   ORDER BY verified_at DESC LIMIT 1";
+        wait_for(want, 90, || (cluster.psql("shop", sql) == want).then_some(()));
+    };
+    let said = agent.json(&live);
+    assert_eq!((&said["ok"], &said["warnings"]), (&true.into(), &serde_json::json!([])), "{said}");
+    noted(&mut agent, "true -");
+    unseen(&cluster, "a", "UPDATE a SET v = 'other' WHERE tenant = 1 AND id = 1");
+    let (exit, said) = agent.json_err(&live);
+    assert_eq!(exit, 5, "{said}");
+
+    // Where nothing can be written the comparison is made, and says that it is not noted.
+    agent.env = vec![("COFFER_STORE_FAULTS".into(), "main/put:denied:1".into())];
+    let (exit, said) = agent.json_err(&live);
+    assert!(exit == 5 && said["warnings"].to_string().contains("is not noted"), "{exit} {said}");
+    agent.env.clear();
+    noted(&mut agent, "false public.a: 1 rows with other values in the repository");
+    let alarm = wait_for("the alarm", 60, || agent.alarms("validation_differs").into_iter().next());
+    assert_eq!(alarm["tenant"], "1", "{alarm}");
+    // No key is noted, and no value.
+    assert!(!alarm["message"].to_string().contains("id = 1"), "{alarm}");
 }
 
 fn planted_damage(major: u32) {

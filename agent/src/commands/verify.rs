@@ -5,6 +5,7 @@ use super::progress::Progress;
 use crate::config::Config;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
+use crate::failpoints;
 use crate::keyring::{TenantEntry, lost};
 use crate::opened::{Opened, scratch};
 use crate::repository::paths;
@@ -92,6 +93,12 @@ async fn against_live(
     if names.is_empty() {
         return Err(Error::usage("--against-live needs a [source.NAME] section with the database's url"));
     }
+    // As a comparison by schedule is noted. A repository that may only be read can be compared with, too; and one store of
+    // several is not the repository.
+    let mut notes = match args.from {
+        None => Some(Opened::for_writing(config).await),
+        Some(_) => None,
+    };
     for name in names {
         let (name, uid) = opened.source(config, Some(&name)).await?;
         let tenants = match &args.tenant {
@@ -111,7 +118,18 @@ async fn against_live(
         for t in tenants.iter().filter(|t| live::is_comparable(&t.tenant)) {
             let compared = live::compare(&validation, t).await?;
             add_live(&compared, t, uid, document);
+            let Some(Ok(o)) = &notes else { continue };
+            // A tenant of which nothing could be compared was not checked.
+            if compared.is_made() {
+                let found = (results::LIVE, compared.is_same(), compared.note());
+                if let Err(e) = results::record((&o.repo, &o.keyring), (uid, t.uid), found).await {
+                    notes = Some(Err(e));
+                }
+            }
         }
+    }
+    if let Some(Err(e)) = notes {
+        push(document, "warnings", format!("what the comparison found is not noted in the repository: {e}").into());
     }
     Ok(())
 }
@@ -258,6 +276,7 @@ async fn one_store(
         list(&opened.repo, (source, tenant), store, true).await?;
     seen.extend(records);
     seen.extend(wanted.iter().map(|o| o.path.clone()));
+    failpoints::hit(failpoints::VERIFY_AFTER_LIST)?;
     let total = wanted.iter().map(|o| o.bytes).sum();
     tally.total.fetch_add(total, Ordering::Relaxed);
     let progress = Progress::new(&format!("verifying {store}"), "bytes", total, json);
@@ -278,6 +297,7 @@ async fn one_store(
             }
         })
         .buffer_unordered(PARALLEL);
+    let mut found = Vec::new();
     while let Some((o, r)) = checked.next().await {
         progress.add(o.bytes);
         tally.done.fetch_add(o.bytes, Ordering::Relaxed);
@@ -287,10 +307,16 @@ async fn one_store(
         match r {
             Ok(()) => {}
             Err(e) if is_finding(&e) => {
-                failures.push(Failure::of(&o.path, Some(o.tenant), &e.during(format_args!("store {store}"))));
+                found.push(Failure::of(&o.path, Some(o.tenant), &e.during(format_args!("store {store}"))));
             }
             Err(e) => return Err(e),
         }
+    }
+    drop(checked);
+    if !found.is_empty() {
+        // What nothing names any more, pruning has removed meanwhile.
+        let now = list(&opened.repo, (source, tenant), store, false).await?;
+        failures.extend(found.into_iter().filter(|f| now.names(&f.object)));
     }
     failures.sort_by(|a, b| a.object.cmp(&b.object));
     Ok(failures)

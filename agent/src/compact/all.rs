@@ -123,6 +123,10 @@ pub async fn on_schedule(ctx: Arc<AgentContext>) {
                 continue;
             }
             if let Err(e) = once(&ctx, *work).await {
+                // What it was about to read is taken from it: nobody has to look.
+                if ctx.is_stopping() {
+                    return;
+                }
                 let what = work.name();
                 let message = format!("no {what} were made: {e}");
                 ctx.alarms.raise(work.alarm(), &ctx.source, message);

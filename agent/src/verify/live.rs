@@ -28,6 +28,11 @@ impl Compared {
         matches!(self, Self::Done(v) if v.is_same())
     }
 
+    /// Whether anything was looked at: without a base of any of its tables, nothing is.
+    pub fn is_made(&self) -> bool {
+        !matches!(self, Self::Done(v) if v.tables.is_empty() && !v.skipped.is_empty())
+    }
+
     /// What is wrong, for the catalog: no key of a row stands there.
     pub fn note(&self) -> Option<String> {
         match self {
@@ -80,10 +85,7 @@ pub async fn check(ctx: &AgentContext, mirror: &Mirror, tenant: &TenantEntry, wa
         patience: PATIENCE,
     };
     let compared = compare(&validation, tenant).await?;
-    if let Compared::Done(v) = &compared
-        && v.tables.is_empty()
-        && !v.skipped.is_empty()
-    {
+    if !compared.is_made() {
         return Err(
             Error::new(Kind::OutsideWindow, "none of its tables has a base yet: nothing was compared").code("no_base")
         );

@@ -28,12 +28,12 @@ pub struct Life {
     pace: Option<Pace>,
 }
 
-/// Intervals in seconds, and what is kept.
+/// Intervals in seconds, and what is kept. Pruning comes in odd seconds and fulls in even ones: while somebody writes,
+/// nothing is deleted.
 #[derive(Clone, Debug)]
 struct Pace {
     incremental: u32,
     full: u32,
-    prune: u32,
     validate: u32,
     pitr: u64,
     daily: u32,
@@ -44,9 +44,8 @@ impl Life {
     pub fn of(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed ^ 0x6c69_6665);
         let pace = (seed % 2 == 1).then(|| Pace {
-            incremental: rng.random_range(1..3),
-            full: rng.random_range(1..4),
-            prune: rng.random_range(1..3),
+            incremental: 2 * rng.random_range(1..3),
+            full: 2 * rng.random_range(1..3),
             validate: rng.random_range(1..4),
             pitr: rng.random_range(1..5),
             daily: rng.random_range(0..3),
@@ -63,10 +62,10 @@ impl Life {
     pub fn settings(&self) -> String {
         let Some(p) = &self.pace else { return String::new() };
         format!(
-            "[schedule]\nincremental = \"*/{} * * * * *\"\nfull = \"*/{} * * * * *\"\nprune = \"*/{} * * * * *\"\n\
+            "[schedule]\nincremental = \"*/{} * * * * *\"\nfull = \"*/{} * * * * *\"\nprune = \"1-59/2 * * * * *\"\n\
              validate = \"*/{} * * * * *\"\n[retention]\npitr = \"{}s\"\ndaily = {}\nweekly = 0\nmonthly = 0\nannual = 0\n\
              grace = \"{}s\"\n[verify]\nscrub_rate = \"64MiB\"\nscrub_period = \"2s\"\n",
-            p.incremental, p.full, p.prune, p.validate, p.pitr, p.daily, p.grace
+            p.incremental, p.full, p.validate, p.pitr, p.daily, p.grace
         )
     }
 

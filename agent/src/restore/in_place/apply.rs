@@ -11,7 +11,7 @@ use crate::restore::in_place::compare::{Comparison, Pass};
 use crate::restore::in_place::constraints::{self, ForeignKey, Unique};
 use crate::restore::in_place::live::{self, LiveTable, literal};
 use crate::restore::in_place::statements::{self, TableSql};
-use crate::restore::in_place::{fence, stage};
+use crate::restore::in_place::{fence, sequences, stage};
 use crate::restore::once::Note;
 use crate::restore::sink::Watch;
 use crate::sql::{self, SqlClient, SqlContext};
@@ -207,10 +207,13 @@ impl Apply<'_> {
             return Err(Stop::Failed(Error::new(Kind::Refused, what).code("conflict")));
         }
         self.write(&mut comparison, fks, uniques).await?;
+        let moved = sequences::move_forward(client, self.pass.tables, &mut comparison).await;
+        moved.map_err(|e| stop(e, "cannot move the sequences on"))?;
         failpoints::hit(failpoints::RESTORE_BEFORE_COMMIT)?;
         self.watch.check()?;
         let undo = self.mark(&comparison).await?;
         client.batch_execute("COMMIT").await.map_err(not_committed)?;
+        failpoints::hit(failpoints::RESTORE_AFTER_COMMIT)?;
         Ok(Applied { comparison, undo })
     }
 

@@ -13,6 +13,7 @@ pub mod diff;
 mod fence;
 pub(crate) mod live;
 pub(crate) mod mapping;
+mod sequences;
 mod stage;
 mod statements;
 
@@ -27,7 +28,7 @@ use crate::restore::sink::Watch;
 use crate::snapshot::catalog;
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
-use coffer_wire::{Class, Lsn, TenantKind, quote_ident};
+use coffer_wire::{Class, Lsn, TenantKind};
 use compare::{Comparison, CoveredTable, Pass, RowChange, TableOutcome, Target};
 use live::LiveTable;
 pub(crate) use live::literal;
@@ -184,10 +185,7 @@ impl InPlace<'_> {
         let done = match (done, unfenced) {
             (Err(e), Err(u)) => return Err(e.hint(format!("fences are left behind: {u}; `coffer run` removes them"))),
             (Err(e), Ok(())) => return Err(e),
-            (Ok(d), Ok(())) => {
-                move_sequences(client, &tables, &d.comparison, &mut warnings).await;
-                d
-            }
+            (Ok(d), Ok(())) => d,
             (Ok(d), Err(u)) => {
                 warnings.push(format!("fences are left behind and hold nobody up: {u}; `coffer run` removes them"));
                 d
@@ -339,47 +337,6 @@ pub async fn remove_leftover_fences(dsn: &Dsn) -> Result<usize> {
         Ok(()) => fence::remove_leftovers(&client).await,
         Err(e) if e.kind() == Kind::Fenced => Ok(0),
         Err(e) => Err(e),
-    }
-}
-
-/// Sequences that stand behind a value that came back move past it; none moves back. The rows are safe without it, so
-/// what goes wrong here is a warning.
-async fn move_sequences(
-    client: &SqlClient,
-    tables: &BTreeMap<u32, LiveTable>,
-    comparison: &Comparison,
-    warnings: &mut Vec<String>,
-) {
-    for t in comparison.tables.iter().filter(|t| t.counts.inserted + t.counts.updated > 0) {
-        let live = &tables[&t.relid];
-        for c in &t.mapping.columns {
-            let (table, column) = (live::literal(&live.name()), live::literal(&c.name));
-            let asked =
-                client.query_one(&format!("SELECT pg_catalog.pg_get_serial_sequence({table}, {column})"), &[]).await;
-            let sequence = match asked {
-                Ok(row) => row.get::<_, Option<String>>(0),
-                Err(e) => {
-                    warnings.push(format!("{}: cannot look for its sequences: {e}", live.name()));
-                    continue;
-                }
-            };
-            let Some(sequence) = sequence else { continue };
-            let moved = client
-                .batch_execute(&format!(
-                    "SELECT pg_catalog.setval({}::pg_catalog.regclass, m.top) FROM \
-                     (SELECT pg_catalog.max(t.{})::int8 AS top FROM {} t WHERE {}) m, {sequence} s \
-                     WHERE m.top > s.last_value",
-                    live::literal(&sequence),
-                    quote_ident(&c.name),
-                    live.rule.from_clause(),
-                    live.is_tenants
-                ))
-                .await;
-            if let Err(e) = moved {
-                let e = sql::sql_error(e, format!("{}: cannot move the sequence {sequence} forward", live.name()));
-                warnings.push(e.to_string());
-            }
-        }
     }
 }
 
