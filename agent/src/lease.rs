@@ -369,13 +369,14 @@ mod tests {
         written(24);
         assert!(live(&repo, source).await.is_err());
         written(26);
-        assert_eq!(live(&repo, source).await.unwrap().iter().map(|h| h.id).collect::<Vec<_>>(), [other.id()]);
+        let seen = live(&repo, source).await.unwrap();
+        assert!(seen.len() == 2 && seen.iter().any(|h| h.id == other.id()), "{seen:?}");
         sweep(&repo, source).await;
         assert!(store.size(&path).await.unwrap().is_some());
         written(86);
         sweep(&repo, source).await;
         assert_eq!(store.size(&path).await.unwrap(), None);
-        assert_eq!(live(&repo, source).await.unwrap().len(), 1);
+        assert_eq!(live(&repo, source).await.unwrap().len(), 2);
     }
 
     #[tokio::test(flavor = "multi_thread")]
