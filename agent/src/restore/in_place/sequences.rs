@@ -40,15 +40,15 @@ pub(super) async fn move_forward(
                 .batch_execute(&format!("SAVEPOINT coffer_sequence; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}"))
                 .await?;
             match client.batch_execute(&forward(live, &column, &sequence, down)).await {
-                // The lock_timeout of before, too.
-                Ok(()) => client.batch_execute("RELEASE SAVEPOINT coffer_sequence").await?,
+                Ok(()) => {}
                 Err(e) if e.as_db_error().is_none() => return Err(e),
                 Err(e) => {
-                    client.batch_execute("ROLLBACK TO SAVEPOINT coffer_sequence").await?;
                     let e = sql::sql_error(e, format!("{}: cannot move the sequence {sequence} on", live.name()));
                     warnings.push(e.to_string());
                 }
             }
+            // The lock_timeout of before; where the sequence stands is of no transaction.
+            client.batch_execute("ROLLBACK TO SAVEPOINT coffer_sequence; RELEASE SAVEPOINT coffer_sequence").await?;
         }
     }
     comparison.warnings.extend(warnings);
