@@ -8,6 +8,7 @@ use crate::clock::rfc3339;
 use crate::compact::{self, Compactor};
 use crate::crypto::{Codec, Header, KeySource, ObjectKind, random};
 use crate::error::{Context, Error, Kind, Result};
+use crate::failpoints;
 use crate::history::{History, Target};
 use crate::keyring::TenantEntry;
 use crate::merge::{Holes, TenantAt, from_io};
@@ -20,7 +21,7 @@ use std::sync::Arc;
 
 impl Compactor {
     /// Gives a full whose rows are all its own what else it needs to be restored without anything else, and the document
-    /// that names it. `full` is recorded by the caller.
+    /// that names it. The caller records it.
     ///
     /// # Errors
     /// As of stores; nothing names what was written then.
@@ -29,14 +30,14 @@ impl Compactor {
         history: &History,
         tenant: &TenantEntry,
         point: &Target,
-        full: &mut FullEntry,
-    ) -> Result<()> {
+        mut full: FullEntry,
+    ) -> Result<FullEntry> {
         for o in [&mut full.schema, &mut full.roles].into_iter().flatten() {
             *o = self.copy(tenant, point.lsn, o).await?;
         }
-        let reference = self.reference(history, tenant, point, full).await?;
+        let reference = self.reference(history, tenant, point, &full).await?;
         let large_objects = self.large_objects(history, tenant, point).await?;
-        let mut objects = named(full);
+        let mut objects = named(&full);
         if let Some(r) = &reference {
             objects.extend(r.objects.iter().map(|o| (o.clone(), "reference rows")));
             objects.extend(r.manifest.iter().map(|o| (o.clone(), "manifest")));
@@ -47,11 +48,12 @@ impl Compactor {
         // Beyond what the entry names anyway.
         let beside = objects.iter().filter(|(o, _)| own.iter().all(|n| n.path != o.path)).map(|(o, _)| o.clone());
         let beside: Vec<ObjectRef> = beside.collect();
-        let document = self.document(history, tenant, (&*full, reference), large_objects, &objects).await?;
-        let document = self.write(tenant, full, document).await?;
+        let document = self.document(history, tenant, (&full, reference), large_objects, &objects).await?;
+        let document = self.write(tenant, &full, document).await?;
         full.bytes += document.bytes;
         full.archive = std::iter::once(document).chain(beside).collect();
-        Ok(())
+        failpoints::hit(failpoints::ARCHIVE_AFTER_OBJECTS)?;
+        Ok(full)
     }
 
     /// The shared tables at the same point, in objects of this archive's own.
