@@ -116,7 +116,11 @@ fn complete_by_itself(major: u32) {
             "{made}"
         );
         let id = made["backup"]["id"].as_str().expect("an id").to_owned();
-        cluster.psql("shop", "DELETE FROM a; UPDATE kinds SET label = 'other'; DELETE FROM settings; SELECT lo_unlink(70001); SELECT coffer.wait_durable()");
+        cluster.psql(
+            "shop",
+            "DELETE FROM a; UPDATE kinds SET label = 'other'; DELETE FROM settings; SELECT lo_unlink(70001)",
+        );
+        cluster.psql("shop", "SELECT coffer.wait_durable()");
         agent.json(&["compact"]);
         assert_eq!(agent.json(&["verify"])["ok"], true);
         let (path, d) = document(&agent, &id);
@@ -257,7 +261,8 @@ fn stays_when_the_rest_goes(major: u32) {
             // One whose parts the archive could take over, and one that takes over the archive's.
             let mut others = vec![made(&agent.json(&["compact", "--tenant", "1"]))];
             let id = made(&agent.json(&["compact", "--tenant", "1", "--archive"]));
-            cluster.psql("shop", "INSERT INTO notes SELECT 1, now(), 'later'; SELECT coffer.wait_durable()");
+            cluster.psql("shop", "INSERT INTO notes SELECT 1, now(), 'later'");
+            cluster.psql("shop", "SELECT coffer.wait_durable()");
             others.push(made(&agent.json(&["compact", "--tenant", "1"])));
             months.push((id, truth, kinds, others));
         }
@@ -322,7 +327,8 @@ fn stays_when_the_rest_goes(major: u32) {
 fn interrupted(major: u32) {
     block_on(async {
         let (cluster, mut agent) = begin(major, MONTHS);
-        cluster.psql("shop", "UPDATE a SET v = 'now'; SELECT coffer.wait_durable()");
+        cluster.psql("shop", "UPDATE a SET v = 'now'");
+        cluster.psql("shop", "SELECT coffer.wait_durable()");
         let mut db = cluster.connect("shop").await;
         let truth = truth::take(&mut db, &watched(), "now").await;
         cluster.psql("shop", "SELECT coffer.wait_durable()");
