@@ -260,7 +260,7 @@ fn by_schedule(major: u32) {
         assert!(message.contains("public.c: 1 rows in the repository that are not"), "{message}");
         assert!(!message.contains("secret"), "values are nobody's business: {message}");
         let seen = "SELECT tenant, ok, what, message, count(*) FROM coffer.verifications v JOIN coffer.backups b USING (tenant, backup) \
-            WHERE b.trigger = 'schedule' GROUP BY 1, 2, 3, 4 ORDER BY 1";
+            WHERE b.trigger IN ('schedule', 'archive') GROUP BY 1, 2, 3, 4 ORDER BY 1";
         let want = "1|t|live||1\n2|f|live|public.a: 1 rows with other values in the repository; \
             public.c: 1 rows in the repository that are not in the database|1\n3|t|live||1";
         wait_for("the checks to be listed", 60, || (cluster.psql("shop", seen) == want).then_some(()));
