@@ -180,6 +180,10 @@ impl Repository {
         for m in self.members.iter().filter(|m| m.attached()) {
             match self.pack_log_of(m, source, end).await {
                 Ok(p) => tracing::debug!(store = m.store.name(), packs = p.packs, removed = p.removed, "log packed"),
+                // Two records of one number, or a pack that does not hold what it should: somebody has to look.
+                Err(e) if e.kind() == Kind::Verification => {
+                    tracing::warn!("the log of store {} is not packed: {e}", m.store.name());
+                }
                 // Nothing is the worse for it; a store that keeps what is to be removed keeps it.
                 Err(e) => {
                     tracing::debug!("the log of store {} is not packed: {e}", m.store.name());
