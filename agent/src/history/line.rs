@@ -6,6 +6,7 @@
 
 use crate::repository::model::PendingTable;
 use crate::repository::{Body, LogRecord, ObjectRef};
+use crate::ship::CLOCK_MARGIN_US;
 use coffer_wire::Lsn;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -139,6 +140,16 @@ pub struct TimeAt {
     pub latest_us: i64,
 }
 
+impl TimeAt {
+    /// What the record before promises holds at a later position too, however small the step back of its claim is: a
+    /// record without commits leaves [`CLOCK_MARGIN_US`]. A larger step is the clock's own, and told.
+    fn goes_on(&mut self, before: &Self) {
+        let on = |before: i64, now: i64| if before - now <= CLOCK_MARGIN_US { before.max(now) } else { now };
+        self.upto_us = on(before.upto_us, self.upto_us);
+        self.latest_us = on(before.latest_us, self.latest_us);
+    }
+}
+
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Line {
@@ -157,6 +168,7 @@ pub struct Line {
 impl Line {
     pub fn new(records: &[Arc<LogRecord>]) -> Self {
         let mut line = Self::default();
+        let mut timeline = None;
         for r in records {
             match &r.body {
                 Body::Init => {
@@ -180,7 +192,12 @@ impl Line {
                     Body::Ship(s) => r.upto_time_us.max(s.max_commit_us),
                     _ => r.upto_time_us,
                 };
-                line.times.push(TimeAt { lsn: r.upto_lsn, upto_us: r.upto_time_us, latest_us });
+                let mut at = TimeAt { lsn: r.upto_lsn, upto_us: r.upto_time_us, latest_us };
+                if let Some((before, _)) = line.times.last().zip(timeline).filter(|(_, t)| *t == r.timeline) {
+                    at.goes_on(before);
+                }
+                timeline = Some(r.timeline);
+                line.times.push(at);
             }
         }
         line
@@ -526,6 +543,32 @@ mod tests {
 
     fn open(l: &Line, f: &Facts) -> Vec<(u64, u64)> {
         l.open(f, None).into_iter().map(|(a, b)| (a.0, b.0)).collect()
+    }
+
+    #[test]
+    fn times_rise_with_positions() {
+        let at = |n: u64, timeline: u32, time_us: i64, body: Body| {
+            let r = record(n, 10 * n, 10 * n + 10, body);
+            Arc::new(LogRecord { timeline, upto_time_us: time_us, ..(*r).clone() })
+        };
+        let committed = |us: i64| Body::Ship(Ship { max_commit_us: us, ..Ship::default() });
+        const S: i64 = 1_000_000;
+        let times = |records: &[Arc<LogRecord>]| -> Vec<(i64, i64)> {
+            Line::new(records).times.iter().map(|t| (t.upto_us, t.latest_us)).collect()
+        };
+        let begun = [at(0, 1, 0, Body::Init), at(1, 1, 20 * S - 1, committed(20 * S))];
+        // Nothing was committed behind the ship, and its time is known less a margin.
+        let margin = [&begun[..], &[at(2, 1, 19 * S + S / 2, Body::Idle), at(3, 1, 22 * S, Body::Idle)]].concat();
+        assert_eq!(times(&margin)[1..], [(20 * S - 1, 20 * S), (20 * S - 1, 20 * S), (22 * S, 22 * S)]);
+        // The clock itself stepped back.
+        let step = [&begun[..], &[at(2, 1, 18 * S, Body::Idle)]].concat();
+        assert_eq!(times(&step)[2], (18 * S, 18 * S));
+        // Another timeline is another server, with a clock of its own.
+        let promoted = [
+            &begun[..],
+            &[at(2, 2, 0, Body::Timeline { from: 1, to: 2, at: Lsn(20) }), at(3, 2, 19 * S + S / 2, Body::Idle)],
+        ];
+        assert_eq!(times(&promoted.concat())[2], (19 * S + S / 2, 19 * S + S / 2));
     }
 
     #[test]
