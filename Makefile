@@ -19,7 +19,7 @@ demo:
 
 test:
 	@tests/setup.sh test
-	@. target/env.sh && cargo test -q --features coffer/failpoints -- --test-threads=2
+	@. target/env.sh && cargo test -q --features coffer/failpoints -- --test-threads=3
 	@. target/env.sh && tests/regress.sh
 
 # A failure names its seed and its script; SEED=n without MINUTES repeats one case of `make test`.

@@ -28,6 +28,10 @@ cargo pgrx package -p pg_coffer --manifest-path pg_extension/Cargo.toml --pg-con
   --out-dir "$OUT" >target/package-release.log 2>&1 || { cat target/package-release.log >&2; exit 1; }
 say "building the agent in release"
 cargo build -q --release -p coffer -j "$JOBS"
+# What `compaction` compares with: the same crate's parts, alone.
+COFFER_PARTS_BIN=$(cargo bench -q -p coffer --bench parts --no-run --message-format json -j "$JOBS" |
+  sed -n 's/.*"executable":"\([^"]*\/parts-[^"]*\)".*/\1/p' | tail -1)
+export COFFER_PARTS_BIN
 
 # The packages lie where setup.sh found that the user of the clusters can read them.
 BASE=$(dirname "$(dirname "$COFFER_PG15_PACKAGE")")

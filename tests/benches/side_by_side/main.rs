@@ -5,6 +5,7 @@
 //! line in [`ALL`]. Figures are ratios of medians of alternating repetitions, because a shared machine's absolute seconds
 //! mean little; the raw seconds are printed beside them and everything goes to `target/bench.json`.
 
+mod compaction;
 mod decode;
 mod figure;
 mod in_place;
@@ -49,6 +50,7 @@ const ALL: &[Benchmark] = &[
     Benchmark { name: "in-place", with_agent: false, run: Run::Own(in_place::run) },
     Benchmark { name: "one-of-100", with_agent: false, run: Run::Own(one_of_many::restore) },
     Benchmark { name: "full-size", with_agent: false, run: Run::Own(one_of_many::size) },
+    Benchmark { name: "compaction", with_agent: false, run: Run::Own(compaction::run) },
     Benchmark { name: "memory", with_agent: false, run: Run::Own(memory::merge) },
     Benchmark { name: "load", with_agent: false, run: Run::Own(load::elapsed) },
     Benchmark { name: "load-cpu", with_agent: false, run: Run::Own(load::backends) },

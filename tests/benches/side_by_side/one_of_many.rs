@@ -58,7 +58,7 @@ pub fn restore() -> Figure {
 pub fn size() -> Figure {
     let many = Many::prepare();
     let taken = many.agent.json(&["compact", "--tenant", TENANT]);
-    let bytes: u64 = taken["tenants"].as_array().expect("tenants").iter().filter_map(|t| t["bytes"].as_u64()).sum();
+    let bytes: u64 = taken["fulls"].as_array().expect("fulls").iter().filter_map(|t| t["bytes"].as_u64()).sum();
     assert!(bytes > 0, "{taken}");
     let db = Database::restore(&many.agent, &many.cluster, TENANT, "name:before");
     let dump = many.dir.join("tenant.dump");

@@ -6,7 +6,7 @@
 //! keyring are put back to what they were then.
 
 use crate::figure::{Figure, Took, Unit};
-use crate::null_client::cpu_seconds;
+use crate::null_client::{children_cpu, cpu_seconds};
 use crate::world::{DB, REPETITIONS, World, lsn};
 use coffer_tests::agent::Agent;
 use std::io::{Read, Write};
@@ -159,16 +159,4 @@ fn path(agent: &Agent, name: &str) -> String {
 fn shell(program: &str, args: &[&str]) {
     let status = Command::new(program).args(args).status().expect("a standard program");
     assert!(status.success(), "{program} {args:?}: {status}");
-}
-
-/// Processor time of all children that have ended.
-fn children_cpu() -> f64 {
-    // SAFETY: an all-zero rusage is a valid one, and the call only writes it.
-    let usage = unsafe {
-        let mut u: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_CHILDREN, &mut u);
-        u
-    };
-    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
-    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }

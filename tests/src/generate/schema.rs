@@ -323,7 +323,9 @@ impl Model {
     }
 
     fn generated(&mut self, rng: &mut StdRng, t: &mut Table) {
-        let Some(of) = t.columns.iter().find(|c| matches!(c.kind, Kind::Int | Kind::Big)).map(Column::name) else {
+        // An identity column goes when a child inherits from the table.
+        let is_number = |c: &&Column| matches!(c.kind, Kind::Int | Kind::Big) && c.role != Role::Identity;
+        let Some(of) = t.columns.iter().find(is_number).map(Column::name) else {
             return;
         };
         let id = self.column(t, Kind::Big, Role::Generated, false);
