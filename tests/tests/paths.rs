@@ -226,7 +226,7 @@ fn decoded(cluster: &Cluster, tenant: &str) -> String {
 
 /// A parent that moves, or is replaced, while somebody waits to put a row below it: the row is of whom the parent is then.
 fn lookups_that_waited(major: u32) {
-    const WAITED: [(&str, &str, &str); 6] = [
+    const WAITED: [(&str, &str, &str); 9] = [
         ("", "UPDATE orgs SET tenant = 'b' WHERE id = 1", "INSERT INTO notes VALUES (1, 'moved')"),
         (
             "",
@@ -245,6 +245,14 @@ fn lookups_that_waited(major: u32) {
         ),
         ("", "UPDATE lists SET org = 11 WHERE id = 5", "INSERT INTO items VALUES (5, 'list moved')"),
         ("", "UPDATE orgs SET tenant = 'b' WHERE id = 6", "INSERT INTO items VALUES (6, 'above the list')"),
+        // The parent's own parent gets another key: the parent's row has been led there by the time that it is found.
+        ("", "UPDATE orgs SET id = 31 WHERE id = 30", "INSERT INTO things VALUES (30, 'below a new key')"),
+        ("", "UPDATE orgs SET id = 33 WHERE id = 32", "DELETE FROM things WHERE body = 'taken from below a new key'"),
+        (
+            "",
+            "UPDATE orgs SET id = 35 WHERE id = 34; INSERT INTO orgs VALUES (34, 'a')",
+            "INSERT INTO things VALUES (34, 'below a key that another has now')",
+        ),
     ];
     block_on(async {
         let cluster = Cluster::start(major);
@@ -255,8 +263,13 @@ fn lookups_that_waited(major: u32) {
              CREATE TABLE notes (org int NOT NULL REFERENCES orgs, body text);
              CREATE TABLE lists (id int PRIMARY KEY, org int NOT NULL REFERENCES orgs);
              CREATE TABLE items (list int NOT NULL REFERENCES lists, body text);
+             CREATE TABLE racks (id int PRIMARY KEY, org int NOT NULL REFERENCES orgs ON UPDATE CASCADE);
+             CREATE TABLE things (rack int NOT NULL REFERENCES racks, body text);
              SELECT coffer.discover('tenant', true);
-             INSERT INTO orgs SELECT i, 'a' FROM generate_series(1, 10) i UNION ALL SELECT 11, 'b' UNION ALL SELECT 20, 'c';
+             INSERT INTO orgs SELECT i, 'a' FROM generate_series(1, 10) i UNION ALL SELECT 11, 'b' UNION ALL SELECT 20, 'c'
+                 UNION ALL SELECT i, 'b' FROM generate_series(30, 34, 2) i;
+             INSERT INTO racks SELECT i, i FROM generate_series(30, 34, 2) i;
+             INSERT INTO things VALUES (32, 'taken from below a new key');
              INSERT INTO notes VALUES (20, 'of c');
              INSERT INTO lists VALUES (5, 10), (6, 6);
              DO $$BEGIN IF EXISTS (SELECT FROM pg_settings WHERE name = 'output_plugin_libraries') THEN

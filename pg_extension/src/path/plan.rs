@@ -115,6 +115,11 @@ impl Edge {
         }
     }
 
+    /// What it says now.
+    pub fn read(&self, key: &[Vec<u8>]) -> Option<Vec<Value>> {
+        self.read.first(key)
+    }
+
     /// The way from a table; `None` when its rule has none.
     pub fn load(child: u32) -> Option<Self> {
         let row = ask(

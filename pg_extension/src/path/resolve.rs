@@ -140,8 +140,17 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
     if let Some(known) = state::with(|s| s.cached(&id)) {
         return (known, Holds::Long);
     }
-    if let Some(row) = with_settings(edge, || edge.lookup(key)) {
-        let (owner, holds) = follow(edge, row, side);
+    while let Some(row) = with_settings(edge, || edge.lookup(key)) {
+        let next = next_parent(edge, &row).filter(|next| state::with(|s| s.orphans(next)).is_none());
+        let (owner, holds) = follow(edge, row.clone(), side);
+        // The way further up may have waited for somebody who gave the next parent another key, to which this one leads
+        // by now: the lock on it keeps its own key only.
+        if edge.leads_on && with_settings(edge, || edge.read(key)).is_some_and(|now| now != row) {
+            if let Some(next) = next {
+                state::with(|s| s.set_orphans(next, None));
+            }
+            continue;
+        }
         if holds == Holds::Long {
             state::with(|s| s.remember(id, owner.clone()));
         }
@@ -163,10 +172,20 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
     (owner, Holds::Now)
 }
 
+/// The parent that a parent's row leads to.
+fn next_parent(edge: &Edge, row: &[Value]) -> Option<state::ParentId> {
+    let next = edge.leads_on.then(|| edge_of(edge.parent))??;
+    Some(next.id(&in_utf8(row)?))
+}
+
+fn in_utf8(row: &[Value]) -> Values {
+    let encoding = Encoding::of_database();
+    row.iter().map(|v| v.as_ref().map(|v| encoding.convert(v).into_owned())).collect()
+}
+
 /// From what a parent's row says to whose it is.
 fn follow(edge: &Edge, row: Vec<Value>, side: Side) -> (Owner, Holds) {
-    let encoding = Encoding::of_database();
-    let utf8: Values = row.into_iter().map(|v| v.map(|v| encoding.convert(&v).into_owned())).collect();
+    let utf8 = in_utf8(&row);
     if !edge.leads_on {
         return (Owner::of(utf8.and_then(|mut v| v.pop())), Holds::Long);
     }
