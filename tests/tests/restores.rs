@@ -189,6 +189,15 @@ fn side_by_side(major: u32) {
             )),
             "1"
         );
+
+        // A column that another was generated from has another name by now.
+        cluster.script("shop", "ALTER TABLE customer RENAME name TO called");
+        let done = restore(&agent, "3", "name:before", "schema", &["--table", "customer", "--target", "renamed"]);
+        assert_eq!(sql("SELECT count(name) FROM renamed.customer"), "20");
+        assert!(
+            done["warnings"].to_string().contains("the generated columns of public.customer are left out"),
+            "{done}"
+        );
     });
 }
 

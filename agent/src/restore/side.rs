@@ -278,12 +278,13 @@ impl Made {
             ));
         }
         let expressions = generated(client, rel).await?;
-        let mut columns = Vec::new();
+        let (mut columns, mut without) = (Vec::new(), Vec::new());
         for c in &rel.columns {
             let type_name = self.type_here(client, rel, c).await?;
             let not_null = if c.flags.has(ColumnFlags::NOT_NULL) { " NOT NULL" } else { "" };
             if !c.flags.has(ColumnFlags::GENERATED) {
                 columns.push(format!("{} {type_name}{not_null}", quote_ident(&c.name)));
+                without.extend(columns.last().cloned());
             } else if let Some(e) = expressions.get(&c.name) {
                 columns.push(format!("{} {type_name} GENERATED ALWAYS AS ({e}) STORED", quote_ident(&c.name)));
             } else {
@@ -294,8 +295,24 @@ impl Made {
                 ));
             }
         }
-        let sql = format!("CREATE UNLOGGED TABLE {}.{} ({})", self.schema, quote_ident(&name), columns.join(", "));
-        client.batch_execute(&sql).await.sql(format_args!("cannot make a copy of {}", rel.qualified()))?;
+        let table = format!("{}.{}", self.schema, quote_ident(&name));
+        let create = |columns: &[String]| format!("CREATE UNLOGGED TABLE {table} ({})", columns.join(", "));
+        let during = || format!("cannot make a copy of {}", rel.qualified());
+        client.batch_execute("SAVEPOINT coffer_table").await.sql("cannot set a savepoint")?;
+        match client.batch_execute(&create(&columns)).await {
+            // The expressions are those of today; columns that they name were others then.
+            Err(e) if e.as_db_error().is_some() && without.len() < columns.len() => {
+                client.batch_execute("ROLLBACK TO SAVEPOINT coffer_table").await.sql("cannot roll back")?;
+                self.warnings.push(format!(
+                    "the generated columns of {} are left out: what they are generated from was not the same then: {}",
+                    rel.qualified(),
+                    e.as_db_error().map_or_else(String::new, |e| e.message().to_owned())
+                ));
+                client.batch_execute(&create(&without)).await.sql(during())?;
+            }
+            done => done.sql(during())?,
+        }
+        client.batch_execute("RELEASE SAVEPOINT coffer_table").await.sql("cannot release a savepoint")?;
         self.tables.insert(rel.relid, MadeTable { name: name.clone(), relation: rel.clone() });
         Ok(name)
     }
