@@ -9,7 +9,6 @@ use coffer_tests::{block_on, wait_for};
 on_majors! {
     backup: backup;
     backup_of_an_agent_that_dies: backup_of_an_agent_that_dies;
-    cancelled: cancelled;
     command_line: command_line;
     restore_and_verify: restore_and_verify;
     an_agent_that_dies: an_agent_that_dies;
@@ -28,7 +27,8 @@ fn tables() -> Vec<Watched> {
     ["a", "b"].map(|t| Watched::new(t, "tenant")).to_vec()
 }
 
-fn database(major: u32) -> Cluster {
+/// A protected database with three tenants.
+pub fn database(major: u32) -> Cluster {
     let cluster = Cluster::start(major);
     cluster.create_protected_db("shop");
     cluster.script(
@@ -43,7 +43,8 @@ fn database(major: u32) -> Cluster {
     cluster
 }
 
-fn agent(cluster: &Cluster) -> Agent {
+/// An agent that has a window for each.
+pub fn agent(cluster: &Cluster) -> Agent {
     let mut agent = Agent::new(&Setup::of(cluster, "shop"));
     agent.start();
     restored::wait_windows(&mut agent, &["1", "2", "3"]);
@@ -52,7 +53,7 @@ fn agent(cluster: &Cluster) -> Agent {
 }
 
 /// The agent tells the source of the tenants that it met.
-fn registered(cluster: &Cluster) {
+pub fn registered(cluster: &Cluster) {
     wait_for("the tenants to register themselves", 60, || {
         (cluster.psql("shop", "SELECT count(*) FROM coffer.tenants WHERE kind = 'normal'") == "3").then_some(())
     });
@@ -147,7 +148,7 @@ fn backup(major: u32) {
     });
 }
 
-fn job_of(cluster: &Cluster, call: &str) -> String {
+pub fn job_of(cluster: &Cluster, call: &str) -> String {
     job(cluster, call, "state")
 }
 
@@ -177,28 +178,6 @@ fn backup_of_an_agent_that_dies(major: u32) {
         assert_eq!(of_this, [id], "one backup, at {point}");
         agent.stop();
     }
-}
-
-fn cancelled(major: u32) {
-    let cluster = database(major);
-    let mut agent = agent(&cluster);
-    agent.stop();
-    let queued = cluster.psql("shop", "SELECT coffer.backup('1')");
-    assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({queued})")), "t");
-    let job = cluster.psql("shop", "SELECT coffer.backup('1')");
-    agent.env = vec![("COFFER_FAILPOINTS".into(), "job-after-claim=sleep(10000)".into())];
-    agent.start();
-    let state = format!("SELECT state FROM coffer.jobs WHERE job = {job}");
-    wait_for("the job to begin", 30, || (cluster.psql("shop", &state) == "running").then_some(()));
-    assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({job})")), "t");
-    assert_eq!(cluster.psql("shop", &state), "running", "a running job ends at its next step");
-    for n in [&job, &queued] {
-        let said = cluster.psql_err("shop", &format!("SELECT coffer.wait({n}, '1min')"));
-        assert!(said.contains("was cancelled"), "{said}");
-        assert_eq!(cluster.psql("shop", &format!("SELECT coffer.cancel({n})")), "f");
-    }
-    assert!(!restored::listed(&agent, "1")["backups"].to_string().contains("manual"), "it was not taken");
-    assert_eq!(job_of(&cluster, "backup('1')"), "done");
 }
 
 fn command_line(major: u32) {
@@ -242,7 +221,9 @@ fn restore_and_verify(major: u32) {
         let columns = "state, result ->> 'dry_run', result ->> 'mode', result #>> '{tables,0,inserted}', progress";
         assert_eq!(job(&cluster, "restore('2', 'name:good')", columns), "done|true|in-place|49|1");
         assert!(bad.differences(&db, &tables(), "2").await.is_empty(), "a dry run changed something");
-        assert_eq!(job(&cluster, "restore('2', 'name:good', dry_run => false)", columns), "done|false|in-place|49|1");
+        let counted = cluster.psql("shop", "SELECT max(job) FROM coffer.jobs");
+        let row = job(&cluster, "restore('2', 'name:good', dry_run => false)", &format!("{columns}, job"));
+        let number = row.strip_prefix("done|false|in-place|49|1|").unwrap_or_else(|| panic!("{row}"));
         let wrong = good.differences(&db, &tables(), "2").await;
         assert!(wrong.is_empty(), "{wrong:#?}");
         for t in ["1", "3"] {
@@ -250,6 +231,17 @@ fn restore_and_verify(major: u32) {
         }
         let left = cluster.psql("shop", "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'aaa_coffer_fence%'");
         assert_eq!(left, "0", "the fence is still there");
+
+        // By its number it is taken back; what changed nothing is not.
+        let undo = |n: &str| ["restore", "--undo", n, "--wait", "60s", "--confirm"].map(str::to_owned);
+        let undone = agent.json(&undo(number).each_ref().map(String::as_str));
+        assert_eq!((&undone["tenant"], &undone["tables"][0]["deleted"]), (&"2".into(), &49.into()), "{undone}");
+        assert!(bad.differences(&db, &tables(), "2").await.is_empty(), "it was not taken back");
+        for (n, code, said) in [(counted.as_str(), 10, "changed nothing"), ("999999", 3, "no job 999999")] {
+            let (exit, e) = agent.json_err(&undo(n).each_ref().map(String::as_str));
+            let message = e["error"]["message"].as_str().expect("a message");
+            assert!(exit == code && message.contains(said), "{exit}: {e}");
+        }
 
         // Beside the live rows, by an operator, who can read what came.
         cluster.psql("shop", "CREATE ROLE op LOGIN IN ROLE coffer_operator");

@@ -4,6 +4,7 @@ use super::hold::actor;
 use super::progress::Progress;
 use crate::clock::parse_duration;
 use crate::config::Config;
+use crate::dial;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::When;
@@ -13,6 +14,7 @@ use crate::restore::keys::RowKey;
 use crate::restore::rename::As;
 use crate::restore::request::merge_memory;
 use crate::restore::{self, Means, Mode, Place, Request, Watch, undo};
+use crate::sql::{self, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::Class;
 use serde_json::Value;
@@ -31,8 +33,9 @@ pub struct RestoreArgs {
     /// The point: an RFC 3339 time, an LSN, name:RESTORE_POINT, backup:ID, or latest
     #[arg(long, value_name = "WHEN", required_unless_present = "undo")]
     pub to: Option<String>,
-    /// Take a restore in place back, by the id that it printed: to just before its commit, the tables that it changed
-    #[arg(long, value_name = "ID", conflicts_with_all = ["to", "mode", "tenant", "reserved", "classes"])]
+    /// Take a restore in place back, by the id that it printed or the number of the job that asked for it: to just before
+    /// its commit, the tables that it changed
+    #[arg(long, value_name = "ID|JOB", conflicts_with_all = ["to", "mode", "tenant", "reserved", "classes"])]
     pub undo: Option<String>,
     #[arg(long, value_enum, required_unless_present = "undo")]
     pub mode: Option<Mode>,
@@ -90,7 +93,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
     let mode = args.mode.unwrap_or(Mode::InPlace);
     let to = match (&args.to, &args.undo) {
         (Some(to), _) => to.parse().map_err(|e: String| Error::usage(format!("--to: {e}")))?,
-        (None, Some(id)) => When::Undo(undo_id(id)?),
+        (None, Some(id)) => When::Undo(undo_id(config, source, id).await?),
         (None, None) => return Err(Error::usage("--to is missing")),
     };
     let place = place(config, source, args, mode)?;
@@ -143,11 +146,50 @@ fn renamed(config: &Config, source: Option<&str>, args: &RestoreArgs) -> Result<
     Ok(Some(As { key, column, source }))
 }
 
-fn undo_id(id: &str) -> Result<Uuid> {
-    Uuid::try_parse(id).map_err(|_| {
-        Error::usage(format!("--undo: '{id}' is not the id of a restore in place"))
-            .hint("a restore in place prints it; where it printed a position, use --to with that")
-    })
+/// Which restore is to be taken back. What a job did only its source knows.
+async fn undo_id(config: &Config, source: Option<&str>, id: &str) -> Result<Uuid> {
+    if let Ok(id) = Uuid::try_parse(id) {
+        return Ok(id);
+    }
+    match id.parse::<i64>() {
+        Ok(job) => undo_of_job(config, source, job).await,
+        Err(_) => {
+            Err(Error::usage(format!("--undo: '{id}' is neither the id of a restore in place nor a job's number"))
+                .hint("a restore in place prints its id; where it printed a position, use --to with that"))
+        }
+    }
+}
+
+/// The id of the restore that a job made.
+async fn undo_of_job(config: &Config, source: Option<&str>, job: i64) -> Result<Uuid> {
+    dial::install_crypto_provider();
+    let (name, at) = config.pick_source(source)?;
+    let dsn = Dsn::parse(&at.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
+    let client = sql::connect(&dsn.with_application_name("coffer restore")).await?;
+    // What is committed counts, whatever the job's row says by now.
+    let row = client
+        .query_opt(
+            "SELECT j.kind, j.state, coalesce((SELECT c.result FROM coffer._agent_job_committed(j.job) c), j.result) \
+             FROM coffer.jobs j WHERE j.job = $1",
+            &[&job],
+        )
+        .await
+        .sql("cannot look at the job")?
+        .ok_or_else(|| Error::new(Kind::NotFound, format!("source {name} has no job {job}")).hint("see coffer.jobs"))?;
+    let (kind, state, result): (&str, &str, Option<Value>) = (row.get(0), row.get(1), row.get(2));
+    let result = result.unwrap_or_default();
+    let refused = |why: String| Error::new(Kind::Refused, format!("there is nothing to take back of job {job}: {why}"));
+    match (kind, result["mode"].as_str(), result["undo"].as_str()) {
+        (_, _, Some(undo)) => Uuid::try_parse(undo)
+            .map_err(|_| refused(format!("it noted the position {undo}, and no id")).hint(format!("use --to {undo}"))),
+        ("restore", Some("in-place"), None) if result["dry_run"] == true => {
+            Err(refused("it counted, and changed nothing".to_owned()))
+        }
+        ("restore", Some("in-place"), None) => Err(refused("its restore found no difference".to_owned())),
+        ("restore", Some(mode), None) => Err(refused(format!("it is a restore in mode {mode}"))),
+        ("restore", None, None) => Err(refused(format!("it is {state}, and committed nothing"))),
+        _ => Err(refused(format!("it is a {kind}"))),
+    }
 }
 
 /// Whose an undo is, and of which tables.
