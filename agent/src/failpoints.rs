@@ -35,6 +35,8 @@ pub const RESTORE_BEFORE_COMMIT: &str = "restore-before-commit";
 pub const RESTORE_AFTER_COMMIT: &str = "restore-after-commit";
 /// A catalog's record is in the sequencer, not in the other stores.
 pub const CATALOG_AFTER_SEQUENCER: &str = "catalog-after-sequencer";
+/// A table's rows are about to go into a full.
+pub const FULL_AT_TABLE: &str = "full-at-table";
 /// A full's objects are in the stores, no record names them.
 pub const FULL_AFTER_OBJECTS: &str = "full-after-objects";
 /// All that an archive consists of is in the stores, no record names it.

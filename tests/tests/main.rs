@@ -29,6 +29,7 @@ mod alarms;
 mod archive;
 mod awkward;
 mod big;
+mod busy;
 mod bytes;
 mod compaction;
 mod crash;

@@ -11,6 +11,7 @@ use crate::history::When;
 use crate::keyring::TenantEntry;
 use crate::lease::Lease;
 use crate::opened::{Opened, scratch};
+use crate::restore::Watch;
 use crate::tenant::Tenant;
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -56,6 +57,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Compa
             part_bytes: config.compact.part,
             // Who names a tenant wants it done.
             share: args.tenant.is_none(),
+            watch: Watch::default(),
         };
         let who = |t: &TenantEntry| json!({"source": name, "tenant": t.tenant.key, "kind": t.tenant.kind.name(), "uid": t.uid});
         let progress = Progress::new(&format!("compacting {name}"), "tenants", tenants.len() as u64, json);

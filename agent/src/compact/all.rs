@@ -8,6 +8,7 @@ use crate::history::{History, Target, When};
 use crate::keyring::TenantEntry;
 use crate::lease::Lease;
 use crate::opened;
+use crate::restore::Watch;
 use crate::run::AgentContext;
 use crate::schedule::{Schedule, Timer};
 use coffer_wire::TenantKind;
@@ -165,6 +166,7 @@ async fn once(ctx: &AgentContext, work: Work) -> Result<()> {
         memory: usize::try_from(ctx.memory.compact).unwrap_or(usize::MAX) / PARALLEL,
         part_bytes: ctx.config.compact.part,
         share: true,
+        watch: Watch::default(),
     };
     let tenants = ctx.keyring.tenants(ctx.source_uid);
     match work {

@@ -4,13 +4,16 @@ use super::Compactor;
 use crate::catalog::{PartAt, manifest};
 use crate::crypto::{Codec, Header, KeySource, ObjectKind, random};
 use crate::error::{Error, Kind, Result};
+use crate::failpoints;
 use crate::keyring::TenantEntry;
-use crate::merge::{KnownPart, TenantAt, check, from_io};
+use crate::merge::{Image, KnownPart, RowSink, TenantAt, check, from_io};
 use crate::repository::ObjectRef;
+use crate::restore::Watch;
 use crate::snapshot::fulls::{Cuts, FullWriter, Job as WriteJob};
 use crate::tenant::Tenant;
-use coffer_wire::Lsn;
+use coffer_wire::{Lsn, Relation};
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// Objects that a full may refer to beside the one written for it.
@@ -43,6 +46,44 @@ pub(crate) struct Written {
     pub taken_over: Vec<ObjectRef>,
 }
 
+/// The rows of a full on their way to its writer: somebody may ask how far it is, or end it.
+struct Watched<'a> {
+    watch: &'a Watch,
+    writer: &'a mut FullWriter,
+}
+
+impl RowSink for Watched<'_> {
+    fn begin_group(&mut self, group: u32) -> Result<()> {
+        self.writer.begin_group(group)
+    }
+
+    fn last_change(&mut self, at: Lsn) {
+        self.writer.last_change(at);
+    }
+
+    fn begin_table(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        failpoints::hit(failpoints::FULL_AT_TABLE)?;
+        self.writer.begin_table(rel)
+    }
+
+    fn leaf(&mut self, rel: &Arc<Relation>) -> Result<()> {
+        self.writer.leaf(rel)
+    }
+
+    fn row(&mut self, key: &[u8], image: &Image<'_>) -> Result<()> {
+        self.watch.row()?;
+        self.writer.row(key, image)
+    }
+
+    fn end_table(&mut self) -> Result<()> {
+        self.writer.end_table()
+    }
+
+    fn end_group(&mut self) -> Result<()> {
+        self.writer.end_group()
+    }
+}
+
 /// Blocking.
 pub(super) fn write(job: &Job, at: &TenantAt) -> Result<Written> {
     let c = &job.compactor;
@@ -63,7 +104,7 @@ pub(super) fn write(job: &Job, at: &TenantAt) -> Result<Written> {
     let borders = kept.iter().map(|p| (p.relid, p.first.clone().unwrap_or_default())).collect();
     let mut writer =
         FullWriter::new(write_job(job), vec![at.tenant.clone()]).in_parts(Cuts { part_bytes: c.part_bytes, borders });
-    let stats = merge.run(&mut writer)?;
+    let stats = merge.run(&mut Watched { watch: &c.watch, writer: &mut writer })?;
     if stats.duplicates > 0 {
         return Err(Error::new(
             Kind::Verification,

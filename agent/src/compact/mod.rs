@@ -29,6 +29,7 @@ use crate::history::{History, Target};
 use crate::keyring::{Keyring, TenantEntry};
 use crate::merge::{Holes, Scratch, TenantAt};
 use crate::repository::{ObjectRef, Repository};
+use crate::restore::Watch;
 use crate::retention::FUTURE_US;
 pub(crate) use full::Written;
 use std::collections::{HashMap, HashSet};
@@ -53,6 +54,8 @@ pub struct Compactor {
     pub part_bytes: u64,
     /// Whether tenants that another worker has are left to it.
     pub share: bool,
+    /// Counts the rows that are written, and ends a full that nobody wants any longer.
+    pub watch: Watch,
 }
 
 /// The tables of a full. `rows`: by table and part.
@@ -99,7 +102,8 @@ impl Compactor {
     /// Makes and records a full of every row of the tenant at a point. `history` has the tenant's catalog.
     ///
     /// # Errors
-    /// `OutsideWindow`: the point cannot be restored to.
+    /// `OutsideWindow`: the point cannot be restored to. Code `cancelled`: [`Watch::cancel`] was called in time; nothing is
+    /// recorded.
     pub async fn take_full(
         &self,
         history: &History,
@@ -173,6 +177,7 @@ impl Compactor {
                 Err(e) => return Err(e),
             };
         }
+        self.watch.check()?;
         let mut catalog = Catalog::open(&self.repo, self.source, tenant.uid, None).await?;
         // Another attempt at the same job may have been quicker; then ours is objects that nobody names.
         let wanted = |s: &State| occasion.made(&s.fulls, point).is_none() && stay(s, &taken_over, self.clock.now_us());

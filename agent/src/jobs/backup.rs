@@ -11,6 +11,7 @@ use crate::lease::Lease;
 use crate::opened::{Reserved, scratch};
 use coffer_wire::Lsn;
 use serde_json::{Value, json};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
@@ -36,6 +37,8 @@ impl Work<'_> {
         let full = match made.cloned() {
             Some(f) => f,
             None => {
+                let rows: u64 = history.holdings(tenant.uid).iter().filter_map(|h| h.rows).sum();
+                self.step.expected.store(rows, Ordering::Relaxed);
                 self.step.begin(0.2, 0.9, format!("taking a full at {}", point.lsn))?;
                 self.compactor()?.take_full(&history, &tenant, &point, &occasion).await?
             }
@@ -99,6 +102,7 @@ impl Work<'_> {
             memory: ctx.memory.job,
             part_bytes: ctx.config.compact.part,
             share: false,
+            watch: self.step.watch.clone(),
         })
     }
 

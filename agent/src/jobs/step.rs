@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Step {
     said: Mutex<Said>,
     cancelled: AtomicBool,
-    /// A restore's rows; the same as `watch` counts.
+    /// Of a restore, or of a full that is made.
     pub watch: Watch,
-    /// Rows that a restore expects; 0: not known.
+    /// Rows that it expects; 0: not known.
     pub expected: AtomicU64,
     /// A verification's bytes.
     pub tally: Arc<Tally>,

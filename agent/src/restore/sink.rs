@@ -17,10 +17,11 @@ pub struct TableRows {
     pub rows: u64,
 }
 
-/// A restore as others see it: how many rows passed, and whether it is wanted any longer. Clones are the same restore.
+/// A restore, or a full that is being made, as others see it: how many rows passed, and whether it is wanted any longer.
+/// Clones are the same one.
 #[derive(Clone, Debug, Default)]
 pub struct Watch {
-    /// Rows of the target that were read. One in place may read them twice.
+    /// Rows of the target that were read. A restore in place may read them twice.
     pub rows: Arc<AtomicU64>,
     cancelled: Arc<AtomicBool>,
 }
@@ -31,21 +32,21 @@ impl Watch {
         Self { rows, ..Self::default() }
     }
 
-    /// Ends the restore at its next row or step, unless its changes are committed by then.
+    /// Ends it at its next row or step, unless what it makes is committed by then.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// An error (code `cancelled`) when the restore is to end.
+    /// An error (code `cancelled`) when it is to end.
     pub fn check(&self) -> Result<()> {
         if self.cancelled.load(Ordering::Relaxed) {
-            return Err(Error::new(Kind::Refused, "the restore was cancelled; nothing was changed").code("cancelled"));
+            return Err(Error::new(Kind::Refused, "it was cancelled; nothing was changed").code("cancelled"));
         }
         Ok(())
     }
 
     /// A row passes.
-    pub(super) fn row(&self) -> Result<()> {
+    pub(crate) fn row(&self) -> Result<()> {
         self.rows.fetch_add(1, Ordering::Relaxed);
         self.check()
     }

@@ -12,6 +12,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::history::When;
 use crate::lease::Lease;
 use crate::opened::{Opened, scratch};
+use crate::restore::Watch;
 use crate::tenant::Tenant;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -129,6 +130,7 @@ impl Demo<'_> {
                 memory: usize::try_from(config.limits.memory / 4).unwrap_or(usize::MAX),
                 part_bytes: config.compact.part,
                 share: false,
+                watch: Watch::default(),
             };
             let point = history.resolve(&When::Name(format!("day {day}"))).await?;
             let occasion = Occasion::of_schedule();
