@@ -104,6 +104,8 @@ struct Noted {
     /// The source's clock minus ours.
     clock_offset_us: i64,
     slot_lag_bytes: Option<i64>,
+    /// When fulls were last complete.
+    last_full_us: Option<i64>,
     uncovered: Vec<String>,
 }
 
@@ -144,6 +146,16 @@ impl SourceStatus {
 
     pub fn durable(&self) -> (Lsn, i64) {
         self.lock().durable.unwrap_or((Lsn::ZERO, 0))
+    }
+
+    /// Fulls were complete at this time, by whichever worker. The latest time that is said counts.
+    pub fn full_complete(&self, at_us: i64) {
+        let mut n = self.lock();
+        if n.last_full_us.is_none_or(|us| us < at_us) {
+            n.last_full_us = Some(at_us);
+            metrics::gauge!("coffer_last_full_timestamp_seconds", "source" => self.source.clone())
+                .set(at_us as f64 / 1e6);
+        }
     }
 
     /// The source's clock minus the agent's.

@@ -124,6 +124,23 @@ impl Agent {
         self.command().args(args).stdin(Stdio::null()).output().expect("coffer starts")
     }
 
+    /// Runs a verb and kills it after a while; whether it was still running.
+    pub fn killed_after(&self, args: &[&str], after: std::time::Duration) -> bool {
+        let mut c = self.command();
+        let mut child = c
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("coffer starts");
+        std::thread::sleep(after);
+        let running = child.try_wait().expect("our child").is_none();
+        let _ = child.kill();
+        let _ = child.wait();
+        running
+    }
+
     #[expect(clippy::zombie_processes, reason = "wait4 takes the usage together with the end")]
     /// Runs a verb to its end; its peak resident memory in KiB, too, as the kernel counted it.
     pub fn coffer_peak(&self, args: &[&str]) -> (Output, u64) {

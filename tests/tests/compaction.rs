@@ -1,19 +1,25 @@
 //! Synthetic fulls: every restore from them equals the restore without, and only what changed is written. Incrementals:
 //! they are read instead of the changesets of their span, and points inside it stay.
 
+use crate::isolation::files;
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database};
 use coffer_tests::truth::{self, Watched};
-use coffer_tests::{block_on, wait_for};
+use coffer_tests::{block_on, seed, wait_for};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime};
 
 on_majors! {
     fulls: fulls;
     incrementals: incrementals;
     incrementals_by_schedule: by_schedule;
     workers: workers;
+    idle_and_without_the_source: idle_and_without_the_source;
+    killed_at_any_moment: killed_at_any_moment;
 }
 
 const DDL: &str = "
@@ -385,4 +391,114 @@ fn workers(major: u32) {
         (doc["incrementals"][0]["tenant"] == "3").then_some(())
     });
     assert_eq!(agent.json(&["verify"])["ok"], true);
+}
+
+/// A full of tenants that did nothing since the last one is an entry in each one's catalog and nothing else, and the
+/// source is not asked. The agent learns of it, whoever made it.
+fn idle_and_without_the_source(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script("shop", DDL);
+        cluster.psql("shop", "SELECT * FROM coffer.discover('tenant', apply => true)");
+        cluster.script("shop", ROWS);
+        let more = format!("{NEVER}\n[verify]\nscrub_rate = \"0\"");
+        let mut agent = Agent::new(&Setup { more, ..Setup::of(&cluster, "shop") });
+        agent.start();
+        restored::wait_windows(&mut agent, &["1", "2"]);
+        let mut client = cluster.connect("shop").await;
+        let truth = truth::take(&mut client, &watched(), "idle").await;
+        cluster.psql("shop", "SELECT coffer.wait_durable()");
+        let last_full = |agent: &Agent| agent.metric("coffer_last_full_timestamp_seconds");
+        let now = || SystemTime::UNIX_EPOCH.elapsed().expect("after 1970").as_secs_f64();
+
+        // Beside the agent: it looks at every catalog within a minute, and when one was written to for a job.
+        let began = now();
+        wait_for("the time of the bases", 30, || (last_full(&agent) > 0.0).then_some(()));
+        assert!(last_full(&agent) < began);
+        agent.json(&["compact"]);
+        cluster.psql("shop", "SELECT coffer.hold('1', 'look')");
+        wait_for("the time of the fulls", 90, || (last_full(&agent) > began).then_some(()));
+
+        agent.stop();
+        drop(client);
+        cluster.stop("fast");
+        let (began, before) = (now(), files(&agent.repository()));
+        let doc = agent.json(&["compact"]);
+        let after = files(&agent.repository());
+        let fulls = doc["fulls"].as_array().expect("fulls");
+        assert_eq!(doc["skipped"], json!([]), "{doc}");
+        assert!(fulls.len() >= 2 && fulls.iter().all(|f| f["bytes"] == 0), "{doc}");
+        assert_eq!(before.iter().find(|f| !after.contains(f)), None, "something was removed");
+        let new: Vec<&PathBuf> = after.iter().filter(|f| !before.contains(f)).collect();
+        assert_eq!(new.len(), fulls.len(), "{new:?}");
+        let size = |f: &Path| f.metadata().expect("a file").len();
+        println!("PostgreSQL {major}: an idle full is {:?} bytes", new.iter().map(|f| size(f)).collect::<Vec<_>>());
+        for f in new {
+            assert!(f.to_str().is_some_and(|f| f.contains("/k/")) && size(f) < 4096, "{}: {}", f.display(), size(f));
+        }
+
+        cluster.up();
+        agent.start();
+        wait_for("the time of the fulls that it did not see", 60, || (last_full(&agent) > began).then_some(()));
+        let to = format!("backup:{}", of_tenant_1(&doc)["id"].as_str().expect("an id"));
+        let db = Database::restore(&agent, &cluster, "1", &to);
+        let wrong = truth.differences(&db.connect().await, &watched(), "1").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    });
+}
+
+/// Workers that are killed at random moments of a full or an incremental leave nothing wrong, and nothing that stops the
+/// next.
+fn killed_at_any_moment(major: u32) {
+    block_on(async {
+        const KILLS: u32 = 16;
+        let seed = seed();
+        let mut rng = StdRng::seed_from_u64(seed);
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script("shop", DDL);
+        cluster.psql("shop", "SELECT * FROM coffer.discover('tenant', apply => true)");
+        cluster.script("shop", ROWS);
+        let mut agent = Agent::new(&Setup { more: NEVER.to_owned(), ..Setup::of(&cluster, "shop") });
+        agent.start();
+        restored::wait_windows(&mut agent, &["1", "2"]);
+        let mut client = cluster.connect("shop").await;
+        let full = ["compact", "--tenant", "1"];
+        let incremental = ["compact", "--tenant", "1", "--incremental"];
+        // How long one takes that is left alone.
+        let begun = Instant::now();
+        agent.json(&full);
+        let alone = begun.elapsed();
+        let (mut points, mut killed) = (Vec::new(), 0);
+        for n in 0..KILLS {
+            cluster.script(
+                "shop",
+                &format!("UPDATE a SET v = v || '{n}' WHERE id % 7 = {n} % 7; DELETE FROM b WHERE id % 50 = {n}"),
+            );
+            let truth = truth::take(&mut client, &watched(), &format!("kill {n}")).await;
+            cluster.psql("shop", "SELECT coffer.wait_durable()");
+            points.push(truth);
+            let args = if n % 3 == 1 { &incremental[..] } else { &full[..] };
+            let after = alone.mul_f64(rng.random_range(0.15..1.1));
+            killed += u32::from(agent.killed_after(args, after));
+        }
+        println!("PostgreSQL {major}: {killed} of {KILLS} workers were killed at work, {alone:?} when left alone");
+        assert!(killed >= KILLS / 4, "{killed} were killed: most were over before");
+        let verified = agent.json(&["verify"]);
+        assert_eq!(verified["ok"], true, "SEED={seed}: {verified}");
+        let last = points.last().expect("points");
+        for (n, truth) in points.iter().enumerate().rev().step_by(5) {
+            let wrong = Database::check(&agent, &cluster, truth, &watched(), "1").await;
+            assert!(wrong.is_empty(), "kill {n}, SEED={seed}: {wrong:#?}");
+        }
+        // The next ones are made, and restores begin at them.
+        agent.json(&incremental);
+        let doc = agent.json(&full);
+        let to = format!("backup:{}", of_tenant_1(&doc)["id"].as_str().expect("an id"));
+        let db = Database::restore(&agent, &cluster, "1", &to);
+        let wrong = last.differences(&db.connect().await, &watched(), "1").await;
+        assert!(wrong.is_empty(), "SEED={seed}: {wrong:#?}");
+        assert_eq!(agent.json(&["verify"])["ok"], true);
+    });
 }

@@ -109,6 +109,9 @@ pub async fn on_schedule(ctx: Arc<AgentContext>) {
             (None, None)
         }
     };
+    if let Some(us) = last_full {
+        ctx.status.full_complete(us);
+    }
     let now_us = ctx.clock.now_us();
     let mut timers = [
         (Work::Incrementals, Timer::new(incremental, last_incremental, now_us)),
@@ -231,12 +234,15 @@ async fn fulls(ctx: &AgentContext, history: &History, compactor: &Compactor, ten
 
 /// A run is over: the time of the last one counts only if no tenant failed; else somebody has to look.
 fn finished(ctx: &AgentContext, work: Work, failed: u64) {
-    let gauge = match work {
-        Work::Incrementals => "coffer_last_incremental_timestamp_seconds",
-        Work::Fulls => "coffer_last_full_timestamp_seconds",
-    };
     if failed == 0 {
-        metrics::gauge!(gauge, "source" => ctx.source.clone()).set(ctx.clock.now_us() as f64 / 1e6);
+        let now_us = ctx.clock.now_us();
+        match work {
+            Work::Incrementals => {
+                metrics::gauge!("coffer_last_incremental_timestamp_seconds", "source" => ctx.source.clone())
+                    .set(now_us as f64 / 1e6);
+            }
+            Work::Fulls => ctx.status.full_complete(now_us),
+        }
         ctx.alarms.clear(work.alarm(), &ctx.source);
     } else {
         let message = format!("the scheduled {} of {failed} tenants failed: the log names them", work.name());

@@ -9,6 +9,7 @@
 use crate::alarms;
 use crate::catalog::{self, Catalog, State};
 use crate::clock::rfc3339;
+use crate::compact::{ARCHIVE, SCHEDULE};
 use crate::crypto::sha256;
 use crate::error::{Context, Kind, Result};
 use crate::history::History;
@@ -69,11 +70,15 @@ struct Kept {
     packed: Vec<u8>,
     /// Hash of what was sent last.
     sent: Option<[u8; 32]>,
+    /// When its newest scheduled full was complete.
+    last_full_us: Option<i64>,
 }
 
 impl Kept {
     fn new(catalog: &Catalog, sent: Option<[u8; 32]>) -> Result<Self> {
-        Ok(Self { next: catalog.next(), packed: pack(catalog.state().clone())?, sent })
+        let scheduled = catalog.state().fulls.iter().filter(|f| matches!(f.trigger.as_str(), SCHEDULE | ARCHIVE));
+        let last_full_us = scheduled.map(|f| f.read_back_us.unwrap_or(f.point_time_us)).max();
+        Ok(Self { next: catalog.next(), packed: pack(catalog.state().clone())?, sent, last_full_us })
     }
 }
 
@@ -158,6 +163,11 @@ impl Mirror {
         let mut tenants = self.ctx.keyring.tenants(self.ctx.source_uid);
         tenants.retain(|t| t.tenant.kind == TenantKind::Normal);
         let (read, whole) = self.refresh(&tenants, known, began_us).await?;
+        // Whichever worker made them: of each tenant the newest, and of these the oldest.
+        let last_full = tenants.iter().filter_map(|t| known.tenants.get(&t.uid)?.last_full_us).min();
+        if let Some(us) = last_full {
+            self.ctx.status.full_complete(us);
+        }
         let mut docs = Vec::new();
         for t in tenants.iter().filter(|t| is_new || read.contains(&t.uid)) {
             let Some(kept) = known.tenants.get(&t.uid) else { continue };

@@ -183,8 +183,7 @@ impl BaseTaker {
     /// The metric of the last full follows the log, so that it survives a restart of the agent.
     fn note_full(&self, r: &crate::repository::LogRecord) {
         if matches!(&r.body, Body::Base(b) if !b.tables.is_empty()) {
-            metrics::gauge!("coffer_last_full_timestamp_seconds", "source" => self.ctx.source.clone())
-                .set(r.at_us as f64 / 1e6);
+            self.ctx.status.full_complete(r.at_us);
         }
     }
 
