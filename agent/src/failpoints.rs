@@ -27,6 +27,8 @@ pub const BASE_AFTER_FULLS: &str = "base-after-fulls";
 pub const LARGE_OBJECTS_AFTER_WRITE: &str = "large-objects-after-write";
 /// A buffer went to the spool.
 pub const SPOOL_AFTER_WRITE: &str = "spool-after-write";
+/// A restore knows which objects it reads, and has read no row of them.
+pub const RESTORE_AFTER_INPUTS: &str = "restore-after-inputs";
 /// An in-place restore has fenced the tenant.
 pub const RESTORE_AFTER_FENCE: &str = "restore-after-fence";
 /// An in-place restore is about to commit.

@@ -100,8 +100,8 @@ fn the_list_of_failpoints_is_complete() {
     // jobs.rs and retention.rs, compaction.rs, archive.rs have these.
     ours.extend(["job-after-claim", "job-before-finish", "full-after-objects", "incremental-after-object"]);
     ours.insert("archive-after-objects");
-    // busy.rs has it.
-    ours.insert("full-at-table");
+    // busy.rs and readers.rs have these.
+    ours.extend(["full-at-table", "restore-after-inputs"]);
     ours.extend(["prune-after-record", "prune-after-delete", "prune-before-removed", "catalog-after-sequencer"]);
     ours.insert("verify-after-list");
     assert_eq!(names, ours, "crash.rs does not go through every failpoint");

@@ -46,6 +46,7 @@ mod layouts;
 mod names;
 mod oracle;
 mod paths;
+mod readers;
 mod refusals;
 mod restores;
 mod retention;

@@ -17,6 +17,7 @@ use super::sink::{Counts, Filter, Selected, Selection, Watch};
 use crate::accounts::Roles;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
+use crate::failpoints;
 use crate::history::{History, Target};
 use crate::lease::Lease;
 use crate::merge::{Holes, Image, MergeStats, RowSink, TenantAt};
@@ -224,6 +225,7 @@ impl Prepared {
             holes: if request.allow_incomplete { Holes::Null } else { Holes::Refuse },
             seen: None,
         };
+        failpoints::hit(failpoints::RESTORE_AFTER_INPUTS)?;
         let rename = match &request.rename {
             Some(r) if request.tenant.kind != TenantKind::Normal || r.key == request.tenant.key => {
                 return Err(Error::usage(format!("--as: '{}' is no other tenant's key", r.key)));
