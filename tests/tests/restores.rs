@@ -5,17 +5,12 @@ use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored;
 use serde_json::Value;
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 on_majors! {
     side_by_side: side_by_side;
     what_changed_since: what_changed_since;
     single_rows: single_rows;
     undone: undone;
-    in_place_keeps_its_promises: in_place_keeps_its_promises;
     as_another_tenant: as_another_tenant;
 }
 
@@ -42,7 +37,7 @@ INSERT INTO trail SELECT i, 1 + i % 3, 'first' FROM generate_series(1, 30) i;
 ";
 
 /// A protected database with tables of several strategies, and an agent with windows for tenants 1 to 3.
-fn protected(major: u32) -> (Cluster, Agent) {
+pub fn protected(major: u32) -> (Cluster, Agent) {
     let cluster = Cluster::start(major);
     cluster.create_protected_db("shop");
     cluster.script("shop", DDL);
@@ -343,6 +338,23 @@ fn single_rows(major: u32) {
         more.extend(some);
         restore(&agent, "2", "name:before", "schema", &more);
         assert_eq!(sql("SELECT string_agg(id::text, ',') FROM one_bill.bill"), "30");
+        let one = restored::Database::named(&cluster, "one_bill");
+        let url = cluster.url("postgres", &one.name);
+        let mut more = vec!["--target", url.as_str()];
+        more.extend(some);
+        restore(&agent, "2", "name:before", "database", &more);
+        assert_eq!(cluster.psql(&one.name, "SELECT string_agg(id::text, ',') FROM bill"), "30");
+        // By class.
+        let audit = ["--class", "audit"];
+        let done = restore(&agent, "2", "name:before", "schema", &["--target", "audit_only", "--class", "audit"]);
+        assert_eq!(
+            (done["tables"].as_array().map(Vec::len), counts(&done, "public.trail")[0]),
+            (Some(1), 10),
+            "{done}"
+        );
+        assert_eq!(sql("SELECT count(*) FROM audit_only.trail"), "10");
+        let d = agent.json(&[&["diff", "--tenant", "2", "--to", "name:before"][..], &audit].concat());
+        assert_eq!((d["tables"].as_array().map(Vec::len), counts(&d, "public.trail")), (Some(1), [0, 0, 0, 10]), "{d}");
         // Exports are files at the newest point.
         let out = restored::Out::new();
         let done =
@@ -419,100 +431,6 @@ fn undone(major: u32) {
     });
 }
 
-/// The longest that a session of the restore was seen to hold, or to wait for, a lock above ROW EXCLUSIVE on a table of
-/// the application; and how often it was looked.
-async fn watch_locks(cluster: &Cluster, stop: Arc<AtomicBool>) -> (Duration, BTreeMap<String, Duration>, u64) {
-    let db = cluster.connect("shop").await;
-    let sql = "SELECT l.pid || ' ' || l.relation::regclass || ' ' || l.mode || CASE WHEN l.granted THEN '' ELSE ' awaited' END
-        FROM pg_locks l JOIN pg_stat_activity a USING (pid) JOIN pg_class c ON c.oid = l.relation
-        WHERE a.application_name = 'coffer restore' AND l.locktype = 'relation' AND c.relkind = 'r'
-          AND c.relnamespace = 'public'::regnamespace
-          AND l.mode NOT IN ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock')";
-    let (mut since, mut longest, mut looks): (BTreeMap<String, Instant>, BTreeMap<String, Duration>, u64) =
-        Default::default();
-    while !stop.load(Ordering::Relaxed) {
-        let before = Instant::now();
-        let seen: Vec<String> = db.query(sql, &[]).await.expect("locks").iter().map(|r| r.get(0)).collect();
-        since.retain(|lock, _| seen.contains(lock));
-        for lock in seen {
-            let first = *since.entry(lock.clone()).or_insert(before);
-            let entry = longest.entry(lock.split_once(' ').map_or("", |l| l.1).to_owned()).or_default();
-            *entry = (*entry).max(before - first);
-        }
-        looks += 1;
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    (longest.values().max().copied().unwrap_or_default(), longest, looks)
-}
-
-fn in_place_keeps_its_promises(major: u32) {
-    block_on(async {
-        let (cluster, agent) = protected(major);
-        let cluster = Arc::new(cluster);
-        cluster.script(
-            "shop",
-            "ALTER TABLE customer DISABLE TRIGGER noisy;
-             INSERT INTO customer SELECT t, i, 'c' || i, 'ok' FROM generate_series(1, 3) t, generate_series(1000, 20000) i;
-             INSERT INTO bill (tenant, customer, amount) SELECT t, i, i FROM generate_series(1, 3) t, generate_series(1000, 8000) i;
-             SELECT coffer.restore_point('before');
-             UPDATE customer SET name = name || '?' WHERE tenant = 2 AND id % 3 = 0;
-             DELETE FROM bill WHERE tenant = 2 AND id % 4 = 0;
-             INSERT INTO trail VALUES (2, 700, 'later'), (2, 701, 'later');",
-        );
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut writers = Vec::new();
-        for n in 0..4 {
-            let (cluster, stop) = (cluster.clone(), stop.clone());
-            writers.push(tokio::spawn(async move {
-                let db = cluster.connect("shop").await;
-                let (mut done, mut longest) = (0u64, Duration::ZERO);
-                while !stop.load(Ordering::Relaxed) {
-                    let (tenant, id) = (if n % 2 == 0 { 1 } else { 3 }, 1000 + rand::random::<u32>() % 5000);
-                    let begun = Instant::now();
-                    let sql = format!(
-                        "BEGIN; UPDATE customer SET name = 'w{n}' WHERE tenant = {tenant} AND id = {id};
-                         UPDATE bill SET amount = 1 WHERE tenant = {tenant} AND customer = {id};
-                         INSERT INTO note VALUES ({tenant}, 'load'); COMMIT"
-                    );
-                    db.batch_execute(&sql).await.expect("a writer of another tenant is not disturbed");
-                    longest = longest.max(begun.elapsed());
-                    done += 1;
-                }
-                (done, longest)
-            }));
-        }
-        let watching = {
-            let (cluster, stop) = (cluster.clone(), stop.clone());
-            tokio::spawn(async move { watch_locks(&cluster, stop).await })
-        };
-        let done = restore(&agent, "2", "name:before", "in-place", &[]);
-        stop.store(true, Ordering::Relaxed);
-        let (longest, locks, looks) = watching.await.expect("the watcher");
-        let mut slowest = Duration::ZERO;
-        for w in writers {
-            let (n, longest) = w.await.expect("a writer");
-            assert!(n > 0, "a writer wrote nothing");
-            slowest = slowest.max(longest);
-        }
-        println!(
-            "PostgreSQL {major}: {looks} looks, longest {longest:?}, others' slowest transaction {slowest:?}: {locks:?}"
-        );
-        assert!(looks > 20, "the locks were looked at {looks} times only");
-        assert!(longest <= Duration::from_millis(200), "a strong lock was seen for {longest:?}: {locks:#?}");
-        assert!(counts(&done, "public.customer")[1] > 6000 && counts(&done, "public.bill")[0] > 1500, "{done}");
-        // Rows of the class audit stay, and the restore says so.
-        assert_eq!(counts(&done, "public.trail")[2], 0);
-        assert_eq!(cluster.psql("shop", "SELECT count(*) FROM trail WHERE v = 'later'"), "2");
-        let warned = done["warnings"]
-            .as_array()
-            .expect("warnings")
-            .iter()
-            .any(|w| w.as_str().is_some_and(|w| w.contains("class audit")));
-        assert!(warned, "{done}");
-        assert_eq!(cluster.psql("shop", "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'aaa%fence%'"), "0");
-    });
-}
-
 fn as_another_tenant(major: u32) {
     block_on(async {
         let (cluster, agent) = protected(major);
@@ -532,6 +450,25 @@ fn as_another_tenant(major: u32) {
         // What is behind a foreign key goes along, and the keys hold.
         assert_eq!(there("SELECT count(*) FROM line JOIN bill ON bill.id = line.bill WHERE tenant = 200"), "20");
         assert_eq!(there("SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND convalidated"), "2");
+
+        // The same beside the live rows and in files.
+        let done = restore(&agent, "2", "name:before", "schema", &["--target", "as_200", "--as", "200"]);
+        assert_eq!((done["tenant"].as_str(), done["as"].as_str()), (Some("2"), Some("200")), "{done}");
+        for (t, rows) in [("customer", 20), ("bill", 20), ("note", 20), ("trail", 10)] {
+            assert_eq!(
+                sql(&format!("SELECT count(*) || ' ' || min(tenant) || ' ' || max(tenant) FROM as_200.{t}")),
+                format!("{rows} 200 200")
+            );
+        }
+        let out = restored::Out::new();
+        let done =
+            restore(&agent, "2", "name:before", "files", &["--target", out.arg(), "--format", "jsonl", "--as", "200"]);
+        assert_eq!((counts(&done, "public.customer")[0], done["as"].as_str()), (20, Some("200")), "{done}");
+        let text = std::fs::read_to_string(out.dir.join("public.customer.jsonl")).expect("a file");
+        let tenants: Vec<Value> =
+            text.lines().map(|l| serde_json::from_str::<Value>(l).expect("JSON")["tenant"].clone()).collect();
+        assert!(tenants.len() == 20 && tenants.iter().all(|t| t == 200), "{text}");
+        assert_eq!(out.manifest()["tenant"], "200", "{}", out.manifest());
 
         // Beside the tenant itself, keys without the tenant collide: refused, nothing is changed.
         let place =
