@@ -37,6 +37,7 @@ mod ddl;
 mod drill;
 mod exactness;
 mod faults;
+mod fence;
 mod harness;
 mod independence;
 mod isolation;
