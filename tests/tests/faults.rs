@@ -452,6 +452,7 @@ fn the_slot_is_dropped(major: u32) {
             (gaps >= 1 && windows >= 2).then_some(listed)
         });
         assert_eq!(listed["gaps"][0]["reason"], "slot_lost", "{listed}");
+        shown_in_sql(&scene.cluster, &agent);
         load.after(100).await;
         let after = scene.take("after").await;
         load.stop().await;
@@ -466,5 +467,30 @@ fn the_slot_is_dropped(major: u32) {
         let log = agent.log();
         assert!(log.contains("\"alarm\":\"gap\"") && log.contains("slot_lost"), "{log}");
         drop(lost);
+    });
+}
+
+/// `coffer.recovery_window` comes to have the windows and the gaps of `coffer list`.
+fn shown_in_sql(cluster: &Cluster, agent: &Agent) {
+    let sql = "SELECT from_lsn, CASE WHEN to_lsn = (SELECT durable_lsn FROM coffer.status) THEN 'open' ELSE to_lsn::text END, \
+        reason FROM coffer.recovery_window WHERE tenant = '1' AND restorable = (reason IS NULL) AND as_of IS NOT NULL \
+        ORDER BY from_lsn, to_lsn";
+    wait_for("the same windows and gaps in coffer.recovery_window", 90, || {
+        let listed = restored::listed(agent, "1");
+        let (windows, gaps) = (listed["window"].as_array()?, listed["gaps"].as_array()?);
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let mut spans: Vec<[String; 3]> = Vec::new();
+        for (n, w) in windows.iter().enumerate() {
+            // The end of what goes on is what is durable by now.
+            let to = if n + 1 == windows.len() { "open".to_owned() } else { text(&w["to_lsn"]) };
+            spans.push([text(&w["from_lsn"]), to, String::new()]);
+        }
+        spans.extend(gaps.iter().map(|g| ["from_lsn", "to_lsn", "reason"].map(|f| text(&g[f]))));
+        let seen = cluster.psql("shop", sql);
+        let mut seen: Vec<&str> = seen.lines().collect();
+        let mut want: Vec<String> = spans.iter().map(|s| s.join("|")).collect();
+        seen.sort_unstable();
+        want.sort_unstable();
+        (seen == want).then_some(())
     });
 }

@@ -7,10 +7,12 @@ use coffer_tests::restored;
 use coffer_tests::wait_for;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 on_majors! {
     finds_damage: finds_damage;
     goes_on: goes_on;
+    no_faster_than_it_may: no_faster_than_it_may;
 }
 
 fn database(major: u32) -> Cluster {
@@ -175,4 +177,32 @@ fn goes_on(major: u32) {
     agent.start();
     let anew = wait_for("a new round", 60, || noted(&agent).filter(|n| n["place"].as_u64() > Some(0)));
     assert!(anew["began_us"].as_i64() > first["began_us"].as_i64(), "{anew}");
+}
+
+/// However much is due: no more is read in a second than `scrub_rate` says, and no less for long.
+fn no_faster_than_it_may(major: u32) {
+    const RATE: f64 = 16.0 * 1024.0;
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+         SELECT * FROM coffer.add_table('a', 'tenant');
+         INSERT INTO a SELECT t, i, md5(random()::text) FROM generate_series(1, 12) t, generate_series(1, 500) i;",
+    );
+    let mut setup = Setup::of(&cluster, "shop");
+    // All of it is due every second.
+    setup.more = "[verify]\nscrub_period = \"1s\"\nscrub_rate = \"16KiB\"\n".to_owned();
+    let mut agent = Agent::new(&setup);
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "12"]);
+    let bytes = || agent.metric("coffer_scrub_bytes_total");
+    let first = wait_for("something to be read", 60, || Some(bytes()).filter(|b| *b > 0.0));
+    let begun = Instant::now();
+    let read = wait_for("seven seconds' worth", 60, || Some(bytes() - first).filter(|b| *b > 7.0 * RATE));
+    let took = begun.elapsed();
+    println!("PostgreSQL {major}: {read} bytes in {took:?}");
+    // A second may be saved up, and an object is counted when all of it was read.
+    assert!(took > Duration::from_secs(4), "{read} bytes were read in {took:?}");
+    assert!(took < Duration::from_secs(30), "{read} bytes took {took:?}");
 }
