@@ -1,0 +1,161 @@
+//! Messages that others put into the log: every role may, and none of them is believed. Each is well-formed but for its
+//! MAC; written under the right key the very same bytes do what they say, which shows that nothing else keeps them out.
+
+use coffer_tests::agent::{Agent, Setup};
+use coffer_tests::cluster::Cluster;
+use coffer_tests::restored::{self, Database};
+use coffer_tests::wait_for;
+use coffer_wire::TenantKind;
+use coffer_wire::tag::{self, Fill, MacKey, Tag, TagOp, TagTenant};
+use serde_json::Value;
+
+on_majors! {
+    forged: forged;
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn of(key: &str) -> TagTenant<'_> {
+    TagTenant { kind: TenantKind::Normal, key: key.as_bytes() }
+}
+
+struct World {
+    cluster: Cluster,
+    tagged: u32,
+    keyed: u32,
+}
+
+impl World {
+    fn new(major: u32) -> Self {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE TABLE tagged (id int PRIMARY KEY, tenant text NOT NULL, v text);
+             CREATE TABLE keyed (tenant text NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+             SELECT coffer.discover('tenant', true);
+             INSERT INTO tagged SELECT i, CASE WHEN i < 10 THEN 'victim' ELSE 'mallory' END, 'x' FROM generate_series(1, 12) i;
+             INSERT INTO keyed VALUES ('victim', 1, 'theirs'), ('mallory', 1, 'own');
+             CREATE ROLE mallory; GRANT SELECT, UPDATE, DELETE ON tagged, keyed TO mallory;
+             DO $$BEGIN IF EXISTS (SELECT FROM pg_settings WHERE name = 'output_plugin_libraries') THEN
+                 EXECUTE 'ALTER ROLE postgres SET output_plugin_libraries = pg_coffer'; END IF; END$$;",
+        );
+        let relid = |t: &str| cluster.psql("shop", &format!("SELECT '{t}'::regclass::oid")).parse().expect("an OID");
+        let (tagged, keyed) = (relid("tagged"), relid("keyed"));
+        Self { cluster, tagged, keyed }
+    }
+
+    /// In a transaction of a role that may not do anything but use the tables: a message, and a statement behind it.
+    fn emit(&self, message: &[u8], then: &str) {
+        self.cluster.script(
+            "shop",
+            &format!(
+                "SET ROLE mallory; BEGIN; SELECT pg_logical_emit_message(true, 'pg_coffer', '\\x{}'::bytea); {then}; COMMIT;",
+                hex(message)
+            ),
+        );
+    }
+
+    /// Whether DELETEs of `tagged` write their tag; past the guard that puts the trigger back.
+    fn genuine_tags(&self, enabled: bool) {
+        let how = if enabled { 'A' } else { 'D' };
+        self.cluster.script(
+            "shop",
+            &format!(
+                "UPDATE pg_trigger SET tgenabled = '{how}' WHERE tgrelid = 'tagged'::regclass AND tgname = 'zzz_coffer_tag_delete';
+                 SELECT coffer._invalidate('tagged'::regclass);"
+            ),
+        );
+    }
+
+    /// What came since the last look: operation, kind of tenant, tenant, and the marker's kind.
+    fn seen(&self) -> Vec<String> {
+        let lines = self
+            .cluster
+            .psql("shop", "SELECT data FROM pg_logical_slot_get_changes('look', NULL, NULL, 'format', 'json')");
+        let text = |v: &Value| v.as_str().unwrap_or("-").to_owned();
+        let one = |line: &str| {
+            let d: Value = serde_json::from_str(line).expect("a document");
+            match d["op"].as_str() {
+                Some("marker") => format!("marker {}", text(&d["kind"])),
+                _ => format!("{} {} {}", text(&d["op"]), text(&d["tenant_kind"]), text(&d["tenant"])),
+            }
+        };
+        lines.lines().map(one).collect()
+    }
+
+    fn delete_tag(&self, key: &MacKey, id: u32) -> Vec<u8> {
+        let row = id.to_string();
+        let tag =
+            Tag { relid: self.tagged, op: TagOp::Delete, key: row.as_bytes(), old: Some(of("mallory")), new: None };
+        tag::encode_tag(key, &tag)
+    }
+
+    /// A row of mallory's is said to come from the victim: its UPDATE would delete the victim's row with that key.
+    fn move_tag(&self, key: &MacKey, id: u32) -> Vec<u8> {
+        let row = id.to_string();
+        let (old, new) = (Some(of("victim")), Some(of("mallory")));
+        tag::encode_tag(key, &Tag { relid: self.tagged, op: TagOp::Update, key: row.as_bytes(), old, new })
+    }
+
+    /// A value for a row of the victim's.
+    fn fill(&self, key: &MacKey) -> Vec<u8> {
+        let fill = Fill { relid: self.keyed, key: b"victim\t1", tenant: of("victim"), attnum: 3, field: b"forged" };
+        tag::encode_fill(key, &fill)
+    }
+
+    /// The table is said to be dropped.
+    fn drop_marker(&self, key: &MacKey) -> Vec<u8> {
+        tag::encode_marker(key, "drop", format!("{{\"relids\":[{}]}}", self.keyed).as_bytes())
+    }
+}
+
+fn forged(major: u32) {
+    let world = World::new(major);
+    let cluster = &world.cluster;
+    let mut agent = Agent::new(&Setup::of(cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["victim", "mallory"]);
+    cluster.psql("shop", "SELECT pg_create_logical_replication_slot('look', 'pg_coffer')");
+
+    let wrong: MacKey = [0x5a; 16];
+    for message in
+        [world.fill(&wrong), world.drop_marker(&wrong), tag::encode_marker(&wrong, "restore_point", b"forged")]
+    {
+        world.emit(&message, "UPDATE keyed SET v = v WHERE false");
+    }
+    world.emit(&world.move_tag(&wrong, 10), "UPDATE tagged SET v = 'y' WHERE id = 10");
+    assert_eq!(world.seen(), ["update normal mallory"]);
+    cluster.psql("shop", "SELECT coffer.restore_point('unharmed')");
+    let (code, said) = agent.json_err(&restored::args_now("victim", "name:forged", "/nonexistent/forged"));
+    assert!(matches!(code, 3 | 4), "{code} {said}");
+    let made = Database::restore(&agent, cluster, "victim", "name:unharmed");
+    let rows = "SELECT concat_ws(' ', (SELECT count(*) FROM tagged), (SELECT v FROM keyed))";
+    assert_eq!(cluster.psql(&made.name, rows), "9 theirs");
+    assert!(agent.alarms("unresolved_rows").is_empty());
+
+    // Without the genuine tag behind it a forged one is no tag: the row is nobody's to guess, and that is told.
+    world.genuine_tags(false);
+    world.emit(&world.delete_tag(&wrong, 1), "DELETE FROM tagged WHERE id = 1");
+    assert!(world.seen().contains(&"opaque unresolved -".to_owned()));
+    wait_for("the alarm", 60, || (!agent.alarms("unresolved_rows").is_empty()).then_some(()));
+    assert_eq!(agent.stop(), Some(0));
+
+    // The same under the right key.
+    let key = cluster.psql("shop", "SELECT encode(mac_key, 'hex') FROM coffer.secret");
+    let digit = |i: usize| u8::from_str_radix(&key[2 * i..2 * i + 2], 16).expect("hex");
+    let right: MacKey = std::array::from_fn(digit);
+    world.seen();
+    world.emit(&world.delete_tag(&right, 2), "DELETE FROM tagged WHERE id = 2");
+    assert_eq!(world.seen(), ["delete normal mallory"]);
+    world.genuine_tags(true);
+    world.seen();
+    world.emit(&world.move_tag(&right, 10), "UPDATE tagged SET v = 'z' WHERE id = 10");
+    assert_eq!(world.seen(), ["delete normal victim", "insert normal mallory"]);
+    world.emit(&world.fill(&right), "UPDATE keyed SET v = v WHERE false");
+    assert_eq!(world.seen(), ["update normal victim"]);
+    world.emit(&world.drop_marker(&right), "UPDATE keyed SET v = v WHERE false");
+    assert_eq!(world.seen(), ["marker drop"]);
+}
