@@ -48,7 +48,8 @@ CREATE TABLE coffer.rule_relations (
     prior_index     oid NOT NULL DEFAULT 0,
     own_identity    "char" NOT NULL,
     key_index       oid NOT NULL DEFAULT 0,
-    registered_xid  xid8                             -- of a table under a schema rule, when later than the rule's
+    registered_xid  xid8,                            -- of a table under a schema rule, when later than the rule's
+    tenant          text                             -- of a table under a schema rule: whose it is by that rule
 );
 CREATE INDEX rule_relations_root ON coffer.rule_relations (root);
 

@@ -358,6 +358,8 @@ DECLARE
 BEGIN
     SELECT * INTO p FROM coffer._plan(rel, NULL);
     PERFORM coffer._apply_identity(rel, p.identity, p.key_index);
+    UPDATE coffer.rule_relations m SET tenant = s.tenant FROM pg_class c JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
+    WHERE m.relid = rel AND c.oid = rel;
     PERFORM coffer._invalidate(t.relid) FROM coffer._tree(rel) t;
     RETURN p.reason;
 END $$;

@@ -2,14 +2,15 @@
 
 CREATE VIEW coffer.coverage AS
 SELECT c.oid::regclass AS relation,
-       (r.relid IS NOT NULL OR s.nspid IS NOT NULL) AND c.relpersistence = 'p' AND c.relkind <> 'f' AS covered,
+       (r.relid IS NOT NULL OR s.nspid IS NOT NULL) AND c.relpersistence = 'p' AND c.relkind NOT IN ('f', 'm') AS covered,
        coffer._class_name(coalesce(r.class, s.class)) AS class,
-       CASE WHEN r.relid IS NOT NULL THEN coffer._strategy_name(r.strategy)
+       CASE WHEN c.relkind = 'm' THEN 'excluded'
+            WHEN r.relid IS NOT NULL THEN coffer._strategy_name(r.strategy)
             WHEN s.nspid IS NOT NULL THEN 'schema'
             WHEN e.relid IS NOT NULL THEN 'excluded' END AS strategy,
        r.tenant_column,
        nullif(r.parent, 0)::regclass AS parent,
-       CASE WHEN r.relid IS NULL AND s.nspid IS NULL THEN NULL
+       CASE WHEN r.relid IS NULL AND s.nspid IS NULL OR c.relkind = 'm' THEN NULL
             WHEN coalesce(r.identity, m.own_identity) = 'f' THEN 'the whole old row is logged by UPDATE and DELETE'
             WHEN r.strategy IN (2, 3) THEN 'one message is logged by every INSERT, UPDATE and DELETE'
             WHEN r.strategy = 1 THEN 'one message is logged by a DELETE or a change of tenant'
@@ -17,6 +18,7 @@ SELECT c.oid::regclass AS relation,
             -- Each of the two has its own price.
             || CASE WHEN r.strategy IN (1, 2, 3) AND r.identity = 'f' THEN ', and one message' ELSE '' END AS cost,
        CASE WHEN e.relid IS NOT NULL THEN e.reason
+            WHEN c.relkind = 'm' THEN 'a materialized view: left out, since its rows come from other tables; a new database fills it from those'
             WHEN c.relpersistence = 'u' THEN 'unlogged: its changes are not in the log'
             WHEN c.relkind = 'f' THEN 'a foreign table: its rows are kept elsewhere'
             WHEN r.relid IS NOT NULL THEN r.reason
@@ -38,10 +40,10 @@ LEFT JOIN coffer.exclusions e ON e.relid = c.oid
 LEFT JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid AND d.objsubid = 0
      AND d.deptype = 'e' AND d.refclassid = 'pg_catalog.pg_extension'::regclass
 LEFT JOIN pg_catalog.pg_extension x ON x.oid = d.refobjid
-WHERE c.relkind IN ('r', 'p', 'f') AND NOT c.relispartition AND c.relpersistence <> 't' AND c.oid >= 16384
+WHERE c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition AND c.relpersistence <> 't' AND c.oid >= 16384
   AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'coffer');
 COMMENT ON VIEW coffer.coverage IS
-'Every table of the database and how it is covered. Partitions are covered with their root, which stands for them.';
+'Every table and materialized view of the database and how it is covered. Partitions are covered with their root, which stands for them.';
 
 CREATE VIEW coffer.audit_log AS
 SELECT entry, at, actor, client_addr, application_name, action, object, detail FROM coffer.audit_entries;

@@ -178,6 +178,7 @@ DECLARE
     auto  name := coffer._auto_column();
     had   coffer.rule_relations;
     told  text;
+    whose text;
 BEGIN
     SELECT * INTO c FROM pg_class k WHERE k.oid = rel;
     IF c.oid IS NULL OR c.relispartition OR coffer._obstacle(rel) IS NOT NULL
@@ -186,8 +187,10 @@ BEGIN
         RETURN;
     END IF;
     SELECT * INTO had FROM coffer.rule_relations m WHERE m.relid = rel;
-    IF EXISTS (SELECT FROM coffer.schema_rules s WHERE s.nspid = c.relnamespace) THEN
-        IF had.relid IS NULL OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
+    SELECT s.tenant INTO whose FROM coffer.schema_rules s WHERE s.nspid = c.relnamespace;
+    IF FOUND THEN
+        -- From one tenant's schema into another's its rows change hands without a change of theirs.
+        IF had.relid IS NULL OR had.tenant IS DISTINCT FROM whose OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
             PERFORM coffer._cover_schema_table(rel);
             UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
             PERFORM coffer._changed(rel, 'add', true, had.relid IS NULL AND coffer._is_fresh(rel));
@@ -258,6 +261,25 @@ AS $$
                 WHEN 'pg_trigger'::regclass THEN (SELECT g.tgrelid FROM pg_trigger g WHERE g.oid = object) END)))
 $$;
 
+-- After ALTER SCHEMA: a schema without a rule that has a name now which a pattern fits belongs to the tenant of that name,
+-- like a new one; one that has a rule keeps it, whatever its name. Returns the covered tables in it, whose names changed.
+CREATE FUNCTION coffer._schema_altered(nsp oid) RETURNS oid[]
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    found_by  record;
+BEGIN
+    SELECT n.nspname AS name, coffer._class_name(p.class) AS class INTO found_by
+    FROM pg_namespace n JOIN coffer.schema_patterns p ON n.nspname LIKE p.pattern
+    WHERE n.oid = nsp AND NOT EXISTS (SELECT FROM coffer.schema_rules s WHERE s.nspid = nsp)
+    ORDER BY length(p.pattern) DESC LIMIT 1;
+    IF FOUND THEN
+        PERFORM coffer._add_schema(found_by.name, found_by.name::text, found_by.class);
+        RAISE NOTICE 'coffer: schema % belongs to the tenant of its name', nsp::regnamespace;
+    END IF;
+    RETURN ARRAY(SELECT DISTINCT m.root FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.root WHERE c.relnamespace = nsp);
+END $$;
+
 CREATE FUNCTION coffer._on_ddl() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
@@ -287,6 +309,8 @@ BEGIN
                 IF FOUND THEN
                     RAISE NOTICE 'coffer: schema % belongs to the tenant of its name', cmd.objid::regnamespace;
                 END IF;
+            ELSIF cmd.object_type = 'schema' AND cmd.command_tag = 'ALTER SCHEMA' THEN
+                touched := touched || coffer._schema_altered(cmd.objid);
             ELSIF cmd.type IS NOT NULL THEN
                 FOR rel IN SELECT r.relid FROM coffer.rules r WHERE r.types ? cmd.type::text LOOP
                     PERFORM coffer._recheck(rel, TG_TAG);
@@ -383,7 +407,8 @@ BEGIN
             PERFORM coffer._consider(rel, 'ALTER TABLE');
         END LOOP;
         DELETE FROM coffer.rules r WHERE r.relid = ANY (dropped);
-        DELETE FROM coffer.rule_relations m WHERE m.root = ANY (dropped);
+        -- Of a partition, too: that its rows are gone is in the log, no base has to say it.
+        DELETE FROM coffer.rule_relations m WHERE m.root = ANY (dropped) OR m.relid = ANY (dropped);
         DELETE FROM coffer.session_rows s WHERE s.relid = ANY (dropped);
         DELETE FROM coffer.large_object_entries e WHERE e.relid = ANY (dropped);
         PERFORM coffer._sync_parent(c.oid) FROM pg_class c

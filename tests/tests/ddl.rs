@@ -13,6 +13,9 @@ on_majors! {
     labels_in_a_tenants_schema: labels_in_a_tenants_schema;
     definitions_of_another_moment: definitions_of_another_moment;
     locks_that_are_not_free: locks_that_are_not_free;
+    partitions_that_come_and_go: partitions_that_come_and_go;
+    restarted_sequences_and_views: restarted_sequences_and_views;
+    types_of_another_shape: types_of_another_shape;
 }
 
 fn changes_without_rows(major: u32) {
@@ -256,4 +259,195 @@ fn locks_that_are_not_free(major: u32) {
         let db = Database::restore(&agent, &cluster, "2", "name:attached");
         assert_eq!(cluster.psql(&db.name, "SELECT string_agg(id || v, ' ' ORDER BY id) FROM t"), "1b 2c");
     });
+}
+
+/// What a database says of a partitioned table's rows, by their ids.
+fn ids(cluster: &Cluster, db: &str, table: &str) -> String {
+    cluster.psql(db, &format!("SELECT string_agg(id::text, ' ' ORDER BY id) FROM {table} WHERE tenant = 1"))
+}
+
+/// A partition that is dropped takes its rows along, for a restore to later; one that is made while everything runs keeps
+/// what it gets. Neither asks for a base, whatever names the rows: the key, a tag, the whole row.
+fn partitions_that_come_and_go(major: u32) {
+    const TABLES: [(&str, &str); 3] =
+        [("t", "PRIMARY KEY (tenant, id)"), ("d", "PRIMARY KEY (id)"), ("w", "CHECK (true)")];
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    for (t, key) in TABLES {
+        cluster.script(
+            "shop",
+            &format!(
+                "CREATE TABLE {t} (tenant int NOT NULL, id int NOT NULL, v text, {key}) PARTITION BY RANGE (id);
+                 CREATE TABLE {t}_1 PARTITION OF {t} FOR VALUES FROM (0) TO (10);
+                 CREATE TABLE {t}_2 PARTITION OF {t} FOR VALUES FROM (10) TO (20);
+                 INSERT INTO {t} SELECT 1 + i % 2, i, 'base' FROM generate_series(1, 18) i;"
+            ),
+        );
+    }
+    cluster.psql("shop", "SELECT coffer.discover('tenant', true)");
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    for (t, _) in TABLES {
+        cluster
+            .script("shop", &format!("UPDATE {t} SET v = 'later' WHERE id IN (2, 12); DELETE FROM {t} WHERE id = 4;"));
+    }
+    cluster.psql("shop", "SELECT coffer.restore_point('whole')");
+    for (t, _) in TABLES {
+        cluster.script("shop", &format!("BEGIN; INSERT INTO {t} VALUES (1, 0, 'last'); DROP TABLE {t}_1; COMMIT;"));
+    }
+    cluster.psql("shop", "SELECT coffer.restore_point('dropped')");
+    // Of the definitions only, before they change again.
+    let read = || (agent.log().matches("base record written").count() > 1).then_some(());
+    coffer_tests::wait_for("the definitions at that point", 60, read);
+    for (t, _) in TABLES {
+        cluster.script(
+            "shop",
+            &format!(
+                "CREATE TABLE {t}_3 PARTITION OF {t} FOR VALUES FROM (20) TO (30);
+                 CREATE TABLE {t}_1 PARTITION OF {t} FOR VALUES FROM (0) TO (10);
+                 INSERT INTO {t} VALUES (1, 6, 'anew'), (1, 20, 'new'), (1, 22, 'new'), (2, 23, 'new'); UPDATE {t} SET id = 24 WHERE id = 22;
+                 UPDATE {t} SET id = 9 WHERE id = 10;"
+            ),
+        );
+    }
+    cluster.psql("shop", "SELECT coffer.restore_point('made')");
+    assert_eq!(agent.log().matches("bases are recorded").count(), 1, "no table needed another base");
+    let check = |db: &str, of: &str, want: &str| {
+        for (t, _) in TABLES {
+            assert_eq!(ids(&cluster, db, t), want, "{t} at {of}");
+        }
+    };
+    let points = [("whole", "2 6 8 10 12 14 16 18"), ("dropped", "10 12 14 16 18"), ("made", "6 9 12 14 16 18 20 24")];
+    // From the base and the stream, then from incrementals and fulls.
+    for compacted in [false, true] {
+        for (point, want) in points {
+            let made = Database::restore(&agent, &cluster, "1", &format!("name:{point}"));
+            check(&made.name, point, want);
+            let leaves = "SELECT count(*) FROM pg_inherits WHERE inhparent = 't'::regclass";
+            assert_eq!(
+                cluster.psql(&made.name, leaves),
+                if point == "dropped" {
+                    "1"
+                } else if point == "made" {
+                    "3"
+                } else {
+                    "2"
+                }
+            );
+        }
+        if !compacted {
+            agent.json(&["compact", "--incremental"]);
+            agent.json(&["compact"]);
+            for (t, _) in TABLES {
+                cluster.script("shop", &format!("UPDATE {t} SET v = 'after' WHERE id IN (6, 20)"));
+            }
+            cluster.psql("shop", "SELECT coffer.restore_point('after')");
+            let made = Database::restore(&agent, &cluster, "1", "name:after");
+            check(&made.name, "after", points[2].1);
+        }
+    }
+    // In place to when the partition was gone; its rows are those of the one that took its place.
+    agent.json(&restored::in_place("1", "name:dropped"));
+    check("shop", "dropped, in place", points[1].1);
+    agent.json(&restored::in_place("1", "name:whole"));
+    check("shop", "whole, in place", points[0].1);
+    let others = "SELECT count(*) FROM t WHERE tenant = 2";
+    assert_eq!(cluster.psql("shop", others), "5", "the other tenant's rows are as they were");
+}
+
+/// TRUNCATE … RESTART IDENTITY: the sequence of a point is the one of that point. A materialized view is left out, and
+/// said to be; a new database fills it.
+fn restarted_sequences_and_views(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE t (tenant int NOT NULL, id int GENERATED ALWAYS AS IDENTITY, v text, PRIMARY KEY (tenant, id));
+         CREATE TABLE s (id serial PRIMARY KEY, tenant int NOT NULL);
+         CREATE MATERIALIZED VIEW totals AS SELECT tenant, count(*) AS n FROM t GROUP BY tenant;
+         SELECT coffer.discover('tenant', true);
+         INSERT INTO t (tenant) SELECT 1 + i % 2 FROM generate_series(1, 6) i; INSERT INTO s (tenant) VALUES (1), (2), (1);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    cluster.script(
+        "shop",
+        "SELECT coffer.restore_point('before');
+         BEGIN; TRUNCATE t, s RESTART IDENTITY; SELECT coffer.restore_point('restarted'); COMMIT;
+         INSERT INTO t (tenant) VALUES (1), (1), (2); INSERT INTO s (tenant) VALUES (1);
+         SELECT coffer.restore_point('later');",
+    );
+    let standing = "SELECT concat_ws(' ', (SELECT last_value FROM t_id_seq), (SELECT is_called FROM t_id_seq), \
+                    (SELECT last_value FROM s_id_seq), (SELECT is_called FROM s_id_seq), (SELECT count(*) FROM t), (SELECT n FROM totals))";
+    for (point, want) in [("before", "6 t 3 t 3 3"), ("restarted", "1 f 1 f 0"), ("later", "2 t 1 t 2 2")] {
+        let made = Database::restore(&agent, &cluster, "1", &format!("name:{point}"));
+        let standing = cluster.psql(&made.name, standing);
+        // Another tenant's row may have had the last number.
+        let standing = if point == "later" { standing.replacen("3 t", "2 t", 1) } else { standing };
+        assert_eq!(standing, want, "at {point}");
+    }
+    let coverage = "SELECT concat_ws(' ', covered, strategy, left(reason, 36)) FROM coffer.coverage WHERE relation = 'totals'::regclass";
+    assert_eq!(cluster.psql("shop", coverage), "f excluded a materialized view: left out, since");
+    let status = agent.json(&["status"]);
+    assert_eq!(status["sources"][0]["uncovered_tables"], serde_json::json!([]), "{status}");
+}
+
+/// Types that change: those that a table's old images are read with ask for a base, those that only allow more do not.
+fn types_of_another_shape(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TYPE place AS (street text, town text);
+         CREATE TABLE t (tenant int NOT NULL, id int, at place, PRIMARY KEY (tenant, id));
+         CREATE TABLE d (tenant int NOT NULL, id int PRIMARY KEY, short varchar(10), code varchar(5), n numeric(6,2), stamp timestamp(0));
+         SELECT coffer.discover('tenant', true);
+         INSERT INTO t SELECT t, i, ROW('s' || i, 'x')::place FROM generate_series(1, 2) t, generate_series(1, 2) i;
+         INSERT INTO d SELECT 1 + i % 2, i, 'short', 'c' || i, i, '2026-01-01' FROM generate_series(1, 4) i;",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let based = || agent.log().matches("bases are recorded").count();
+    cluster.psql("shop", "SELECT coffer.restore_point('narrow')");
+    // No row is written anew.
+    cluster.script(
+        "shop",
+        "ALTER TABLE d ALTER short TYPE varchar(20); ALTER TABLE d ALTER code TYPE text;
+         ALTER TABLE d ALTER n TYPE numeric(12,2); ALTER TABLE d ALTER stamp TYPE timestamp(6);
+         INSERT INTO d VALUES (1, 10, 'no longer short', 'of any length', 123456789.25, '2026-01-01 00:00:00.123456');
+         UPDATE d SET short = 'longer than before' WHERE id = 2; SELECT coffer.restore_point('wide');",
+    );
+    let rows =
+        "SELECT string_agg(concat_ws(',', id, short, code, n, stamp), ' / ' ORDER BY id) FROM d WHERE tenant = 1";
+    let types = "SELECT string_agg(format_type(atttypid, atttypmod), ' ' ORDER BY attnum) FROM pg_attribute WHERE attrelid = 'd'::regclass AND attnum > 2";
+    let (now, types_now) = (cluster.psql("shop", rows), cluster.psql("shop", types));
+    let made = Database::restore(&agent, &cluster, "1", "name:wide");
+    assert_eq!((cluster.psql(&made.name, rows), cluster.psql(&made.name, types)), (now.clone(), types_now));
+    let made = Database::restore(&agent, &cluster, "1", "name:narrow");
+    assert_eq!(cluster.psql(&made.name, "SELECT count(*) FROM d WHERE short = 'short'"), "2");
+    assert!(cluster.psql(&made.name, types).starts_with("character varying(10) character varying(5) numeric(6,2)"));
+    agent.json(&restored::in_place("1", "name:narrow"));
+    agent.json(&restored::in_place("1", "name:wide"));
+    assert_eq!(cluster.psql("shop", rows), now);
+    assert_eq!(based(), 1, "no row was written anew");
+
+    cluster.script(
+        "shop",
+        "ALTER TYPE place ADD ATTRIBUTE country text; UPDATE t SET at.country = 'late' WHERE tenant = 2;",
+    );
+    coffer_tests::wait_for("a new base", 60, || (based() > 1).then_some(()));
+    cluster.script("shop", "UPDATE t SET at.country = 'de' WHERE id = 1; SELECT coffer.restore_point('three');");
+    let places = "SELECT string_agg(at::text, ' ' ORDER BY id) FROM t WHERE tenant =";
+    for (tenant, want) in [("1", "(s1,x,de) (s2,x,)"), ("2", "(s1,x,de) (s2,x,late)")] {
+        let made = Database::restore(&agent, &cluster, tenant, "name:three");
+        assert_eq!(cluster.psql(&made.name, &format!("{places} {tenant}")), want);
+    }
+    let made = Database::restore(&agent, &cluster, "1", "name:narrow");
+    assert_eq!(cluster.psql(&made.name, &format!("{places} 1")), "(s1,x) (s2,x)");
+    cluster.psql("shop", "UPDATE t SET at = NULL WHERE tenant = 1");
+    agent.json(&restored::in_place("1", "name:three"));
+    assert_eq!(cluster.psql("shop", &format!("{places} 1")), "(s1,x,de) (s2,x,)");
 }

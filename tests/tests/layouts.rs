@@ -9,6 +9,8 @@ use coffer_tests::wait_for;
 on_majors! {
     a_schema_per_tenant: a_schema_per_tenant;
     a_database_per_tenant: a_database_per_tenant;
+    schemas_of_another_name: schemas_of_another_name;
+    tables_that_change_schemas: tables_that_change_schemas;
 }
 
 const OF_A_TENANT: &str = "
@@ -152,4 +154,120 @@ fn a_database_per_tenant(major: u32) {
         cluster.psql("globex", "SELECT coffer.wait_durable(timeout => '1min')");
         assert_eq!(agent.json(&["verify"])["ok"], true);
     });
+}
+
+/// Waits for the next base after `sql`, which asks for one.
+fn with_a_new_base(cluster: &Cluster, agent: &Agent, sql: &str) {
+    let based = || agent.log().matches("bases are recorded").count();
+    let before = based();
+    cluster.script("shop", sql);
+    wait_for("a new base", 60, || (based() > before).then_some(()));
+}
+
+/// A schema that gets a name which a pattern fits is a tenant's from then on; one that is a tenant's stays the tenant's
+/// under any name, and comes back under the one that it had.
+fn schemas_of_another_name(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    for schema in ["t_acme", "plain"] {
+        cluster.script("shop", &in_schema(schema));
+    }
+    cluster.script(
+        "shop",
+        "CREATE SCHEMA mixed; CREATE TABLE mixed.visits (tenant text, id int, PRIMARY KEY (tenant, id));
+         SELECT coffer.add_schema_pattern('t\\_%'); SELECT coffer.add_table('mixed.visits', 'tenant');
+         INSERT INTO t_acme.items VALUES (1, 'a'), (2, 'b'); INSERT INTO t_acme.log VALUES ('x'), ('x');
+         INSERT INTO plain.items VALUES (1, 'p'), (2, 'q'); INSERT INTO plain.log VALUES ('l'), ('l');
+         INSERT INTO mixed.visits VALUES ('t_acme', 1), ('other', 2);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["t_acme", "other"]);
+    cluster.psql("shop", "SELECT coffer.restore_point('before')");
+    let acme = contents(&cluster, "shop", "t_acme");
+
+    // Out of the pattern, and a table with a rule of its own along with its schema: nobody writes a row.
+    cluster.script("shop", "ALTER SCHEMA t_acme RENAME TO closed; ALTER SCHEMA mixed RENAME TO stirred; SELECT coffer.restore_point('closed');");
+    let uncovered =
+        "SELECT string_agg(relation::text, ' ' ORDER BY relation::text) FROM coffer.coverage WHERE NOT covered";
+    assert_eq!(cluster.psql("shop", uncovered), "plain.items plain.log");
+    for (point, schema, visits) in [("before", "t_acme", "mixed"), ("closed", "closed", "stirred")] {
+        let made = Database::restore(&agent, &cluster, "t_acme", &format!("name:{point}"));
+        assert_eq!(contents(&cluster, &made.name, schema), acme, "at {point}");
+        assert_eq!(cluster.psql(&made.name, &format!("SELECT id FROM {visits}.visits")), "1", "at {point}");
+    }
+    cluster.script("shop", "INSERT INTO closed.items VALUES (3, 'c'); SELECT coffer.restore_point('written');");
+    let made = Database::restore(&agent, &cluster, "t_acme", "name:written");
+    assert_eq!(contents(&cluster, &made.name, "closed"), contents(&cluster, "shop", "closed"));
+    agent.json(&restored::in_place("t_acme", "name:before"));
+    assert_eq!(contents(&cluster, "shop", "closed"), acme);
+
+    // Into it: covered from a base on.
+    with_a_new_base(
+        &cluster,
+        &agent,
+        "ALTER SCHEMA plain RENAME TO t_plain; INSERT INTO t_plain.items VALUES (3, 'r');",
+    );
+    assert_eq!(cluster.psql("shop", uncovered), "");
+    restored::wait_windows(&mut agent, &["t_plain"]);
+    cluster.script("shop", "UPDATE t_plain.items SET v = 'P' WHERE id = 1; DELETE FROM t_plain.items WHERE id = 2; SELECT coffer.restore_point('found');");
+    let made = Database::restore(&agent, &cluster, "t_plain", "name:found");
+    assert_eq!(contents(&cluster, &made.name, "t_plain"), contents(&cluster, "shop", "t_plain"));
+    let made = Database::restore(&agent, &cluster, "t_acme", "name:found");
+    assert_eq!(contents(&cluster, &made.name, "closed"), acme);
+    assert_eq!(cluster.psql("shop", "SELECT coffer.wait_durable() IS NOT NULL"), "t");
+}
+
+/// Tables with rows that move between schemas: into a tenant's, from one tenant's into another's, out of it. Each point
+/// has them with whom they were then.
+fn tables_that_change_schemas(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE SCHEMA a; CREATE SCHEMA b; CREATE TABLE a.own (id int PRIMARY KEY); CREATE TABLE b.own (id int PRIMARY KEY);
+         SELECT coffer.add_schema('a', 'A'); SELECT coffer.add_schema('b', 'B');
+         INSERT INTO a.own VALUES (1); INSERT INTO b.own VALUES (2);
+         CREATE TABLE public.keyed (id int PRIMARY KEY, v text); CREATE TABLE public.heap (v text);
+         INSERT INTO keyed SELECT i, 'v' || i FROM generate_series(1, 3) i; INSERT INTO heap VALUES ('x'), ('x');",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["A", "B"]);
+    let point = |name: &str| cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
+    let moved = |from: &str, to: &str| {
+        format!("BEGIN; ALTER TABLE {from}.keyed SET SCHEMA {to}; ALTER TABLE {from}.heap SET SCHEMA {to}; COMMIT;")
+    };
+    point("outside");
+    with_a_new_base(&cluster, &agent, &moved("public", "a"));
+    cluster.script("shop", "UPDATE a.keyed SET v = 'of a' WHERE id = 1; INSERT INTO a.heap VALUES ('y');");
+    point("of a");
+    with_a_new_base(&cluster, &agent, &moved("a", "b"));
+    cluster.script("shop", "UPDATE b.keyed SET v = 'of b' WHERE id = 2; DELETE FROM b.heap WHERE v = 'y';");
+    point("of b");
+    cluster.script("shop", &moved("b", "public"));
+    cluster.script("shop", "UPDATE keyed SET v = 'of nobody'; SELECT coffer.restore_point('outside again');");
+    let rows = |db: &str, schema: &str| {
+        let there = cluster.psql(db, &format!("SELECT to_regclass('{schema}.keyed') IS NOT NULL"));
+        let sql = format!(
+            "SELECT concat_ws(' / ', (SELECT string_agg(v, ' ' ORDER BY id) FROM {schema}.keyed), (SELECT string_agg(v, ' ') FROM {schema}.heap))"
+        );
+        if there == "t" { cluster.psql(db, &sql) } else { String::new() }
+    };
+    let points = [
+        ("outside", "", ""),
+        ("of a", "of a v2 v3 / x x y", ""),
+        ("of b", "", "of a of b v3 / x x"),
+        ("outside again", "", ""),
+    ];
+    for (point, of_a, of_b) in points {
+        for (tenant, schema, own, want) in [("A", "a", "1", of_a), ("B", "b", "2", of_b)] {
+            let made = Database::restore(&agent, &cluster, tenant, &format!("name:{point}"));
+            assert_eq!(rows(&made.name, schema), want, "{tenant} at {point}");
+            assert_eq!(cluster.psql(&made.name, &format!("SELECT id FROM {schema}.own")), own, "{tenant} at {point}");
+        }
+    }
+    let uncovered =
+        "SELECT string_agg(relation::text, ' ' ORDER BY relation::text) FROM coffer.coverage WHERE NOT covered";
+    assert_eq!(cluster.psql("shop", uncovered), "heap keyed");
 }

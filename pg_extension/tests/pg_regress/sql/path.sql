@@ -116,6 +116,22 @@ UPDATE parted SET body = 'q';
 UPDATE parted SET id = 155 WHERE id = 30;
 DELETE FROM notes WHERE id = 1;
 SELECT * FROM differences();
+-- Two ways, which name two tenants: the one that was chosen counts, wherever the other leads.
+SELECT reason FROM coffer.coverage WHERE relation = 'two_ways'::regclass;
+INSERT INTO two_ways VALUES (1, 11, 2), (2, 21, 1), (3, NULL, 3), (4, 41, 1);
+SELECT * FROM differences();
+SELECT r ->> 'id' AS id, tenant FROM archive WHERE relation = 'pa.two_ways' ORDER BY 1;
+UPDATE two_ways SET org = 3 WHERE id = 1;
+UPDATE two_ways SET project = 31 WHERE id = 2;
+UPDATE two_ways SET project = NULL WHERE id = 4;
+UPDATE orgs SET tenant = 'two' WHERE id = 3;
+UPDATE orgs SET tenant = 'c' WHERE id = 3;
+UPDATE projects SET org = 4 WHERE id = 31;
+UPDATE projects SET org = 3 WHERE id = 31;
+SELECT * FROM differences();
+SELECT r ->> 'id' AS id, tenant FROM archive WHERE relation = 'pa.two_ways' ORDER BY 1;
+DELETE FROM two_ways;
+SELECT * FROM differences();
 -- A subtree moves, with what is stored outside of its rows; from a tenant to nobody and back.
 UPDATE orgs SET tenant = 'b' WHERE id = 1;
 SELECT * FROM differences();
@@ -210,6 +226,34 @@ SELECT * FROM differences();
 DELETE FROM orgs WHERE id = 3;
 DELETE FROM tasks WHERE project = 41;
 WITH p AS (DELETE FROM projects WHERE id = 42 RETURNING id) DELETE FROM tasks USING p WHERE project = p.id;
+SELECT * FROM differences();
+-- Keys that change, and parents that go, behind SET NULL and SET DEFAULT: rows become nobody's, or another's.
+CREATE TABLE homes (tenant text, id int PRIMARY KEY);
+CREATE TABLE unset (id int PRIMARY KEY, home int REFERENCES homes ON UPDATE SET NULL ON DELETE SET DEFAULT);
+CREATE TABLE fallen (id int PRIMARY KEY, home int DEFAULT 1 REFERENCES homes ON UPDATE SET DEFAULT ON DELETE SET DEFAULT, body text);
+CREATE TABLE below_fallen (id int PRIMARY KEY, fallen int REFERENCES fallen ON UPDATE SET NULL);
+SELECT strategy FROM coffer.add_table('homes', 'tenant');
+SELECT strategy FROM unnest(ARRAY['unset', 'fallen']) v (n) CROSS JOIN LATERAL coffer.add_table(v.n::regclass, parent => 'homes');
+SELECT strategy FROM coffer.add_table('below_fallen', parent => 'fallen');
+INSERT INTO homes VALUES ('fallback', 1), ('a', 2), ('b', 3), ('c', 4), ('d', 5), ('e', 6);
+INSERT INTO unset SELECT i, i FROM generate_series(2, 6) i;
+INSERT INTO fallen SELECT i, i, repeat(md5(random()::text), 200) FROM generate_series(2, 6) i;
+INSERT INTO below_fallen SELECT i, i FROM generate_series(2, 6) i;
+UPDATE homes SET id = 20 WHERE id = 2;
+SELECT * FROM differences();
+UPDATE homes SET id = 30, tenant = 'moved' WHERE id = 3;
+DELETE FROM homes WHERE id = 4;
+SELECT * FROM differences();
+BEGIN;
+UPDATE homes SET tenant = 'twice' WHERE id = 5;
+UPDATE homes SET id = 50 WHERE id = 5;
+UPDATE homes SET tenant = 'back' WHERE id = 1;
+COMMIT;
+WITH d AS (DELETE FROM homes WHERE id = 6 RETURNING id) INSERT INTO homes SELECT 'again', id FROM d;
+SELECT * FROM differences();
+SELECT relation, string_agg(concat(r ->> 'id', coalesce(tenant, '-')), ' ' ORDER BY r ->> 'id') FROM archive
+WHERE relation IN ('pa.unset', 'pa.fallen', 'pa.below_fallen') GROUP BY relation ORDER BY relation;
+UPDATE fallen SET id = id + 100;
 SELECT * FROM differences();
 -- Parent and child in one statement, either first.
 WITH o AS (INSERT INTO orgs VALUES ('cte', 50, 'fifty') RETURNING id), p AS (INSERT INTO projects SELECT 500, id FROM o RETURNING id)
