@@ -32,6 +32,7 @@ mod big;
 mod busy;
 mod bytes;
 mod compaction;
+mod constraints;
 mod crash;
 mod ddl;
 mod drill;

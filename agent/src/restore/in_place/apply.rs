@@ -8,7 +8,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::restore::in_place::compare::{Comparison, Pass};
-use crate::restore::in_place::constraints::{self, ForeignKey, Unique};
+use crate::restore::in_place::constraints::{self, ForeignKey, Guards, Unique};
 use crate::restore::in_place::live::{self, LiveTable, literal};
 use crate::restore::in_place::statements::{self, TableSql};
 use crate::restore::in_place::{fence, sequences, stage};
@@ -135,13 +135,10 @@ impl Apply<'_> {
     pub async fn run(mut self) -> Result<Applied> {
         let relids: Vec<u32> = self.pass.tables.keys().copied().collect();
         let fks = constraints::foreign_keys(self.client, &relids).await?;
-        let mut uniques = BTreeMap::new();
-        for relid in &relids {
-            uniques.insert(*relid, constraints::uniques(self.client, *relid).await?);
-        }
+        let guards = Guards::of(self.client, &relids).await?;
         let began = Instant::now();
         for n in 1u32.. {
-            match self.attempt(&fks, &uniques).await {
+            match self.attempt(&fks, &guards).await {
                 Ok(done) => return Ok(done),
                 Err(s) => {
                     let rolled_back = self.client.batch_execute("ROLLBACK").await;
@@ -168,12 +165,8 @@ impl Apply<'_> {
         Err(Error::other("attempts are endless"))
     }
 
-    async fn attempt(
-        &mut self,
-        fks: &[ForeignKey],
-        uniques: &BTreeMap<u32, Vec<Unique>>,
-    ) -> std::result::Result<Applied, Stop> {
-        let client = self.client;
+    async fn attempt(&mut self, fks: &[ForeignKey], guards: &Guards) -> std::result::Result<Applied, Stop> {
+        let (client, uniques) = (self.client, &guards.uniques);
         self.watch.check()?;
         client
             .batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}"))
@@ -206,7 +199,7 @@ impl Apply<'_> {
                 format!("tenant {} got rows of its own in {} meanwhile; nothing was changed", self.tenant, t.name());
             return Err(Stop::Failed(Error::new(Kind::Refused, what).code("conflict")));
         }
-        self.write(&mut comparison, fks, uniques).await?;
+        self.write(&mut comparison, fks, guards).await?;
         let moved = sequences::move_forward(client, self.pass.tables, &mut comparison).await;
         moved.map_err(|e| stop(e, "cannot move the sequences on"))?;
         failpoints::hit(failpoints::RESTORE_BEFORE_COMMIT)?;
@@ -299,8 +292,9 @@ impl Apply<'_> {
         &self,
         comparison: &mut Comparison,
         fks: &[ForeignKey],
-        uniques: &BTreeMap<u32, Vec<Unique>>,
+        guards: &Guards,
     ) -> std::result::Result<(), Stop> {
+        let uniques = &guards.uniques;
         let mut touched: Vec<_> = self.tables(&*comparison, uniques).filter(|(_, c, _)| !c.is_empty()).collect();
         touched.sort_by_key(|(live, _, _)| live.rule.parents.len());
         let mut taken_back = Vec::new();
@@ -347,8 +341,25 @@ impl Apply<'_> {
                 self.change(live, "insert", &s, expected).await?;
             }
         }
+        self.check_written(&touched, fks, &kept, guards).await?;
+        for (live, counts, _) in &touched {
+            self.all_are_the_tenants(live, counts).await?;
+        }
+        drop(touched);
+        comparison.warnings.extend(taken_back);
+        Ok(())
+    }
+
+    /// What the server does not check for a restore, and what it does beside it.
+    async fn check_written(
+        &self,
+        touched: &[(&LiveTable, &crate::restore::in_place::diff::Counts, TableSql<'_>)],
+        fks: &[ForeignKey],
+        kept: &BTreeSet<usize>,
+        guards: &Guards,
+    ) -> std::result::Result<(), Stop> {
         for (i, fk) in fks.iter().enumerate() {
-            for (live, counts, sql) in &touched {
+            for (live, counts, sql) in touched {
                 if live.rule.relid == fk.child && counts.inserted + counts.updated > 0 {
                     self.check_parents(live, sql, fk).await?;
                 }
@@ -358,18 +369,21 @@ impl Apply<'_> {
                 self.must_be_empty(&statements::left_behind(fk, i), &what).await?;
             }
         }
-        for (live, counts, sql) in &touched {
-            for u in uniques[&live.rule.relid].iter().filter(|u| u.deferrable && counts.inserted + counts.updated > 0) {
-                if let Some(s) = sql.duplicates(u) {
-                    self.must_be_empty(&s, &format!("the restore would break {} of {}", u.name, live.name())).await?;
-                }
+        for (live, _, sql) in touched.iter().filter(|(_, c, _)| c.inserted + c.updated > 0) {
+            for d in &guards.deferrables[&live.rule.relid] {
+                let what = format!("the restore would break {} of {}", d.name, live.name());
+                self.must_be_empty(&statements::duplicates(d, &live.is_tenants), &what).await?;
+            }
+            let triggers = &guards.triggers[&live.rule.relid];
+            if !triggers.is_empty() {
+                let what = format!(
+                    "triggers that fire always ({}) make rows of {} other than they were at the target",
+                    triggers.join(", "),
+                    live.name()
+                );
+                self.must_be_empty(&sql.written_otherwise(), &what).await?;
             }
         }
-        for (live, counts, _) in &touched {
-            self.all_are_the_tenants(live, counts).await?;
-        }
-        drop(touched);
-        comparison.warnings.extend(taken_back);
         Ok(())
     }
 

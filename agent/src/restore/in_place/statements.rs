@@ -3,7 +3,7 @@
 //! Every statement that touches live rows also asks whether they are the tenant's, so whatever a staged key says, no
 //! other tenant's row can be changed.
 
-use crate::restore::in_place::constraints::{Equals, ForeignKey, Unique, key_operators};
+use crate::restore::in_place::constraints::{Deferrable, Equals, ForeignKey, Unique, key_operators};
 use crate::restore::in_place::live::LiveTable;
 use crate::restore::in_place::mapping::Mapping;
 use crate::restore::in_place::stage;
@@ -193,6 +193,19 @@ impl<'a> TableSql<'a> {
         format!("ROW({})::text", fields.join(", "))
     }
 
+    /// Staged rows that were written and are not there as they were staged.
+    pub fn written_otherwise(&self) -> String {
+        let staged = self.staged_row();
+        format!(
+            "SELECT {staged} FROM {} WHERE s.op IN ('I', 'U') AND NOT EXISTS (SELECT FROM {} WHERE {} AND {} = {staged}) \
+             LIMIT {SHOWN}",
+            self.stage(),
+            self.from(),
+            self.same_row(),
+            self.live_row()
+        )
+    }
+
     /// Sets the columns in which any updated row differs; `None` when there is none to set.
     pub fn update(&self, changed: &BTreeSet<usize>) -> Option<String> {
         let set: Vec<String> = changed
@@ -340,28 +353,26 @@ impl<'a> TableSql<'a> {
             matches_parent(fk, &child)
         ))
     }
+}
 
-    /// Rows that share a value of a deferrable constraint with a row that was written.
-    pub fn duplicates(&self, u: &Unique) -> Option<String> {
-        let staged = self.all_staged(&u.columns)?;
-        let pair = |left: &str, right: &dyn Fn(usize) -> String| {
-            u.columns
-                .iter()
-                .enumerate()
-                .map(|(i, c)| equal(&u.operators[i], &format!("{left}.{}", quote_ident(c)), &right(i), u.nulls_equal))
-                .collect::<Vec<_>>()
-                .join(" AND ")
-        };
-        let from = self.table.rule.from_clause();
-        Some(format!(
-            "SELECT pg_catalog.concat_ws(', ', {}) FROM {from} a WHERE EXISTS (SELECT FROM {} WHERE s.op IN ('I', 'U') AND {}) \
-             AND EXISTS (SELECT FROM {from} b WHERE (b.tableoid, b.ctid) <> (a.tableoid, a.ctid) AND {}) LIMIT {SHOWN}",
-            shown("a", &u.columns),
-            self.stage(),
-            pair("a", &|i| staged[i].clone()),
-            pair("a", &|i| format!("b.{}", quote_ident(&u.columns[i]))),
-        ))
-    }
+/// Rows of the tenant that this transaction wrote and that a deferrable constraint does not let stand beside another
+/// row.
+pub fn duplicates(d: &Deferrable, is_tenants: &str) -> String {
+    let values: Vec<String> = d.values.iter().enumerate().map(|(i, v)| format!("{v} AS v{i}")).collect();
+    let rows = format!("SELECT t.tableoid AS part, t.ctid AS place, {} FROM {} t", values.join(", "), d.from);
+    let counts = d.predicate.as_deref().unwrap_or("true");
+    let alike: Vec<String> = (0..d.values.len())
+        .map(|i| equal(&d.operators[i], &format!("a.v{i}"), &format!("b.v{i}"), d.nulls_equal))
+        .collect();
+    let shown: Vec<String> = (0..d.values.len()).map(|i| format!("a.v{i}::text")).collect();
+    // What was written behind a savepoint has a younger transaction's number.
+    let ours = "pg_catalog.age(t.xmin) <= pg_catalog.age(pg_catalog.pg_current_xact_id()::pg_catalog.xid)";
+    format!(
+        "SELECT pg_catalog.concat_ws(', ', {}) FROM ({rows} WHERE ({is_tenants}) AND {ours} AND ({counts})) a WHERE EXISTS \
+         (SELECT FROM ({rows} WHERE ({counts})) b WHERE (b.part, b.place) <> (a.part, a.place) AND {}) LIMIT {SHOWN}",
+        shown.join(", "),
+        alike.join(" AND "),
+    )
 }
 
 /// Rows that still refer to what [`TableSql::keep_referenced`] kept and is gone.
@@ -466,6 +477,26 @@ mod tests {
                 assert!(sql.lock_rows().unwrap().contains("t.tenant = '3'"));
             }
         }
+    }
+
+    #[test]
+    fn what_conflicts_with_what_was_written() {
+        let equals = |column: &str| key_operators(&[], &[column.to_owned()]).remove(0);
+        let d = Deferrable {
+            name: "no_overlap".into(),
+            from: "ONLY s.stays".into(),
+            values: vec!["room".into(), "int4range(a, b)".into()],
+            operators: vec![equals("room"), equals("during")],
+            nulls_equal: false,
+            predicate: Some("NOT cancelled".into()),
+        };
+        let sql = duplicates(&d, "t.tenant = '3'");
+        for part in ["int4range(a, b) AS v1 FROM ONLY s.stays t", "(t.tenant = '3') AND", "a.v0 = b.v0 AND a.v1 = b.v1"]
+        {
+            assert!(sql.contains(part), "{part}: {sql}");
+        }
+        // On both sides only the rows that the constraint is about.
+        assert_eq!(sql.matches("(NOT cancelled)").count(), 2, "{sql}");
     }
 
     #[test]
