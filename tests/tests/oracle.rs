@@ -33,6 +33,7 @@ const ALL_KINDS: u64 = 6;
 
 on_majors! {
     random: random;
+    every_kind_of_change: every_kind_of_change;
 }
 
 fn number(name: &str) -> Option<u64> {
@@ -69,6 +70,30 @@ fn random(major: u32) {
     assert!(run < 20 || all.refused * 10 <= all.restores, "{} of {} restores were refused", all.refused, all.restores);
 }
 
+/// Changes of the schema that never succeed would never be tested: each kind does, before long, and what fails does so for
+/// a reason that is known.
+fn every_kind_of_change(major: u32) {
+    let cluster = Cluster::start_with(major, "autovacuum = off\n", &[]);
+    let mut tally = Tally::default();
+    for seed in 1..=20 {
+        tally.add(&block_on(async {
+            let mut case = Case::new(&cluster, seed).await;
+            let mut sessions = Sessions::new(&cluster, &case.db, 1).await;
+            case.protect();
+            case.first_rows(&mut sessions, true).await;
+            case.each_once = true;
+            case.changes(&mut sessions, 150).await;
+            drop(sessions);
+            case.clean_up()
+        }));
+        if tally.missing_changes().is_empty() {
+            break;
+        }
+    }
+    println!("PostgreSQL {major}: {:?}", tally.changes);
+    assert!(tally.missing_changes().is_empty(), "never succeeded: {:?}; {:?}", tally.missing_changes(), tally.changes);
+}
+
 struct Case<'c> {
     cluster: &'c Cluster,
     seed: u64,
@@ -84,10 +109,17 @@ struct Case<'c> {
     life: Life,
     promise: Promise,
     tally: Tally,
+    /// A kind of change that stood is not made again.
+    each_once: bool,
 }
 
 impl<'c> Case<'c> {
     async fn run(cluster: &'c Cluster, seed: u64) -> Tally {
+        Self::new(cluster, seed).await.through().await
+    }
+
+    /// The generated schema in a database of its own, nothing covered yet.
+    async fn new(cluster: &'c Cluster, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let db = format!("case_{seed}");
         let model = Model::generate(&mut rng, cluster.major);
@@ -105,7 +137,7 @@ impl<'c> Case<'c> {
             more: format!("[compact]\npart = \"4KiB\"\n{}", life.settings()),
             ..Setup::of(cluster, &db)
         });
-        let case = Self {
+        Self {
             cluster,
             seed,
             db,
@@ -119,8 +151,8 @@ impl<'c> Case<'c> {
             life,
             promise: Promise::default(),
             tally: Tally::default(),
-        };
-        case.through().await
+            each_once: false,
+        }
     }
 
     async fn through(mut self) -> Tally {
@@ -293,8 +325,21 @@ impl<'c> Case<'c> {
             sessions.alone(&[step], false, &mut self.script).await;
             return;
         }
-        for _ in 0..self.rng.random_range(2..7) {
+        let number = self.rng.random_range(2..7);
+        self.changes(sessions, number).await;
+        // A point before the bases that this asks for may well be refused.
+        if self.rng.random_bool(0.8) {
+            self.settle();
+        }
+    }
+
+    /// DDL, one after the other.
+    async fn changes(&mut self, sessions: &mut Sessions, number: usize) {
+        for _ in 0..number {
             let Some(mut a) = self.model.alteration(&mut self.rng) else { continue };
+            if self.each_once && self.tally.changes.get(a.kind).is_some_and(|(succeeded, _)| *succeeded > 0) {
+                continue;
+            }
             if !a.bare && self.rng.random_bool(0.3) {
                 a.steps.insert(0, self.model.change(&mut self.rng));
             }
@@ -302,15 +347,14 @@ impl<'c> Case<'c> {
                 a.steps.push(a.after.change(&mut self.rng));
             }
             self.settled = false;
-            if sessions.alone(&a.steps, a.bare, &mut self.script).await {
+            let stands = sessions.alone(&a.steps, a.bare, &mut self.script).await;
+            let (succeeded, failed) = self.tally.changes.entry(a.kind).or_default();
+            *(if stands { succeeded } else { failed }) += 1;
+            if stands {
                 self.model = a.after;
                 self.tally.altered += 1;
                 self.covered();
             }
-        }
-        // A point before the bases that this asks for may well be refused.
-        if self.rng.random_bool(0.8) {
-            self.settle();
         }
     }
 

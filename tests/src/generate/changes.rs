@@ -99,6 +99,16 @@ impl Model {
 
     fn insert(&self, rng: &mut StdRng, t: &Table) -> Step {
         let columns: Vec<_> = t.columns.iter().filter(|c| c.is_written()).collect();
+        if t.key.is_empty() && rng.random_bool(0.3) {
+            // Rows once more.
+            let some = self.some(rng, t);
+            let list = list(&columns);
+            return Step::Sql(format!(
+                "INSERT INTO {} ({list}) SELECT {list} FROM {} t WHERE {some}",
+                t.name(),
+                t.from()
+            ));
+        }
         let rows: Vec<_> = (0..rng.random_range(1..5)).map(|_| self.row(rng, t, &columns)).collect();
         let conflict = match rng.random_range(0..8) {
             0 => String::new(),
@@ -123,8 +133,16 @@ impl Model {
         format!(" ON CONFLICT ({}) DO UPDATE SET {}", t.list(&t.key), sets.join(", "))
     }
 
-    /// A condition that some rows of `t` fulfil.
+    /// A condition that some rows of `t` fulfil. Where nothing names a row, now and then one by its place: of several that
+    /// are alike, one.
     fn some(&self, rng: &mut StdRng, t: &Table) -> String {
+        if t.key.is_empty() && rng.random_bool(0.4) {
+            return format!(
+                "(t.tableoid, t.ctid) = (SELECT x.tableoid, x.ctid FROM {} x ORDER BY x::text OFFSET {} LIMIT 1)",
+                t.from(),
+                rng.random_range(0..8)
+            );
+        }
         let modulus = rng.random_range(2..7);
         let part = format!("(hashtext(t::text) & 1023) % {modulus} = {}", rng.random_range(0..modulus));
         match (t.tenant(), rng.random_range(0..3)) {

@@ -8,8 +8,33 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
+/// Every kind of change.
+pub const KINDS: [&str; 19] = [
+    "add a column",
+    "drop a column",
+    "rename a column",
+    "rename a table",
+    "make a table",
+    "drop a table",
+    "detach a partition",
+    "attach a partition",
+    "drop a partition",
+    "change a type",
+    "drop a key",
+    "cover anew",
+    "relabel",
+    "leave or enter the log",
+    "set the identity",
+    "set the schema",
+    "rename the tenant column",
+    "vacuum",
+    "reindex",
+];
+
 /// A change of the schema.
 pub struct Alteration {
+    /// One of [`KINDS`].
+    pub kind: &'static str,
     pub steps: Vec<Step>,
     /// A single statement that no transaction may enclose.
     pub bare: bool,
@@ -23,35 +48,35 @@ impl Model {
         let id = *ids.choose(rng)?;
         let mut after = self.clone();
         after.version += 1;
-        let mut bare = false;
-        let sql = match rng.random_range(0..21) {
-            0..3 => after.add_column(rng, id)?,
-            3 => after.drop_column(rng, id)?,
-            4 => after.rename_column(rng, id)?,
-            5 => after.rename_table(id)?,
+        let (kind, sql) = match rng.random_range(0..22) {
+            0..3 => ("add a column", after.add_column(rng, id)?),
+            3 => ("drop a column", after.drop_column(rng, id)?),
+            4 => ("rename a column", after.rename_column(rng, id)?),
+            5 => ("rename a table", after.rename_table(id)?),
             6 => return self.new_table(rng),
-            7 => after.drop_table(id)?,
-            8..10 => after.detach(rng, id)?,
-            10 => after.attach()?,
-            11 => after.retype(rng, id)?,
-            12 => after.drop_key(rng, id)?,
-            13 => after.cover_anew(id)?,
-            14 => after.relabel(rng),
-            15 => after.persist_otherwise(id)?,
+            7 => ("drop a table", after.drop_table(id)?),
+            8..10 => ("detach a partition", after.detach(rng, id)?),
+            10 => ("attach a partition", after.attach()?),
+            11 => ("change a type", after.retype(rng, id)?),
+            12 => ("drop a key", after.drop_key(rng, id)?),
+            13 => ("cover anew", after.cover_anew(id)?),
+            14 => ("relabel", after.relabel(rng)),
+            15 => ("leave or enter the log", after.persist_otherwise(id)?),
             16..18 => {
                 // Nothing that the model knows of changes.
                 after.version -= 1;
-                after.identity(rng, id)
+                ("set the identity", after.identity(rng, id))
             }
-            18 => after.set_schema(rng, id)?,
-            19 => after.rename_tenant(id)?,
+            18 => ("set the schema", after.set_schema(rng, id)?),
+            19 => ("rename the tenant column", after.rename_tenant(id)?),
+            20 => ("drop a partition", after.drop_partition(rng, id)?),
             _ => {
-                bare = true;
-                let how = ["VACUUM FULL", "REINDEX TABLE"].choose(rng)?;
-                vec![format!("{how} {}", self.tables[&id].name())]
+                let (kind, how) = *[("vacuum", "VACUUM FULL"), ("reindex", "REINDEX TABLE")].choose(rng)?;
+                (kind, vec![format!("{how} {}", self.tables[&id].name())])
             }
         };
-        Some(Alteration { steps: sql.into_iter().map(Step::Sql).collect(), bare, after })
+        let bare = matches!(kind, "vacuum" | "reindex");
+        Some(Alteration { kind, steps: sql.into_iter().map(Step::Sql).collect(), bare, after })
     }
 
     fn altered(&mut self, id: usize) -> Option<&mut Table> {
@@ -144,7 +169,7 @@ impl Model {
         if rng.random_bool(0.7) {
             steps.push(after.first_rows(rng, id));
         }
-        Some(Alteration { steps, bare: false, after })
+        Some(Alteration { kind: "make a table", steps, bare: false, after })
     }
 
     fn drop_table(&mut self, id: usize) -> Option<Vec<String>> {
@@ -182,6 +207,18 @@ impl Model {
         };
         self.tables.insert(new, own);
         Some(vec![sql])
+    }
+
+    /// A partition goes, with its rows and what is below it.
+    fn drop_partition(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id)?;
+        if t.leaves.len() < 2 {
+            return None;
+        }
+        let leaf = t.leaves.remove(rng.random_range(0..t.leaves.len()));
+        let name = leaf.qualified();
+        t.leaves.retain(|l| l.under.as_ref() != Some(&name));
+        Some(vec![format!("DROP TABLE {name}")])
     }
 
     /// And comes back.

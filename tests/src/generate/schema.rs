@@ -415,11 +415,16 @@ impl Column {
 
 fn foreign_key(rng: &mut StdRng, t: &Table, own: &[usize], parent: &Table, theirs: &[usize], nullable: bool) -> String {
     let deletes: &[&str] = if nullable {
-        &["ON DELETE CASCADE", "ON DELETE SET NULL", "ON DELETE CASCADE", ""]
+        &["ON DELETE CASCADE", "ON DELETE SET NULL", "ON DELETE CASCADE", "ON DELETE SET DEFAULT", ""]
     } else {
         &["ON DELETE CASCADE", "ON DELETE CASCADE", ""]
     };
-    let updates = ["ON UPDATE CASCADE", "ON UPDATE CASCADE", ""];
+    // The columns have no default: they become NULL either way.
+    let updates: &[&str] = if nullable {
+        &["ON UPDATE CASCADE", "ON UPDATE CASCADE", "ON UPDATE SET NULL", "ON UPDATE SET DEFAULT", ""]
+    } else {
+        &["ON UPDATE CASCADE", "ON UPDATE CASCADE", ""]
+    };
     let deferred = ["", "", "DEFERRABLE INITIALLY DEFERRED", "DEFERRABLE"];
     let parts = [
         format!("FOREIGN KEY ({}) REFERENCES {} ({})", t.list(own), parent.name(), parent.list(theirs)),

@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 /// How long a restore may wait for its target, with everybody's transactions ended.
 const WAIT: &str = "60s";
 
+/// What a refusal of a restore in place may say.
+const CONFLICTS: [&str; 2] = ["conflict", "refused"];
+
 /// The windows that `coffer list` had.
 #[derive(Default)]
 pub struct Promise(BTreeMap<Whose, Vec<(Lsn, Lsn)>>);
@@ -127,6 +130,7 @@ impl Case<'_> {
                 Err((10, said)) => {
                     self.tally.in_place_refused += 1;
                     self.script.say(format!("-- {said}"));
+                    wrong.extend(self.no_conflict(truth, whose, &before, said));
                 }
                 Err(e) => wrong.extend(self.refused(truth, whose, e.clone())),
             }
@@ -139,6 +143,18 @@ impl Case<'_> {
             self.must_be_right(wrong);
         }
         done
+    }
+
+    /// What is wrong with a refusal: it names no conflict, or there can be none, since all others have what they had, and
+    /// all of it together stood at the target.
+    fn no_conflict(&self, truth: &Truth, whose: &Whose, now: &Truth, said: &str) -> Option<String> {
+        let said: Value = serde_json::from_str(said).expect("JSON");
+        let code = said["error"]["code"].as_str().unwrap_or_default();
+        if !CONFLICTS.contains(&code) {
+            return Some(format!("refused, and no conflict: {said}"));
+        }
+        let others_differ = self.everyone().iter().any(|o| o != whose && !truth.against(o, now).is_empty());
+        (!others_differ).then(|| format!("refused, while nobody else has anything else than then: {said}"))
     }
 
     /// What everybody has now.
