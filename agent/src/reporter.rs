@@ -2,7 +2,7 @@
 //!
 //! Twice a second it reads the source's clock and the end of its log (what a record's time rests on, see
 //! [`crate::ship`]), whether somebody waits in `coffer.wait_durable()`, and how far the slot is behind; it reports
-//! progress and new tenants. Nothing here is needed for anything to become durable: when the session fails, it is opened
+//! progress and new tenants, and sees to fences that restores left behind. Nothing here is needed for anything to become durable: when the session fails, it is opened
 //! again, and the stream goes on.
 
 use crate::alarms;
@@ -11,6 +11,7 @@ use crate::demux::Flow;
 use crate::error::{Error, Kind, Result};
 use crate::keyring::TenantEntry;
 use crate::replication::sink::Durable;
+use crate::restore::in_place;
 use crate::run::AgentContext;
 use crate::ship::Anchors;
 use crate::sql::{self, SqlClient, SqlContext};
@@ -19,6 +20,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_postgres::Statement;
 
@@ -53,6 +55,8 @@ pub struct Reporter {
     last_report: Option<Instant>,
     last_coverage: Option<Instant>,
     rpo_told: bool,
+    /// Removing fences.
+    fences: JoinSet<()>,
 }
 
 impl Reporter {
@@ -75,6 +79,7 @@ impl Reporter {
             last_report: None,
             last_coverage: None,
             rpo_told: false,
+            fences: JoinSet::new(),
         }
     }
 
@@ -114,6 +119,7 @@ impl Reporter {
         self.last_report = None;
         self.look(client, &look).await?;
         self.report(client).await?;
+        self.leftover_fences(client).await?;
         self.ctx.alarms.clear(alarms::REPORTING_FAILED, &self.ctx.source);
         // Whoever was met before this session began.
         let known = self.ctx.keyring.tenants(self.ctx.source_uid);
@@ -132,6 +138,7 @@ impl Reporter {
                         let mut known = self.ctx.keyring.tenants(self.ctx.source_uid);
                         known.retain(|e| registered.insert(e.uid));
                         self.register(client, known).await?;
+                        self.leftover_fences(client).await?;
                     }
                     if self.last_coverage.is_none_or(|t| t.elapsed() >= COVERAGE) {
                         self.coverage(client).await?;
@@ -199,6 +206,20 @@ impl Reporter {
             .await
             .sql("cannot report progress")?;
         self.last_report = Some(Instant::now());
+        Ok(())
+    }
+
+    /// A restore that died, or that somebody kept from removing its fences, left them.
+    async fn leftover_fences(&mut self, client: &SqlClient) -> Result<()> {
+        while self.fences.try_join_next().is_some() {}
+        if self.fences.is_empty() && in_place::any_fence(client).await? {
+            let dsn = self.ctx.dsn.clone();
+            self.fences.spawn(async move {
+                if let Err(e) = in_place::remove_leftover_fences(&dsn).await {
+                    tracing::info!("fences that a restore left behind are still there: {e}");
+                }
+            });
+        }
         Ok(())
     }
 

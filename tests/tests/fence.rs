@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 on_majors! {
     in_place_keeps_its_promises: in_place_keeps_its_promises;
     the_tenants_writers_wait: the_tenants_writers_wait;
+    readers_that_stay: readers_that_stay;
 }
 
 /// Sessions that wait for a lock that a fence's trigger takes.
@@ -89,6 +90,37 @@ fn the_tenants_writers_wait(major: u32) {
         assert_eq!(sql("SELECT what FROM line WHERE id = 25"), "on top");
         assert_eq!(sql("SELECT string_agg(name, ',') FROM customer WHERE tenant = 3 AND id = 11"), "another");
         assert_eq!(sql(FENCES), "0");
+    });
+}
+
+/// Whoever reads every table and stays in the transaction keeps a restore from nothing but removing its fences: it is
+/// over soon, nobody is held up by what it left, and `coffer run` removes it.
+fn readers_that_stay(major: u32) {
+    block_on(async {
+        let (cluster, agent) = protected(major);
+        let sql = |s: &str| cluster.psql("shop", s);
+        sql("ALTER TABLE customer DISABLE TRIGGER noisy; SELECT coffer.restore_point('before')");
+        sql("UPDATE customer SET name = name || '?' WHERE tenant = 2");
+        let reader = cluster.connect("shop").await;
+        let reads = "BEGIN; SELECT FROM customer; SELECT FROM bill; SELECT FROM line; SELECT FROM note; SELECT FROM trail; SELECT FROM never";
+        reader.batch_execute(reads).await.expect("reads");
+        let begun = Instant::now();
+        let done = restore(&agent, "2", "name:before", "in-place", &[]);
+        let took = begun.elapsed();
+        println!("PostgreSQL {major}: over after {took:?}, beside a reader of every table");
+        assert!(took < Duration::from_secs(40), "the restore took {took:?}");
+        assert_eq!(counts(&done, "public.customer"), [0, 20, 0, 0], "{done}");
+        assert!(done["warnings"].to_string().contains("fences are left behind and hold nobody up"), "{done}");
+        assert_eq!(sql("SELECT count(*) FROM customer WHERE tenant = 2 AND name <> 'c' || id"), "0");
+        assert_ne!(sql(FENCES), "0", "the reader held nothing up: nothing was shown");
+        let cluster = Arc::new(cluster);
+        let took = writer(&cluster, "UPDATE customer SET name = 'on top' WHERE tenant = 2 AND id = 11").await;
+        assert!(took.expect("the tenant's writer") < Duration::from_secs(3));
+        reader.batch_execute("COMMIT").await.expect("commit");
+        let fences = || cluster.psql("shop", FENCES);
+        wait_for("the fences to go", 60, || (fences() == "0").then_some(()));
+        assert_eq!(cluster.psql("shop", "SELECT name FROM customer WHERE tenant = 2 AND id = 11"), "on top");
+        drop(agent);
     });
 }
 

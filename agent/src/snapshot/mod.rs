@@ -21,7 +21,6 @@ use crate::large_objects::{self, Reading};
 use crate::lease::Lease;
 use crate::repository::model::{Base, Body, LargeObjectsRead, PendingTable};
 use crate::repository::{Draft, Log, ObjectRef};
-use crate::restore::in_place;
 use crate::run::AgentContext;
 use crate::ship::Durable;
 use crate::snapshot::plan::Seen;
@@ -100,9 +99,6 @@ impl BaseTaker {
     }
 
     async fn run(mut self) -> Result<()> {
-        if let Err(e) = in_place::remove_leftover_fences(&self.ctx.dsn).await {
-            tracing::warn!("cannot look for fences that a restore may have left: {e}");
-        }
         self.read_log().await?;
         let mut pause = RETRY.0;
         loop {

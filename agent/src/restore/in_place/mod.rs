@@ -30,12 +30,18 @@ use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Class, Lsn, TenantKind};
 use compare::{Comparison, CoveredTable, Pass, RowChange, TableOutcome, Target};
+pub(crate) use fence::any as any_fence;
 use live::LiveTable;
 pub(crate) use live::literal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
+
+/// How long a restore that is over waits for whoever keeps it from removing its fences: they hold nobody up, and `coffer
+/// run` goes on trying.
+const REMOVAL: Duration = Duration::from_secs(10);
 
 /// What the caller asks for.
 #[derive(Clone, Debug, Default)]
@@ -141,7 +147,7 @@ impl InPlace<'_> {
             let found = pass().run(None).await?;
             return Ok(outcome(&tables, found, None, warnings));
         }
-        fence::remove_leftovers(client).await?;
+        fence::remove_leftovers(client, fence::PATIENCE).await?;
         let settings = restore_settings(client, self.tenant, &mut warnings).await?;
         let mut staged = BTreeSet::new();
         let (tx, rx) = tokio::sync::mpsc::channel(8);
@@ -324,20 +330,17 @@ async fn restore_settings(client: &SqlClient, tenant: &Tenant, warnings: &mut Ve
 /// Removes the fences, over a new session when the restore's own is gone.
 async fn unfence(dsn: &Dsn, client: &SqlClient, tables: &[&LiveTable]) -> Result<()> {
     let new = if client.is_closed() { Some(sql::connect(dsn).await?) } else { None };
-    for t in tables {
-        fence::remove(new.as_ref().unwrap_or(client), t.rule.relid, &t.name()).await?;
-    }
-    Ok(())
+    let tables: Vec<(u32, String)> = tables.iter().map(|t| (t.rule.relid, t.name())).collect();
+    fence::remove(new.as_ref().unwrap_or(client), &tables, REMOVAL).await
 }
 
-/// Removes fences that restores left that died, unless one is running. For the start of the agent.
-pub async fn remove_leftover_fences(dsn: &Dsn) -> Result<usize> {
-    let client = sql::connect(dsn).await?;
-    match fence::only_one(&client).await {
-        Ok(()) => fence::remove_leftovers(&client).await,
-        Err(e) if e.kind() == Kind::Fenced => Ok(0),
-        Err(e) => Err(e),
+/// Removes fences that restores left behind, unless one is running: one attempt for each.
+pub async fn remove_leftover_fences(dsn: &Dsn) -> Result<()> {
+    let client = sql::connect(&dsn.with_application_name("coffer fences")).await?;
+    if fence::first(&client).await? {
+        fence::remove_leftovers(&client, Duration::ZERO).await?;
     }
+    Ok(())
 }
 
 fn outcome(
