@@ -37,6 +37,7 @@ fn deferrable_constraints(major: u32) {
          CREATE TABLE stays (tenant int NOT NULL, id int, a int, b int, cancelled bool NOT NULL DEFAULT false, PRIMARY KEY (tenant, id),
              EXCLUDE USING gist (int4range(a, b) WITH &&) WHERE (NOT cancelled) DEFERRABLE INITIALLY DEFERRED);
          CREATE TABLE ranges (tenant int NOT NULL, id int PRIMARY KEY, r int4range, EXCLUDE USING gist (r WITH &&) DEFERRABLE);
+         CREATE TABLE turns (tenant int NOT NULL, id int PRIMARY KEY, r int4range, EXCLUDE USING gist (r WITH &&));
          CREATE TABLE parts (tenant int NOT NULL, id int, code text, PRIMARY KEY (tenant, id)) PARTITION BY RANGE (id);
          CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (10);
          ALTER TABLE parts_1 ADD UNIQUE (code) DEFERRABLE INITIALLY DEFERRED;
@@ -44,6 +45,7 @@ fn deferrable_constraints(major: u32) {
          INSERT INTO codes VALUES (1, 1, 'x'), (1, 2, 'y'), (1, 3, 'z'), (2, 1, 'other');
          INSERT INTO stays VALUES (1, 1, 0, 10), (1, 2, 20, 30), (2, 1, 40, 50);
          INSERT INTO ranges VALUES (1, 1, '[0,10)'), (1, 2, '[20,30)'), (2, 3, '[40,50)');
+         INSERT INTO turns VALUES (1, 1, '[0,10)'), (1, 2, '[20,30)'), (2, 3, '[40,50)');
          INSERT INTO parts VALUES (1, 1, 'x'), (1, 2, 'y'), (2, 1, 'other');",
     );
     let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
@@ -56,6 +58,7 @@ fn deferrable_constraints(major: u32) {
         "BEGIN; UPDATE codes SET code = 'y' WHERE id = 1 AND tenant = 1; UPDATE codes SET code = 'x' WHERE id = 2; DELETE FROM codes WHERE id = 3; COMMIT;
          INSERT INTO codes VALUES (2, 9, 'z');
          DELETE FROM stays WHERE tenant = 1; INSERT INTO stays VALUES (2, 9, 5, 6, false), (2, 8, 25, 26, true);
+         UPDATE turns SET r = '[60,70)' WHERE id = 1; UPDATE turns SET r = '[5,6)' WHERE id = 2; UPDATE turns SET r = '[25,26)' WHERE id = 1;
          DELETE FROM ranges WHERE id = 2; INSERT INTO ranges VALUES (2, 9, '[25,26)');
          UPDATE parts SET code = 'gone ' || id WHERE tenant = 1; INSERT INTO parts VALUES (2, 9, 'y');",
     );
@@ -69,6 +72,7 @@ fn deferrable_constraints(major: u32) {
     agent.json(&restored::in_place("1", "name:before"));
     assert_eq!(rows(&cluster, "codes"), "(1,1,x) (1,2,y) (1,3,z) (2,1,other)");
     assert_eq!(rows(&cluster, "stays"), "(1,1,0,10,f) (1,2,20,30,f) (2,1,40,50,f) (2,8,25,26,t)");
+    assert_eq!(rows(&cluster, "turns"), "(1,1,\"[0,10)\") (1,2,\"[20,30)\") (2,3,\"[40,50)\")");
     assert_eq!(rows(&cluster, "ranges"), "(1,1,\"[0,10)\") (1,2,\"[20,30)\") (2,3,\"[40,50)\")");
     assert_eq!(rows(&cluster, "parts"), "(1,1,x) (1,2,y) (2,1,other)");
 }

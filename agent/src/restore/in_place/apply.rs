@@ -483,7 +483,7 @@ impl Apply<'_> {
         }
     }
 
-    /// Updates; where that meets a unique index, by deleting and inserting.
+    /// Updates; where that meets a unique index or an exclusion constraint, by deleting and inserting.
     async fn update(
         &self,
         live: &LiveTable,
@@ -495,7 +495,7 @@ impl Apply<'_> {
         let savepoint = |e| stop(e, "cannot set a savepoint");
         client.batch_execute("SAVEPOINT coffer_update").await.map_err(savepoint)?;
         match client.execute(statement, &[]).await {
-            Err(e) if e.code() == Some(&SqlState::UNIQUE_VIOLATION) => {
+            Err(e) if [Some(&SqlState::UNIQUE_VIOLATION), Some(&SqlState::EXCLUSION_VIOLATION)].contains(&e.code()) => {
                 client.batch_execute("ROLLBACK TO SAVEPOINT coffer_update").await.map_err(savepoint)?;
                 for (i, s) in sql.update_by_replacing().iter().enumerate() {
                     let expected = (i > 0).then_some(expected);

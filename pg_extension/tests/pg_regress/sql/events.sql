@@ -147,6 +147,17 @@ DROP PUBLICATION regress_n11;
 SELECT relreplident FROM pg_class WHERE oid = 'n11'::regclass;
 DROP TABLE n11;
 
+-- The type of a tenant's column that a trigger looks at: the server refuses, and this is how it is done.
+CREATE TABLE n12 (t int NOT NULL, id int, x text, PRIMARY KEY (t, id));
+SELECT strategy FROM coffer.add_table('n12', 't');
+ALTER TABLE n12 ALTER t TYPE bigint;
+SELECT strategy FROM coffer.remove_table('n12');
+ALTER TABLE n12 ALTER t TYPE bigint;
+SELECT strategy FROM coffer.add_table('n12', 't');
+-- Without columns for large values there is no trigger.
+CREATE TABLE n13 (t int NOT NULL, id int, PRIMARY KEY (t, id));
+SELECT strategy FROM coffer.add_table('n13', 't');
+ALTER TABLE n13 ALTER t TYPE bigint;
 -- Nothing is left.
 SET client_min_messages = warning;
 DELETE FROM coffer.settings;
