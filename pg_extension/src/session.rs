@@ -113,8 +113,10 @@ unsafe fn keep(call: &Call<'_>, first: pg_sys::HeapTuple, second: pg_sys::HeapTu
     // SAFETY: by the caller.
     unsafe {
         if call.is_for(false, pg_sys::TRIGGER_EVENT_INSERT) {
-            if let Some(tenant) = claim() {
-                plans.put.change(&[relid, key(call, first), tenant]);
+            match claim() {
+                Some(tenant) => plans.put.change(&[relid, key(call, first), tenant]),
+                // An older row with this key may have gone without a trigger, with its partition.
+                None => plans.remove.change(&[relid, key(call, first)]),
             }
         } else if call.is_for(false, pg_sys::TRIGGER_EVENT_DELETE) {
             plans.remove.change(&[relid, key(call, first)]);

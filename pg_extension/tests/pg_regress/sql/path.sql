@@ -380,6 +380,19 @@ SELECT tenant, r FROM archive WHERE relation = 'pa.seen' ORDER BY r ->> 'id';
 TRUNCATE seen;
 SELECT * FROM differences();
 SELECT count(*) FROM coffer.session_rows;
+-- A partition that is emptied takes along whose its rows were: a row that comes in the place of one is nobody's.
+CREATE TABLE seen_parts (id int PRIMARY KEY, body text) PARTITION BY RANGE (id);
+CREATE TABLE seen_parts_1 PARTITION OF seen_parts FOR VALUES FROM (0) TO (10);
+SELECT strategy FROM coffer.add_table('seen_parts');
+SET coffer.tenant = 'a';
+INSERT INTO seen_parts VALUES (1, 'a'), (2, 'a');
+RESET coffer.tenant;
+TRUNCATE seen_parts_1;
+INSERT INTO seen_parts VALUES (1, 'nobody''s');
+UPDATE seen_parts SET body = 'nobody''s still';
+SELECT * FROM differences();
+SELECT tenant, r FROM archive WHERE relation = 'pa.seen_parts';
+DROP TABLE seen_parts;
 
 -- DDL. Renamed columns; a foreign key that is replaced, one that goes; columns and tables that carry a tenant.
 SET client_min_messages = notice;
