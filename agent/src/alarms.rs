@@ -69,10 +69,13 @@ pub const SCRUB_LATE: &str = "scrub_late";
 /// Large objects cannot be read or archived.
 pub const LARGE_OBJECTS_FAILED: &str = "large_objects_failed";
 
+/// By code, scope and tenant.
+type Standing = BTreeMap<(&'static str, String, Option<String>), Alarm>;
+
 /// All standing alarms.
 #[derive(Debug, Default)]
 pub struct Alarms {
-    standing: Mutex<BTreeMap<(&'static str, String, Option<String>), Alarm>>,
+    standing: Mutex<Standing>,
 }
 
 impl Alarms {
@@ -116,7 +119,7 @@ impl Alarms {
         self.lock().values().cloned().collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<(&'static str, String, Option<String>), Alarm>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Standing> {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -369,11 +369,14 @@ impl Validation<'_> {
     }
 }
 
+/// By table and kind: how many, and some of the keys.
+type Differences = BTreeMap<(String, Difference), (u64, Vec<String>)>;
+
 fn validated(
     tenant: &Tenant,
     still: &Still,
     tables: &BTreeMap<u32, LiveTable>,
-    (found, mut differences): (Comparison, BTreeMap<(String, Difference), (u64, Vec<String>)>),
+    (found, mut differences): (Comparison, Differences),
     skipped: Vec<(String, String)>,
 ) -> Validated {
     let same = |t: &crate::restore::in_place::compare::TableOutcome| (tables[&t.relid].name(), t.counts.unchanged);

@@ -14,6 +14,7 @@ on_majors! {
     holds: holds;
     readers_beside_pruning: readers_beside_pruning;
     days: days;
+    year: year;
 }
 
 const DAYS: usize = 10;
@@ -199,10 +200,63 @@ fn days(major: u32) {
         let there: Vec<usize> = listed_days(&agent, &days);
         assert!(there.len() >= 3 && there.ends_with(&[8, 9]) && !there.contains(&2), "{there:?}");
         check(&agent, &cluster, &days, &there).await;
-        // Every point that the log holds is still there, too.
-        let wrong = Database::check(&agent, &cluster, &days[4].truth, &watched(), "1").await;
-        assert!(wrong.is_empty(), "{wrong:#?}");
+        below_the_floor(&agent, &cluster, &days, &there).await;
+        losses(&agent, &regions.path().join("eu"));
     });
+}
+
+/// The window begins at the full that it needs: from there on every point is exact, before it only fulls are left.
+async fn below_the_floor(agent: &Agent, cluster: &Cluster, days: &[Day], there: &[usize]) {
+    let plan = prune(agent, &["--tenant", "1"]);
+    let floor = of(&plan, "1")["log"]["floor"].as_str().unwrap_or_else(|| panic!("no floor: {plan}")).to_owned();
+    let listed = restored::listed(agent, "1");
+    let all = listed["backups"].as_array().expect("backups");
+    let at =
+        |id: &str| all.iter().find(|b| b["id"] == id).unwrap_or_else(|| panic!("{id}: {listed}"))["point_lsn"].clone();
+    let first = *there.iter().find(|n| at(&days[**n].full) == floor).expect("a full that the floor stands at");
+    assert_eq!(listed["window"][0]["from_lsn"], floor, "{listed}");
+    assert!(all.iter().all(|b| b["trigger"] != "base"), "{listed}");
+    for (n, day) in days.iter().enumerate() {
+        if n > first {
+            let wrong = Database::check(agent, cluster, &day.truth, &watched(), "1").await;
+            assert!(wrong.is_empty(), "day {n}: {wrong:#?}");
+            continue;
+        }
+        let out = Out::new();
+        let (code, doc) = agent.json_err(&restored::args_now("1", &format!("name:{}", day.truth.name), out.arg()));
+        assert_eq!((code, &doc["error"]["code"]), (4, &json!("removed")), "day {n}: {doc}");
+        assert!(doc["error"]["message"].as_str().expect("a message").contains(&floor), "{doc}");
+        assert!(doc["error"]["hint"].as_str().expect("a hint").contains("backup:"), "{doc}");
+    }
+    let db = Database::restore(agent, cluster, "1", &floor);
+    let wrong = days[first].truth.differences(&db.connect().await, &watched(), "1").await;
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let wrong = Database::check(agent, cluster, &days[days.len() - 1].truth, &watched(), "2").await;
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Any changeset that is lost above the floor is damage, whatever was removed below it.
+fn losses(agent: &Agent, store: &Path) {
+    let listed = restored::listed(agent, "1");
+    let uid = listed["uid"].as_str().expect("a uid").replace('-', "");
+    let source = std::fs::read_dir(store.join("s")).expect("sources").next().expect("one").expect("a folder").path();
+    let mut changes: Vec<PathBuf> = std::fs::read_dir(source.join("t").join(uid).join("c"))
+        .expect("changesets")
+        .map(|e| e.expect("an entry").path())
+        .collect();
+    changes.sort();
+    assert!(!changes.is_empty() && changes.len() < DAYS * 2, "{changes:?}");
+    for lost in [&changes[0], &changes[changes.len() - 1]] {
+        let aside = store.join("aside");
+        std::fs::rename(lost, &aside).expect("it goes");
+        let (code, doc) = agent.json_err(&["verify"]);
+        let name = lost.file_name().and_then(|n| n.to_str()).expect("a name");
+        let found = doc["failures"].as_array().expect("failures");
+        assert!(code == 5 && found.len() == 1 && found[0]["kind"] == "missing", "{doc}");
+        assert!(found[0]["object"].as_str().expect("a path").ends_with(name), "{doc}");
+        std::fs::rename(&aside, lost).expect("it comes back");
+    }
+    assert_eq!(agent.json(&["verify"])["ok"], true);
 }
 
 /// The document of a prune.
@@ -238,7 +292,7 @@ fn readers_beside_pruning(major: u32) {
         cluster.psql("shop", "UPDATE a SET v = v || '.'");
         cluster.psql("shop", "SELECT coffer.wait_durable()");
         agent.json(&["compact"]);
-        let plan = prune(&other, &["--tenant", "1"]);
+        let plan = prune(&other, &["--tenant", "1", "--grace", "0s"]);
         let backups = of(&plan, "1")["backups"].as_array().expect("backups").clone();
         backups.iter().any(|b| b["keep"] == false).then_some(())
     });
@@ -324,4 +378,84 @@ fn holds(major: u32) {
         let (code, doc) = agent.json_err(&["prune", "--confirm"]);
         assert_eq!(code, 8, "{doc}");
     });
+}
+
+/// Steps of a year, and the days of each.
+const STEPS: usize = 25;
+const STEP_DAYS: usize = 15;
+
+/// How many changesets a store has. (Each restore point of this test makes a common object one with events, which stays.)
+fn changes_stored(dir: &Path) -> usize {
+    let mut count = 0;
+    for e in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = e.path();
+        if path.is_dir() {
+            count += changes_stored(&path);
+        } else if path.parent().and_then(Path::file_name).is_some_and(|f| f == "c") {
+            count += 1;
+        }
+    }
+    count
+}
+
+/// A year of changes and fulls, pruned after each, by processes that die at every place in turn.
+fn year(major: u32) {
+    block_on(async {
+        let more = "[retention]\npitr = \"20d\"\ndaily = 3\nweekly = 0\nmonthly = 4\nannual = 1\n";
+        let (cluster, mut agent) = begin(major, more, "");
+        let mut client = cluster.connect("shop").await;
+        let dies = ["prune-after-record", "prune-after-delete", "prune-before-removed", "catalog-after-sequencer"];
+        let mut days: Vec<Day> = Vec::new();
+        let mut sizes = Vec::new();
+        for step in 0..STEPS {
+            let sql = format!(
+                "UPDATE a SET v = 'step {step}' WHERE id % 7 = {step} % 7; DELETE FROM a WHERE id = {step} + 1;
+                 INSERT INTO a SELECT t, {step} * 100 + i, 'new' FROM generate_series(1, 2) t, generate_series(1000, 1010) i"
+            );
+            cluster.script("shop", &sql);
+            let truth = truth::take(&mut client, &watched(), &format!("step {step}")).await;
+            cluster.psql("shop", "SELECT coffer.wait_durable()");
+            today(&mut agent, step * STEP_DAYS);
+            let doc = agent.json(&["compact"]);
+            let full = doc["fulls"].as_array().expect("fulls").iter().find(|f| f["tenant"] == "1").expect("a full");
+            let text = |key: &str| full[key].as_str().expect("a text").to_owned();
+            days.push(Day { truth, full: text("id"), time: text("point_time") });
+            if step % 2 == 1 {
+                set(&mut agent, "COFFER_FAILPOINTS", &format!("{}=abort", dies[step / 2 % dies.len()]));
+                agent.coffer(&["prune", "--confirm", "--grace", "1d"]);
+                set(&mut agent, "COFFER_FAILPOINTS", "");
+            }
+            prune(&agent, &["--confirm", "--grace", "1d"]);
+            sizes.push(changes_stored(&agent.repository()));
+            if step % 12 == 11 || step + 1 == STEPS {
+                promised(&agent, &cluster, &days).await;
+            }
+        }
+        // The last two fulls before the window's start, what is due next, and what came since: it does not grow.
+        let most = sizes[6..10].iter().max().copied().expect("sizes");
+        assert!(sizes[10..].iter().all(|s| *s <= most + 8), "{sizes:?}");
+    });
+}
+
+/// Whatever `coffer list` has can be restored: each point of the window and each full, exactly.
+async fn promised(agent: &Agent, cluster: &Cluster, days: &[Day]) {
+    assert_eq!(agent.json(&["verify"])["ok"], true);
+    let there = listed_days(agent, days);
+    let window = restored::listed(agent, "1")["window"].as_array().expect("a window").clone();
+    assert_eq!(window.len(), 1, "{window:?}");
+    for n in &there {
+        let db = Database::restore(agent, cluster, "1", &format!("backup:{}", days[*n].full));
+        let wrong = days[*n].truth.differences(&db.connect().await, &watched(), "1").await;
+        assert!(wrong.is_empty(), "full of step {n}: {wrong:#?}");
+    }
+    // Twenty days are a step and a bit: the third full from the end stands at the window's start, or one before it.
+    let last = days.len() - 1;
+    for day in &days[last - 1..] {
+        let wrong = Database::check(agent, cluster, &day.truth, &watched(), "1").await;
+        assert!(wrong.is_empty(), "{}: {wrong:#?}", day.truth.name);
+    }
+    assert!(there.ends_with(&[last - 2, last - 1, last]), "{there:?}");
+    let out = Out::new();
+    let (code, doc) = agent.json_err(&restored::args_now("1", &format!("name:{}", days[1].truth.name), out.arg()));
+    assert_eq!((code, &doc["error"]["code"]), (4, &json!("removed")), "{doc}");
 }

@@ -7,11 +7,13 @@
 //!
 //! Every [`model::STATE_EVERY`]th record carries what the ones before it come to, so that a reader reads few.
 
+pub mod floor;
 pub mod manifest;
 pub mod model;
 #[cfg(test)]
 mod tests;
 
+pub use floor::{Floor, Floors};
 pub use manifest::PartAt;
 pub use model::{CatalogRecord, Entry, FullEntry, FullTable, Hold, IncrementalEntry, State};
 
@@ -289,6 +291,29 @@ pub async fn next(repository: &Arc<Repository>, source: Uuid, tenant: Uuid) -> R
         }
     }
     Ok(next)
+}
+
+/// The floors of these tenants; `commons`: of whom to ask for that of what concerns all.
+pub async fn floors(
+    repository: &Arc<Repository>,
+    source: Uuid,
+    tenants: impl IntoIterator<Item = Uuid>,
+    commons: Uuid,
+    from: Option<&str>,
+) -> Result<Floors> {
+    let each: Vec<_> = tenants.into_iter().map(|t| Catalog::open(repository, source, t, from)).collect();
+    let mut read = stream::iter(each).buffer_unordered(PARALLEL);
+    let mut out = Floors::default();
+    while let Some(c) = read.next().await {
+        let c = c?;
+        if let Some(f) = c.state.floor {
+            out.tenants.insert(c.tenant, f);
+        }
+        if c.tenant == commons {
+            out.commons = c.state.commons;
+        }
+    }
+    Ok(out)
 }
 
 async fn numbers(store: &Store, source: Uuid, tenant: Uuid) -> (Uuid, Result<BTreeSet<u64>>) {

@@ -3,6 +3,7 @@
 //! A record is JSON inside a sealed container under the repository's key: it names uids, never a tenant's key. Fields are
 //! only added; an entry that a reader does not know is an error, because skipping it could mean removing what it holds.
 
+use super::floor::Floor;
 use crate::repository::ObjectRef;
 use crate::repository::model::{DatabaseLocale, SequenceState, lsn_text};
 use coffer_wire::Lsn;
@@ -76,6 +77,12 @@ pub enum Entry {
         objects: Vec<ObjectRef>,
         not_before_us: i64,
         reasons: Vec<String>,
+        /// The tenant's changes of the log up to there are among what goes, or went before.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        floor: Option<Floor>,
+        /// The same of what concerns every tenant; by the catalog of the reserved tenant `shared` only.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        commons: Option<Floor>,
     },
     /// The objects of that removal are gone from every store.
     Removed {
@@ -220,6 +227,12 @@ pub struct State {
     /// Fulls that were removed, the newest [`MOST_GONE`]: who asks for one learns that it was there.
     #[serde(default)]
     pub gone: Vec<Uuid>,
+    /// The tenant's changes of the log up to there are gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub floor: Option<Floor>,
+    /// What concerned every tenant up to there is gone; in the catalog of the reserved tenant `shared`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commons: Option<Floor>,
 }
 
 impl State {
@@ -238,7 +251,9 @@ impl State {
                 self.checks.push(Check { backup, what, ok, message, at_us: r.at_us });
             }
             Entry::Policy { policy, .. } => self.policy = Some(policy),
-            Entry::Removal { backups, objects, not_before_us, .. } => {
+            Entry::Removal { backups, objects, not_before_us, floor, commons, .. } => {
+                self.floor = floor.or(self.floor);
+                self.commons = commons.or(self.commons);
                 self.gone.extend(self.fulls.iter().map(|f| f.id).filter(|id| backups.contains(id)));
                 self.gone.drain(..self.gone.len().saturating_sub(MOST_GONE));
                 self.fulls.retain(|f| !backups.contains(&f.id));

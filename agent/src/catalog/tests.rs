@@ -109,6 +109,8 @@ async fn removals_and_holds_come_and_go() {
         objects: vec![],
         not_before_us: 5,
         reasons: vec!["older than the policy keeps".into()],
+        floor: Some(Floor { lsn: Lsn(7), log_n: 3 }),
+        commons: None,
     });
     let n = r.await.unwrap().n;
     let s = Catalog::open(&repo, source, tenant, None).await.unwrap().state().clone();
@@ -118,6 +120,7 @@ async fn removals_and_holds_come_and_go() {
     let again = Catalog::open(&repo, source, tenant, None).await.unwrap();
     assert_eq!(again.state(), c.state());
     assert!(again.state().removals.is_empty() && again.state().holds.is_empty());
+    assert_eq!((again.state().floor, again.state().commons), (Some(Floor { lsn: Lsn(7), log_n: 3 }), None));
 }
 
 #[tokio::test(flavor = "multi_thread")]

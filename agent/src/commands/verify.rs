@@ -14,7 +14,7 @@ use crate::restore::request::merge_memory;
 use crate::tenant::Tenant;
 use crate::validation::Validation;
 use crate::verify::drills;
-use crate::verify::listing::{Listed, list};
+use crate::verify::listing::{Listed, list, needed};
 use crate::verify::live::{self, Compared};
 use crate::verify::objects::{Failure, is_finding, named_in, one_object};
 use crate::verify::results;
@@ -318,8 +318,9 @@ async fn one_store(
         let now = list(&opened.repo, (source, tenant), store, false).await?;
         failures.extend(found.into_iter().filter(|f| now.names(&f.object)));
     }
-    failures.sort_by(|a, b| a.object.cmp(&b.object));
-    Ok(failures)
+    let mut lost = needed(&opened.repo, source, failures).await?;
+    lost.sort_by(|a, b| a.object.cmp(&b.object));
+    Ok(lost)
 }
 
 fn text(d: &Value) -> String {

@@ -1,7 +1,7 @@
 //! Incrementals: what a tenant's changesets since the last one come to, in one object.
 //!
-//! They begin where the one before ended, or at the tenant's newest full (without one: at its first base), and end at the
-//! end of the log. A tenant without changes gets none, and the next one spans more: the log says what was there. An
+//! They begin where the one before ended, or at the tenant's newest full (without one: at its first base), never below its
+//! floor, and end at the end of the log. A tenant without changes gets none, and the next one spans more: the log says what was there. An
 //! incremental is recorded when it was read back from every required store and was what had been written; the changesets
 //! stay, for points inside its span.
 
@@ -73,6 +73,8 @@ impl Spans {
         let changed = self.changed.get(&tenant)?;
         // A full may be at a commit in the middle of a ship, which then is read whole: what is in the full does no harm.
         let base = history.fulls(tenant).last().map(|f| f.point_lsn).or(self.first)?;
+        // What is below the floor is gone.
+        let base = base.max(history.floor(tenant).unwrap_or_default());
         let base = changed.iter().map(|n| ends(*n)).find(|(f, t)| *f < base && base < *t).map_or(base, |(f, _)| f);
         let from = before.iter().map(|i| i.to_lsn).max().unwrap_or_default().max(base);
         let within = |n: &&usize| ends(**n).1 > from && ends(**n).0 < self.to.lsn;
@@ -95,6 +97,16 @@ impl Spans {
             .collect();
         let known = history.catalog(tenant).into_iter().flat_map(|c| &c.incrementals).map(|i| i.id).collect();
         Some(Span { from, inputs: Inputs::of_ships(self.to.lsn, inputs), known })
+    }
+}
+
+#[cfg(test)]
+impl Spans {
+    /// Where a tenant's next incremental begins and ends, and what it reads.
+    pub(crate) fn reads(&self, history: &History, tenant: Uuid) -> Option<(Lsn, Target, Vec<ObjectRef>)> {
+        let span = self.of_tenant(history, tenant)?;
+        let read = span.inputs.ships.into_iter().flat_map(|s| s.common.into_iter().chain(s.changeset)).collect();
+        Some((span.from, self.to.clone(), read))
     }
 }
 

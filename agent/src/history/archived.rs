@@ -41,6 +41,8 @@ impl History {
             facts: Facts::default(),
             catalogs,
             is_archive: true,
+            commons: None,
+            shared: None,
         }
     }
 }

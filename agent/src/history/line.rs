@@ -354,15 +354,20 @@ impl Line {
 
     /// Whether a table can hold rows of a tenant (`None`: of any): one of another tenant's schema cannot. A table that was
     /// not always the same tenant's concerns everybody.
-    fn concerns(&self, relid: u32, facts: &Facts, tenant: Option<Uuid>) -> bool {
-        let Some(tenant) = tenant else { return true };
+    pub(super) fn concerns(&self, relid: u32, facts: &Facts, tenant: Option<Uuid>) -> bool {
+        tenant.is_none_or(|tenant| self.concerned(relid, facts, tenant, (Lsn::MAX, u64::MAX)))
+    }
+
+    /// The same as far as it was known from what had happened up to a position, and from records up to a number.
+    pub(super) fn concerned(&self, relid: u32, facts: &Facts, tenant: Uuid, (at, n): (Lsn, u64)) -> bool {
         let registered = facts
             .registry
             .iter()
-            .filter(|r| r.relid == relid && matches!(r.what, Registration::Add { .. }))
+            .filter(|r| r.relid == relid && r.at <= at && matches!(r.what, Registration::Add { .. }))
             .map(|r| r.owner);
-        let based = self.bases.iter().flat_map(|b| &b.base().tables).filter(|t| t.relid == relid).map(|t| t.owner);
-        let pending = self.pending().filter(|p| p.relid == relid).map(|p| p.owner);
+        let bases = || self.bases.iter().filter(|b| b.record.n <= n).map(BaseAt::base);
+        let based = bases().flat_map(|b| &b.tables).filter(|t| t.relid == relid).map(|t| t.owner);
+        let pending = bases().flat_map(|b| &b.pending).filter(|p| p.relid == relid).map(|p| p.owner);
         let owners: BTreeSet<Option<Uuid>> = registered.chain(based).chain(pending).collect();
         owners.len() != 1 || owners.contains(&None) || owners.contains(&Some(tenant))
     }

@@ -7,21 +7,24 @@
 
 mod archived;
 mod facts;
+mod floor;
 mod incrementals;
 pub mod line;
 #[cfg(test)]
 mod tests;
 mod when;
 
+pub use floor::Cut;
 pub use when::When;
 
-use crate::catalog::{self, Catalog, FullEntry, PartAt, State, manifest};
+use crate::catalog::{self, Catalog, Floor, FullEntry, PartAt, State, manifest};
 use crate::clock::rfc3339;
 use crate::error::{Error, Kind, Result, WindowSpan};
 use crate::keyring::Keyring;
 use crate::repository::model::{Base, DatabaseLocale, LargeObjectsRead, SequenceState};
 use crate::repository::{Log, LogRecord, ObjectRef, Repository};
-use coffer_wire::Lsn;
+use crate::tenant::Tenant;
+use coffer_wire::{Lsn, TenantKind};
 use futures::{StreamExt, stream};
 use incrementals::Placed;
 use line::{Closed, Facts, Line, Restored, ShipAt, TableAt};
@@ -144,6 +147,10 @@ pub struct History {
     catalogs: BTreeMap<Uuid, State>,
     /// All that it says is of one archive.
     is_archive: bool,
+    /// Up to where the times of transactions are gone.
+    commons: Option<Floor>,
+    /// Up to where changes of the shared tables are gone, which are restored together with every tenant's.
+    shared: Option<Floor>,
 }
 
 impl History {
@@ -163,6 +170,7 @@ impl History {
         let records = log.records().to_vec();
         let line = Line::new(&records);
         let facts = facts::read(repo, keyring, &line.ships, from).await?;
+        let (commons, shared) = Self::of_all(repo, keyring, log.source(), from).await?;
         Ok(Self {
             repo: repo.clone(),
             keyring: keyring.clone(),
@@ -173,7 +181,28 @@ impl History {
             facts,
             catalogs: BTreeMap::new(),
             is_archive: false,
+            commons,
+            shared,
         })
+    }
+
+    /// Up to where the times of transactions, and changes of the shared tables, were removed. A catalog that says nothing
+    /// readable stops no restore: then what is missing is an error where it is needed.
+    async fn of_all(
+        repo: &Arc<Repository>,
+        keyring: &Arc<Keyring>,
+        source: Uuid,
+        from: Option<&str>,
+    ) -> Result<(Option<Floor>, Option<Floor>)> {
+        let shared = keyring.tenant_uid(source, &Tenant::reserved(TenantKind::Shared));
+        match Catalog::open(repo, source, shared, from).await {
+            Ok(c) => Ok((c.state().commons, c.state().floor)),
+            Err(e) if e.kind() == Kind::Unreachable => Err(e),
+            Err(e) => {
+                tracing::warn!("the catalog of what concerns every tenant cannot be read: {e}");
+                Ok((None, None))
+            }
+        }
     }
 
     /// Takes a tenant's catalog in: its backups can be named, and are read from.
@@ -218,7 +247,7 @@ impl History {
         let counts = |f: &&FullEntry| f.log_n <= newest && self.line.goes_through(f.point_lsn, f.log_n);
         let mut all: Vec<&FullEntry> =
             self.catalogs.get(&tenant).into_iter().flat_map(|c| &c.fulls).filter(counts).collect();
-        all.sort_by_key(|f| f.point_lsn);
+        all.sort_by_key(|f| (f.point_lsn, f.log_n));
         all
     }
 
@@ -313,7 +342,10 @@ impl History {
                 let lsn = base.base().cut_lsn;
                 Ok(Target { asked, lsn, time_us: self.commit_time(lsn).await? })
             }
-            When::Time(t) => self.resolve_time(*t, asked).await,
+            When::Time(t) => match self.full_at_time(*t) {
+                Some(f) => Ok(Target { asked, lsn: f.point_lsn, time_us: *t }),
+                None => self.resolve_time(*t, asked).await,
+            },
         }
     }
 
@@ -332,7 +364,10 @@ impl History {
         let ships = &self.line.ships;
         let mut later = None;
         for (i, s) in ships.iter().enumerate().filter(|(_, s)| s.ship().max_commit_us > t) {
-            let entries = self.entries(s).await?;
+            let Some(entries) = self.entries(s).await? else {
+                let target = Target { asked, lsn: s.record.from_lsn, time_us: t };
+                return Err(self.below_floor(&target, self.only_tenant()));
+            };
             if let Some(at) = entries.iter().position(|e| e.commit_us > t) {
                 later = Some((i, at, entries));
                 break;
@@ -381,12 +416,22 @@ impl History {
                 Some(min) => min <= t,
                 None => ship.first_commit_us <= t || ship.last_commit_us <= t,
             };
-            rest = if suspect { self.entries(s).await? } else { Vec::new() };
+            rest = match suspect {
+                // Whether the clock stepped back there, nobody knows any more.
+                true => self.entries(s).await?.ok_or_else(|| {
+                    let target = Target { asked: asked.clone(), lsn, time_us: t };
+                    self.below_floor(&target, self.only_tenant())
+                })?,
+                false => Vec::new(),
+            };
             if !suspect {
                 highest = highest.max(ship.max_commit_us);
             }
             next += 1;
         }
+        // Between the last commit that counts and the first that does not, all positions are the same.
+        let floor = self.only_tenant().and_then(|tenant| self.floor(tenant));
+        let lsn = floor.filter(|f| lsn < *f && *f < first_later.end_lsn).unwrap_or(lsn);
         Ok(Target { asked, lsn, time_us: t })
     }
 
@@ -401,18 +446,31 @@ impl History {
         })
     }
 
-    /// The transactions of a ship that count.
-    async fn entries(&self, s: &ShipAt) -> Result<Vec<crate::repository::model::TxnEntry>> {
-        let Some(common) = &s.ship().common else { return Ok(Vec::new()) };
+    /// The transactions of a ship that count; `None`: retention removed the list of them.
+    async fn entries(&self, s: &ShipAt) -> Result<Option<Vec<crate::repository::model::TxnEntry>>> {
+        let Some(common) = &s.ship().common else { return Ok(Some(Vec::new())) };
+        if catalog::floor::is_index_only(&s.record) && self.commons.is_some_and(|f| f.covers(s.record.n, common)) {
+            return Ok(None);
+        }
         let mut entries = facts::index(&self.repo, common, self.from_store()).await?.entries;
         entries.retain(|e| self.line.keeps(s, e.end_lsn));
-        Ok(entries)
+        Ok(Some(entries))
     }
 
     /// Where the first transaction ends that a snapshot does not see. `xmin`: it sees every one below.
     pub async fn first_unseen(&self, xmin: u64, sees: &(dyn Fn(u64) -> bool + Sync)) -> Result<Option<Lsn>> {
         for s in self.line.ships.iter().filter(|s| s.ship().max_xid >= xmin) {
-            if let Some(e) = self.entries(s).await?.iter().find(|e| !sees(e.xid)) {
+            let entries = self.entries(s).await?.ok_or_else(|| {
+                Error::new(
+                    Kind::OutsideWindow,
+                    format!(
+                        "a snapshot that is older than {} cannot be compared with the repository",
+                        s.record.upto_lsn
+                    ),
+                )
+                .hint("a transaction is open for longer than retention keeps changes: end it")
+            })?;
+            if let Some(e) = entries.iter().find(|e| !sees(e.xid)) {
                 return Ok(Some(e.end_lsn));
             }
         }
@@ -425,8 +483,13 @@ impl History {
             if s.record.upto_lsn <= at && s.limit == Lsn::MAX && s.ship().txns > 0 {
                 return Ok(s.ship().last_commit_us);
             }
-            if let Some(e) = self.entries(s).await?.iter().rev().find(|e| e.end_lsn <= at) {
-                return Ok(e.commit_us);
+            match self.entries(s).await? {
+                Some(entries) => {
+                    if let Some(e) = entries.iter().rev().find(|e| e.end_lsn <= at) {
+                        return Ok(e.commit_us);
+                    }
+                }
+                None => break,
             }
         }
         Ok(self.line.time_before(at))
@@ -434,9 +497,12 @@ impl History {
 
     /// What a tenant (`None`: any) can be restored to.
     pub fn windows(&self, tenant: Option<Uuid>) -> Vec<WindowSpan> {
+        let floor = tenant.and_then(|t| self.floor(t)).unwrap_or_default();
         self.line
             .open(&self.facts, tenant)
             .into_iter()
+            .map(|(from, to)| (from.max(floor), to))
+            .filter(|(from, to)| from <= to)
             .map(|(from, to)| {
                 let to_us = self.line.time_before(to);
                 WindowSpan {
@@ -452,9 +518,11 @@ impl History {
     /// Spans within the line that cannot be restored to; those before the first base are no gap.
     pub fn gaps(&self, tenant: Option<Uuid>) -> Vec<Closed> {
         let Some(first) = self.line.open(&self.facts, tenant).first().map(|w| w.0) else { return Vec::new() };
+        let first = first.max(tenant.and_then(|t| self.floor(t)).unwrap_or_default());
         let mut gaps = self.line.all_closed(&self.facts, tenant);
         gaps.retain(|c| c.to > first && c.from <= self.line.end);
         for g in &mut gaps {
+            g.from = g.from.max(first);
             g.to = g.to.min(self.line.end);
         }
         gaps
@@ -473,6 +541,11 @@ impl History {
         }
         if target.lsn > self.line.end {
             return Err(self.not_durable(&target.asked));
+        }
+        if self.floor(tenant).is_some_and(|floor| target.lsn < floor)
+            && !self.fulls(tenant).iter().any(|f| f.point_lsn == target.lsn)
+        {
+            return Err(self.below_floor(target, Some(tenant)));
         }
         let tables = self.line.tables_at(target.lsn, &self.facts, Some(tenant), wanted).map_err(|unknown| {
             let (_, first) = &unknown[0];
@@ -504,31 +577,61 @@ impl History {
     }
 
     /// The same from a full and incrementals at or before `begin`.
-    pub async fn inputs_from(&self, tenant: Uuid, begin: Lsn, target: Lsn, mut tables: Vec<TableAt>) -> Result<Inputs> {
-        let definitions: Vec<usize> = tables.iter().filter_map(|t| t.base).collect();
-        let full =
-            self.fulls(tenant).into_iter().rfind(|f| f.point_lsn <= begin && self.is_sound(tenant, f.id)).cloned();
-        let mut parts = Vec::new();
-        if let Some(f) = &full {
-            let mut from_it = BTreeSet::new();
+    pub async fn inputs_from(&self, tenant: Uuid, begin: Lsn, target: Lsn, known: Vec<TableAt>) -> Result<Inputs> {
+        let definitions: Vec<usize> = known.iter().filter_map(|t| t.base).collect();
+        let mut known = known;
+        // What another tenant alone has rows of is in none of this one's fulls.
+        known.retain(|t| self.line.concerns(t.relid, &self.facts, Some(tenant)));
+        // Whether the tenant's part of the base that a table is read from was removed.
+        let lost = |t: &TableAt| {
+            let Some(b) = t.base.map(|b| &self.line.bases[b]) else { return false };
+            b.base().fulls.iter().any(|o| o.tenant == tenant && self.is_gone(b.record.n, o))
+        };
+        let follows = |f: &&FullEntry| {
+            f.point_lsn <= begin && self.is_sound(tenant, f.id) && !self.has_hole(tenant, f.point_lsn, target)
+        };
+        // The tables with those that are read from the full, and which these are.
+        let from = |f: &FullEntry| {
             // A base that was recorded after the full was made is not in it, wherever its cut is.
             let knows = |t: &TableAt| t.base.is_none_or(|b| self.line.bases[b].record.n <= f.log_n);
-            for t in tables.iter_mut().filter(|t| t.cut < f.point_lsn && knows(t)) {
-                if f.tables.iter().any(|h| h.relid == t.relid) {
+            // Of a base at the same point the full takes the place when it is gone.
+            let older = |t: &TableAt| t.cut < f.point_lsn || t.cut == f.point_lsn && lost(t);
+            let (mut all, mut from_it) = (known.clone(), BTreeSet::new());
+            for t in all.iter_mut().filter(|t| older(t) && knows(t)) {
+                let is_in = f.tables.iter().any(|h| h.relid == t.relid);
+                if is_in || self.is_left_out(tenant, f, t.relid) {
                     (t.cut, t.base) = (f.point_lsn, None);
+                }
+                if is_in {
                     from_it.insert(t.relid);
                 }
             }
-            if let Some(m) = &f.manifest {
-                parts = manifest::read(&self.repo, m, &f.objects, self.from_store()).await?;
-                check_rows(f, m, &parts)?;
-                parts.retain(|p| from_it.contains(&p.relid));
-            }
+            (all, from_it)
+        };
+        let least = |tables: &[TableAt]| tables.iter().map(|t| t.cut).min().unwrap_or(target);
+        let is_there = |tables: &[TableAt]| !tables.iter().any(lost) && !self.has_hole(tenant, least(tables), target);
+        // The newest that nothing is missing beside.
+        let mut usable = self.fulls(tenant).into_iter().rev().filter(follows);
+        let full = usable.find(|f| is_there(&from(f).0)).cloned();
+        let (tables, from_it) = full.as_ref().map_or_else(|| (known.clone(), BTreeSet::new()), from);
+        let mut parts = Vec::new();
+        if let Some(f) = &full
+            && let Some(m) = &f.manifest
+        {
+            parts = manifest::read(&self.repo, m, &f.objects, self.from_store()).await?;
+            check_rows(f, m, &parts)?;
+            parts.retain(|p| from_it.contains(&p.relid));
         }
-        let least = tables.iter().map(|t| t.cut).min().unwrap_or(target);
+        let fulls = self.line.fulls(&tables, tenant);
+        // What was removed is never left out in silence.
+        if !is_there(&tables) {
+            let target = Target { asked: target.to_string(), lsn: target, time_us: 0 };
+            return Err(self.below_floor(&target, Some(tenant)));
+        }
+        let least = least(&tables);
         let mut ships = Vec::new();
         for s in &self.line.ships {
-            if s.record.upto_lsn <= least || s.record.from_lsn >= target {
+            if s.record.upto_lsn.min(s.limit) <= least || s.record.from_lsn >= target {
                 continue;
             }
             let ship = s.ship();
@@ -543,7 +646,6 @@ impl History {
         // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
         let of_tables = || definitions.iter().map(|b| self.line.bases[*b].base());
         let (schema, schema_warning) = self.schema_at(target, &mut of_tables().map(|b| b.schema.as_ref()));
-        let fulls = self.line.fulls(&tables, tenant);
         Ok(Inputs { target, tables, fulls, parts, full, ships, schema, schema_warning })
     }
 
@@ -694,11 +796,12 @@ impl History {
 
     /// What was read from the database for a tenant, oldest first: its part of each base.
     pub fn bases(&self, tenant: Uuid) -> Vec<Backup> {
+        let floor = self.floor(tenant).unwrap_or_default();
         self.line
             .bases
             .iter()
             // One without tables brings definitions only.
-            .filter(|b| !b.base().tables.is_empty())
+            .filter(|b| !b.base().tables.is_empty() && b.base().cut_lsn >= floor)
             .map(|b| {
                 let base = b.base();
                 let full = base.fulls.iter().find(|f| f.tenant == tenant);
@@ -735,7 +838,9 @@ impl History {
             verified_us: f.read_back_us,
             object: None,
         }));
-        all.extend(self.incrementals(tenant).into_iter().map(|i| Backup {
+        // Below the floor nothing is restored from them.
+        let floor = self.floor(tenant).unwrap_or_default();
+        all.extend(self.incrementals(tenant).into_iter().filter(|i| i.to_lsn >= floor).map(|i| Backup {
             id: i.id,
             kind: "incremental",
             trigger: "incremental".to_owned(),

@@ -12,6 +12,11 @@
 //! reserved tenant `shared`.
 
 mod clocks;
+#[cfg(test)]
+mod floor_model;
+#[cfg(test)]
+mod floor_tests;
+mod log;
 mod orphans;
 pub mod report;
 mod tenant;
@@ -22,19 +27,20 @@ mod watch;
 pub use report::{Orphan, Report, TenantReport};
 pub use watch::watch;
 
-use crate::catalog;
+use crate::catalog::{self, Floor, Floors};
 use crate::dsn::Dsn;
 use crate::error::{Kind, Result};
-use crate::history::line::Line;
+use crate::history::{Cut, History};
 use crate::keyring::{Keyring, TenantEntry};
 use crate::lease::{self, Held, Purpose};
-use crate::repository::{Log, Repository};
+use crate::repository::Repository;
 use crate::retention::Policy;
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, TenantKind};
 use futures::{StreamExt, stream};
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use log::Logged;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -59,16 +65,20 @@ pub struct Pruner {
     pub confirm: bool,
 }
 
+/// Tables and where their newest bases were cut.
+type Cuts = Arc<Vec<Cut>>;
+
 /// What holds for all tenants of a source, read before any of them is looked at.
 struct Survey {
     now_us: i64,
-    /// Where the log ends: what is beyond may be on its way.
-    end: Lsn,
-    /// Paths of objects that records of the log name.
-    log: Arc<HashSet<String>>,
-    /// By tenant, how many of them there are and how long they are together.
-    log_sums: HashMap<Uuid, (u64, u64)>,
-    line: Line,
+    log: Logged,
+    history: History,
+    /// Of the points of fulls, which many tenants have in common: see [`History::cuts_at`].
+    cuts: Mutex<HashMap<Lsn, Cuts>>,
+    /// As they were recorded when the run began; of the tenant alone when only one is looked at.
+    floors: Floors,
+    /// Time and point of the oldest full that any tenant has; `None`: some tenant needs everything that there is.
+    oldest: Option<(i64, Lsn)>,
     restores: Vec<Held>,
     /// Since when somebody writes objects that are not recorded yet.
     writing_since_us: Option<i64>,
@@ -93,20 +103,30 @@ impl Pruner {
         report.warnings.extend(self.repo.stores_away().into_iter().map(|s| {
             format!("store {s} does not answer: what is removed stays there until it does, and a later run removes it")
         }));
-        let survey = self.survey().await?;
         let tenants = self.tenants().await?;
+        let survey = self.survey(&tenants).await?;
         let mut orphans = self.orphans(&survey, &tenants).await?;
         report.orphans = orphans.values().flatten().cloned().collect();
         report.orphans.sort_by(|a, b| a.path.cmp(&b.path));
-        let work: Vec<(Uuid, Vec<Orphan>)> =
-            tenants.iter().map(|uid| (*uid, orphans.remove(uid).unwrap_or_default())).collect();
+        let shared = self.shared();
+        let work: Vec<(Uuid, Vec<Orphan>)> = tenants
+            .iter()
+            .filter(|uid| **uid != shared)
+            .map(|uid| (*uid, orphans.remove(uid).unwrap_or_default()))
+            .collect();
         let survey = &survey;
-        let each: Vec<_> = work.into_iter().map(|(uid, orphans)| self.one(survey, uid, orphans)).collect();
+        let each: Vec<_> = work.into_iter().map(|(uid, orphans)| self.one(survey, uid, orphans, None)).collect();
         let mut done = stream::iter(each).buffer_unordered(PARALLEL);
         while let Some(tenant) = done.next().await {
             report.tenants.push(tenant);
         }
         drop(done);
+        // Last, because what concerns all goes below the floors of all.
+        if tenants.contains(&shared) {
+            let commons = self.commons_floor(survey, &report.tenants);
+            let orphans = orphans.remove(&shared).unwrap_or_default();
+            report.tenants.push(self.one(survey, shared, orphans, commons).await);
+        }
         report.tenants.sort_by(|a, b| (&a.tenant, a.uid).cmp(&(&b.tenant, b.uid)));
         if self.confirm {
             lease::sweep(&self.repo, self.source.1).await;
@@ -114,37 +134,31 @@ impl Pruner {
         Ok(report)
     }
 
-    async fn one(&self, survey: &Survey, uid: Uuid, orphans: Vec<Orphan>) -> TenantReport {
+    async fn one(&self, survey: &Survey, uid: Uuid, orphans: Vec<Orphan>, commons: Option<Floor>) -> TenantReport {
         let mut report = TenantReport::new(uid, self.keyring.by_uid(uid).map(|t| t.tenant));
-        if let Err(e) = self.tenant(survey, &orphans, &mut report).await {
+        if let Err(e) = self.tenant(survey, &orphans, commons, &mut report).await {
             tracing::warn!("tenant {uid} is not pruned: {e}");
             report.error = Some(e);
         }
         report
     }
 
-    async fn survey(&self) -> Result<Survey> {
+    async fn survey(&self, tenants: &[Uuid]) -> Result<Survey> {
         let source = self.source.1;
         // Leases first: a restore that begins after this reads a catalog that is at least as new as ours.
         let held = lease::live(&self.repo, source).await?;
-        let log = Log::open(&self.repo, source, None).await?;
+        let history = History::load(&self.repo, &self.keyring, source, None).await?;
         let mut survey = Survey {
             now_us: self.repo.clock().now_us(),
-            end: log.records().iter().map(|r| r.upto_lsn).max().unwrap_or_default(),
-            log: Arc::default(),
-            log_sums: HashMap::new(),
-            line: Line::new(log.records()),
+            log: Logged::new(history.records()),
+            history,
+            cuts: Mutex::default(),
+            floors: Floors::default(),
+            oldest: None,
             restores: held.iter().filter(|h| h.purpose == Purpose::Restore).cloned().collect(),
             writing_since_us: held.iter().filter(|h| h.purpose == Purpose::Write).map(|h| h.since_us).min(),
         };
-        let mut names = HashSet::new();
-        for o in log.records().iter().flat_map(|r| r.objects()) {
-            if names.insert(o.path.clone()) {
-                let sum = survey.log_sums.entry(o.tenant).or_default();
-                *sum = (sum.0 + 1, sum.1 + o.bytes);
-            }
-        }
-        survey.log = Arc::new(names);
+        self.read_floors(&mut survey, tenants).await;
         Ok(survey)
     }
 
@@ -176,6 +190,11 @@ impl Pruner {
 }
 
 impl Survey {
+    fn cuts(&self, at: Lsn) -> Cuts {
+        let mut all = self.cuts.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(at).or_insert_with(|| Arc::new(self.history.cuts_at(at))).clone()
+    }
+
     /// The restores that may be reading a tenant's backups.
     fn restores_of(&self, tenant: Uuid) -> impl Iterator<Item = &Held> {
         self.restores.iter().filter(move |h| h.tenant.is_none_or(|t| t == tenant))

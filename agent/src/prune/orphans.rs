@@ -1,7 +1,8 @@
 //! Objects that no record names: what an interrupted ship, base or compaction left behind.
 //!
 //! Only names of our own shapes are looked at, at or below the log's end, and only those that a store says are older than
-//! a day, and older than the beginning of whatever is being written now. They are removed like everything else: named by a record, after its
+//! a day, and older than the beginning of whatever is being written now. What a record names and a floor is above is one,
+//! too: a store that was brought up to date while it was removed may have it again. They are removed like everything else: named by a record, after its
 //! grace, and only if they are still nobody's.
 
 use super::{Orphan, PARALLEL, Pruner, Survey};
@@ -28,7 +29,8 @@ pub(super) async fn find(p: &Pruner, survey: &Survey, tenants: &[Uuid]) -> Resul
         let shared = p.shared();
         folders.extend([(paths::commons_dir(source), shared), (paths::schemas_dir(source), shared)]);
     }
-    let before_us = oldest(survey);
+    let before_us = oldest(survey.now_us, survey.writing_since_us);
+    let end = survey.log.end();
     let mut found: BTreeMap<String, Orphan> = BTreeMap::new();
     for store in p.repo.attached_stores() {
         let each: Vec<_> =
@@ -45,7 +47,7 @@ pub(super) async fn find(p: &Pruner, survey: &Survey, tenants: &[Uuid]) -> Resul
             for (path, bytes, written_us, tenant) in listed {
                 let Some((lsn, object)) = paths::parse_leaf(&path) else { continue };
                 // Beyond the log's end it may be a ship on its way, however old: that of a store that was away for days.
-                if written_us >= before_us || lsn > survey.end || survey.log.contains(&path) {
+                if written_us >= before_us || lsn > end || survey.log.expects(&path, &survey.floors) {
                     continue;
                 }
                 found.insert(path.clone(), Orphan { tenant, path, bytes, written_us, lsn, object });
@@ -69,9 +71,9 @@ async fn list(store: Arc<Store>, folder: String, tenant: Uuid) -> Result<Vec<(St
 }
 
 /// Before when something must have been written to be looked at.
-fn oldest(survey: &Survey) -> i64 {
-    let of_age = survey.now_us.saturating_sub(AGE_US);
-    survey.writing_since_us.map_or(of_age, |since| of_age.min(since.saturating_sub(CLOCKS_US)))
+fn oldest(now_us: i64, writing_since_us: Option<i64>) -> i64 {
+    let of_age = now_us.saturating_sub(AGE_US);
+    writing_since_us.map_or(of_age, |since| of_age.min(since.saturating_sub(CLOCKS_US)))
 }
 
 /// Everything that a catalog names, what is to be removed included.
@@ -117,22 +119,11 @@ impl Orphan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::HashMap;
 
     #[test]
     fn an_object_is_looked_at_after_a_day_and_never_while_it_may_be_written() {
         let now_us = 100 * AGE_US;
-        let at = |writing_since_us| {
-            oldest(&Survey {
-                now_us,
-                end: Lsn::ZERO,
-                log: std::sync::Arc::default(),
-                log_sums: HashMap::new(),
-                line: crate::history::line::Line::new(&[]),
-                restores: Vec::new(),
-                writing_since_us,
-            })
-        };
+        let at = |writing_since_us| oldest(now_us, writing_since_us);
         assert_eq!(at(None), 99 * AGE_US);
         assert_eq!(at(Some(now_us)), 99 * AGE_US);
         assert_eq!(at(Some(90 * AGE_US)), 90 * AGE_US - CLOCKS_US);

@@ -1,5 +1,6 @@
 //! What a run of pruning found, decided and did.
 
+use crate::catalog::Floor;
 use crate::clock::rfc3339;
 use crate::error::Error;
 use crate::retention::{Policy, Reason};
@@ -40,9 +41,11 @@ pub struct TenantReport {
     pub policy: Option<Policy>,
     /// In the order of their points.
     pub backups: Vec<Backup>,
-    /// What the log names of the tenant; its readers need all of it.
-    pub log_objects: u64,
-    pub log_bytes: u64,
+    /// What the log names of the tenant's changes and bases: what stays of it, and what is below the floor and goes.
+    pub log_keep: Removed,
+    pub log_remove: Removed,
+    /// Below it only fulls are left.
+    pub floor: Option<Floor>,
     /// A restore is running on what would be removed.
     pub locked: bool,
     /// Recorded in this run: to go after the grace.
@@ -73,6 +76,13 @@ pub struct Removed {
     pub backups: u64,
     pub objects: u64,
     pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Removed {
+    fn add_assign(&mut self, o: Self) {
+        *self =
+            Self { backups: self.backups + o.backups, objects: self.objects + o.objects, bytes: self.bytes + o.bytes };
+    }
 }
 
 /// A removal that is yet to be carried out.
@@ -167,8 +177,9 @@ impl TenantReport {
             tenant,
             policy: None,
             backups: Vec::new(),
-            log_objects: 0,
-            log_bytes: 0,
+            log_keep: Removed::default(),
+            log_remove: Removed::default(),
+            floor: None,
             locked: false,
             recorded: Removed::default(),
             deleted: Removed::default(),
@@ -185,7 +196,11 @@ impl TenantReport {
     /// Reserved tenants without anything of their own are left out.
     fn is_worth_saying(&self) -> bool {
         let normal = self.tenant.as_ref().is_some_and(|t| t.kind == TenantKind::Normal);
-        normal || !self.backups.is_empty() || !self.pending.is_empty() || self.error.is_some()
+        normal
+            || !self.backups.is_empty()
+            || self.log_remove.objects > 0
+            || !self.pending.is_empty()
+            || self.error.is_some()
     }
 
     fn name(&self) -> String {
@@ -214,8 +229,10 @@ impl TenantReport {
         let removed = |r: Removed| json!({"backups": r.backups, "objects": r.objects, "bytes": r.bytes});
         json!({"tenant": self.tenant.as_ref().map(|t| t.key.clone()), "kind": self.tenant.as_ref().map(|t| t.kind.name()),
             "uid": self.uid, "policy": self.policy.as_ref().map(Policy::to_json), "backups": backups,
-            "log": {"objects": self.log_objects, "bytes": self.log_bytes, "keep": true,
-                "reasons": [{"code": Reason::Log.code(), "text": Reason::Log.to_string()}]},
+            "log": {"objects": self.log_keep.objects, "bytes": self.log_keep.bytes, "keep": true,
+                "reasons": [{"code": Reason::Log.code(), "text": Reason::Log.to_string()}],
+                "remove": {"objects": self.log_remove.objects, "bytes": self.log_remove.bytes,
+                    "reasons": [{"code": Reason::BelowFloor.code(), "text": Reason::BelowFloor.to_string()}]}, "floor": self.floor.map(|f| f.lsn.to_string())},
             "recorded": removed(self.recorded), "deleted": removed(self.deleted), "pending": pending,
             "locked": self.locked, "error": self.error.as_ref().map(|e| e.to_json()["error"].clone())})
     }
@@ -239,14 +256,16 @@ impl TenantReport {
                 reasons.join("; ")
             );
         }
-        if self.log_objects > 0 {
-            let _ = writeln!(
-                out,
-                "  keep    {} objects of the log, {} bytes: {}",
-                self.log_objects,
-                self.log_bytes,
-                Reason::Log
-            );
+        let Removed { objects, bytes, .. } = self.log_keep;
+        if objects > 0 {
+            let _ = writeln!(out, "  keep    {objects} objects of the log, {bytes} bytes: {}", Reason::Log);
+        }
+        let Removed { objects, bytes, .. } = self.log_remove;
+        if objects > 0 {
+            let _ = writeln!(out, "  remove  {objects} objects of the log, {bytes} bytes: {}", Reason::BelowFloor);
+        }
+        if let Some(f) = self.floor {
+            let _ = writeln!(out, "  floor   {}: below it only fulls are left", f.lsn);
         }
         for p in &self.pending {
             let when = match (&p.waits_for, p.due) {

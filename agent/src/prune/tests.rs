@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::keyring::Keyring;
 use crate::lease::Lease;
 use crate::repository::tests::{World, draft, object, ship};
-use crate::repository::{Access, Body, ObjectRef, paths};
+use crate::repository::{Access, Body, Log, ObjectRef, paths};
 use crate::retention::Trigger;
 use coffer_wire::Lsn;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -27,16 +27,16 @@ impl Clock for Fixed {
 }
 
 /// A repository with one tenant whose life is told by the test.
-struct Life {
-    world: World,
-    repo: Arc<Repository>,
+pub(super) struct Life {
+    pub world: World,
+    pub repo: Arc<Repository>,
     clock: Arc<Fixed>,
-    source: Uuid,
-    tenant: TenantEntry,
+    pub source: Uuid,
+    pub tenant: TenantEntry,
 }
 
 impl Life {
-    async fn begin(stores: &[(&str, bool)]) -> Self {
+    pub(super) async fn begin(stores: &[(&str, bool)]) -> Self {
         let world = World::new(stores);
         drop(world.init().await);
         let clock = Arc::new(Fixed(AtomicI64::new(crate::clock::SystemClock.now_us())));
@@ -48,15 +48,19 @@ impl Life {
         Self { world, repo, clock, source, tenant }
     }
 
-    fn now(&self) -> i64 {
+    pub(super) fn now(&self) -> i64 {
         self.clock.now_us()
     }
 
-    fn pass(&self, days: i64) {
-        self.clock.0.fetch_add(days * DAY_US, Ordering::Relaxed);
+    pub(super) fn pass(&self, days: i64) {
+        self.pass_us(days * DAY_US);
     }
 
-    fn pruner(&self) -> Pruner {
+    pub(super) fn pass_us(&self, us: i64) {
+        self.clock.0.fetch_add(us, Ordering::Relaxed);
+    }
+
+    pub(super) fn pruner(&self) -> Pruner {
         Pruner {
             repo: self.repo.clone(),
             keyring: self.repo.keyring().clone(),
@@ -76,12 +80,12 @@ impl Life {
         }
     }
 
-    async fn catalog(&self) -> Catalog {
+    pub(super) async fn catalog(&self) -> Catalog {
         Catalog::open(&self.repo, self.source, self.tenant.uid, None).await.unwrap()
     }
 
     /// A verified full as of now with an object of its own, and what else it refers to.
-    async fn full(&self, trigger: &str, others: &[ObjectRef]) -> FullEntry {
+    pub(super) async fn full(&self, trigger: &str, others: &[ObjectRef]) -> FullEntry {
         let own = object(&self.repo, self.source, "acme", vec![1; 500]).await;
         let f = FullEntry {
             id: random::uuid(),
@@ -108,7 +112,7 @@ impl Life {
         f
     }
 
-    async fn incremental(&self, from: i64) -> IncrementalEntry {
+    pub(super) async fn incremental(&self, from: i64) -> IncrementalEntry {
         let i = IncrementalEntry {
             id: random::uuid(),
             from_lsn: Lsn(from as u64),
@@ -125,7 +129,7 @@ impl Life {
     }
 
     /// Ten days of a full and an incremental each.
-    async fn ten_days(&self) -> Vec<FullEntry> {
+    pub(super) async fn ten_days(&self) -> Vec<FullEntry> {
         let mut fulls = Vec::new();
         for _ in 0..10 {
             fulls.push(self.full("schedule", &[]).await);
@@ -136,18 +140,18 @@ impl Life {
         fulls
     }
 
-    fn is_there(&self, store: &str, o: &ObjectRef) -> bool {
+    pub(super) fn is_there(&self, store: &str, o: &ObjectRef) -> bool {
         self.world.path(&format!("{store}/{}", o.path)).exists()
     }
 
     /// What a run does, with the clocks of the stores left alone: they are the machine's.
-    async fn act(&self, p: Pruner) -> TenantReport {
+    pub(super) async fn act(&self, p: Pruner) -> TenantReport {
         let mut report = self.try_act(p).await.unwrap();
         let at = report.tenants.iter().position(|t| t.uid == self.tenant.uid).unwrap();
         report.tenants.swap_remove(at)
     }
 
-    async fn try_act(&self, mut p: Pruner) -> Result<Report> {
+    pub(super) async fn try_act(&self, mut p: Pruner) -> Result<Report> {
         // What was recorded before is earlier.
         self.clock.0.fetch_add(1000, Ordering::Relaxed);
         p.confirm = true;
@@ -204,7 +208,11 @@ async fn objects_go_after_the_grace_and_what_is_needed_again_does_not() {
     log.append(draft(1, 2, ship(vec![named.clone()]))).await.unwrap();
     let backups = vec![fulls[7].id, fulls[8].id];
     let objects = vec![named.clone(), free.clone()];
-    life.catalog().await.append(Entry::Removal { backups, objects, not_before_us: 0, reasons: vec![] }).await.unwrap();
+    life.catalog()
+        .await
+        .append(Entry::Removal { backups, objects, not_before_us: 0, reasons: vec![], floor: None, commons: None })
+        .await
+        .unwrap();
     assert_eq!(life.act(pruner()).await.deleted.objects, 1);
     assert!(life.is_there("a", &named) && !life.is_there("a", &free));
 }
@@ -350,7 +358,14 @@ async fn nothing_of_another_tenant_goes_whatever_a_record_says() {
         .to_vec();
     life.catalog()
         .await
-        .append(Entry::Removal { backups: vec![], objects, not_before_us: 0, reasons: vec![] })
+        .append(Entry::Removal {
+            backups: vec![],
+            objects,
+            not_before_us: 0,
+            reasons: vec![],
+            floor: None,
+            commons: None,
+        })
         .await
         .unwrap();
     let t = life.act(life.pruner()).await;

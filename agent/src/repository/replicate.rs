@@ -5,12 +5,15 @@ use super::io::PART_BYTES;
 use super::log::open_record;
 use super::packs::Shelf;
 use super::store::{Created, Store};
-use super::{Member, ObjectRef, Repository, paths};
-use crate::crypto::{Sha256, hex};
+use super::{LogRecord, Member, ObjectRef, Repository, paths};
+use crate::catalog::{self, Floors};
+use crate::crypto::{ObjectKind, Sha256, hex};
 use crate::error::{Error, Kind, Result};
-use coffer_wire::Lsn;
-use futures::{StreamExt, TryStreamExt, stream};
+use crate::tenant::Tenant;
+use coffer_wire::{Lsn, TenantKind};
+use futures::{StreamExt, stream};
 use object_store::PutPayload;
+use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use uuid::Uuid;
@@ -111,12 +114,13 @@ impl Repository {
     }
 
     /// Copies what a store lacks of the records below `end` and of what they name.
-    pub(super) async fn catch_up(&self, m: &Member, source: Uuid, end: u64) -> Result<Copied> {
+    pub(super) async fn catch_up(self: &Arc<Self>, m: &Member, source: Uuid, end: u64) -> Result<Copied> {
         // A long log is listed once; from then on the store is known to have all before a number.
         let from = m.complete(source).unwrap_or(0);
         let has = if from == 0 { Shelf::list(&m.store, source).await? } else { Shelf::default() };
         let mut elsewhere = self.elsewhere(m, source, from == 0).await?;
         let mut copied = Copied::default();
+        let mut removed = OnPurpose { repository: self, source, floors: Floors::default(), asked: HashSet::new() };
         let mut n = from;
         while n < end {
             if has.contains(n) {
@@ -132,10 +136,25 @@ impl Repository {
             let mut upto = Lsn::ZERO;
             for (n, bytes) in range.clone().zip(&records) {
                 let record = open_record(self, source, n, bytes)?;
-                let each: Vec<_> = record.objects().map(|object| self.copy_object(m, object)).collect();
-                let counts = stream::iter(each).buffer_unordered(PARALLEL).try_collect::<Vec<u64>>().await?;
-                copied.objects += counts.iter().filter(|n| **n > 0).count() as u64;
-                copied.bytes += counts.iter().sum::<u64>();
+                let each: Vec<_> = record
+                    .objects()
+                    .filter(|o| !removed.floors.is_gone(&record, o))
+                    .map(|object| async move { (object, self.copy_object(m, object).await) })
+                    .collect();
+                let each: Vec<_> = stream::iter(each).buffer_unordered(PARALLEL).collect().await;
+                for (object, done) in each {
+                    let bytes = match done {
+                        Err(e)
+                            if matches!(e.kind(), Kind::NotFound | Kind::Unreachable)
+                                && removed.is_gone(&record, object).await? =>
+                        {
+                            0
+                        }
+                        done => done?,
+                    };
+                    copied.objects += u64::from(bytes > 0);
+                    copied.bytes += bytes;
+                }
                 upto = record.upto_lsn;
             }
             match records.as_slice() {
@@ -197,6 +216,28 @@ impl Repository {
             }
         }
         Err(last.unwrap_or_else(|| nowhere(&object.path)))
+    }
+}
+
+/// What was removed below the floors: asked for only when something is missing, as most copies miss nothing.
+struct OnPurpose<'a> {
+    repository: &'a Arc<Repository>,
+    source: Uuid,
+    floors: Floors,
+    asked: HashSet<Uuid>,
+}
+
+impl OnPurpose<'_> {
+    /// Whether the floor of an object's tenant is above it.
+    async fn is_gone(&mut self, r: &LogRecord, o: &ObjectRef) -> Result<bool> {
+        let shared = self.repository.keyring.tenant_uid(self.source, &Tenant::reserved(TenantKind::Shared));
+        let whose = if o.kind == ObjectKind::Common { shared } else { o.tenant };
+        if self.asked.insert(whose) {
+            let found = catalog::floors(self.repository, self.source, [whose], shared, None).await?;
+            self.floors.tenants.extend(found.tenants);
+            self.floors.commons = found.commons.or(self.floors.commons);
+        }
+        Ok(self.floors.is_gone(r, o))
     }
 }
 

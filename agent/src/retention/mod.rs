@@ -6,6 +6,8 @@
 //! Invariants (each is a property in the tests):
 //! - every item has a verdict, every verdict a reason;
 //! - every point of the recovery window, and of every hold, that could be restored before can be restored after;
+//! - changes of the log go only below the floor: the point of a full that stays, from which everything that has to be
+//!   restorable point by point is;
 //! - the last good full is never removed; an object goes only when no item that is kept, and no record of the log,
 //!   names it;
 //! - the same input gives the same plan; planning what a plan left removes nothing more; a policy that asks for more
@@ -114,8 +116,23 @@ pub struct Full {
     pub trigger: Trigger,
     /// Somebody released it: a trigger that holds does so no more.
     pub released: bool,
+    /// Every table whose rows are known at its point is in it: from there on nothing older is needed.
+    pub whole: bool,
+    /// Rows of a table that are known at its point are not in it, but in the log: to restore it takes older changes.
+    pub needs_log: bool,
     /// All that it refers to, objects of older fulls among them.
     pub objects: Vec<ObjectRef>,
+}
+
+impl Full {
+    /// Whether its point is, or may have to be, restored from an older full and changes of the log.
+    fn leans_on_log(&self) -> bool {
+        match self.check {
+            Check::Verified => self.needs_log,
+            Check::Unchecked | Check::Failed => true,
+            Check::Abandoned => false,
+        }
+    }
 }
 
 /// What kind of changes a [`Changes`] holds.
@@ -137,6 +154,14 @@ pub struct Changes {
     /// The source's clock at `to`.
     pub to_us: i64,
     pub objects: Vec<ObjectRef>,
+}
+
+/// The tenant's part of a base.
+#[derive(Clone, Debug)]
+pub struct Based {
+    /// The highest of its tables' cuts.
+    pub cut: Lsn,
+    pub object: ObjectRef,
 }
 
 /// A legal hold.
@@ -165,8 +190,14 @@ pub struct Input {
     pub changes: Vec<Changes>,
     pub holds: Vec<Hold>,
     pub running: Vec<Running>,
-    /// Records of the log that end at or below it are no longer read; `None`: all are.
-    pub log_floor: Option<Lsn>,
-    /// Paths that records of the log name, and readers of it expect.
+    /// What the tenant's bases hold that is not gone.
+    pub bases: Vec<Based>,
+    /// Up to where changes of the log are gone already.
+    pub floor: Option<Lsn>,
+    /// The recovery window begins here or earlier: who began to read or to write since may count on what was there.
+    pub settled_us: i64,
+    /// The same by position, where a clock that stepped back would mislead; [`Lsn::MAX`]: anywhere.
+    pub settled: Lsn,
+    /// Paths of other objects that records of the log name, and readers of it expect.
     pub named_by_log: std::sync::Arc<std::collections::HashSet<String>>,
 }

@@ -1,7 +1,7 @@
 //! The verdicts. Each rule adds its reasons to the items that it keeps; what has none in the end goes.
 
 use super::calendar::{Period, years_later};
-use super::{Changes, Check, FUTURE_US, Full, Input, Reason, Rule, Trigger};
+use super::{Changes, Check, FUTURE_US, Full, Hold, Input, Reason, Rule, Trigger};
 use crate::repository::ObjectRef;
 use coffer_wire::Lsn;
 use std::collections::{BTreeMap, HashSet};
@@ -9,6 +9,9 @@ use std::time::Duration;
 
 /// By how much a source's clock may step back unnoticed: a full that is used for a point is older by more than that.
 const CLOCK_STEP_US: i64 = 1_000_000;
+
+/// A window is longer by this part of it, or by what clocks may differ by.
+const CLOCKS_SHARE: i64 = 100;
 
 /// What is to become of an item of the input, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +27,9 @@ pub struct Plan {
     /// In the order of the input's.
     pub fulls: Vec<Verdict>,
     pub changes: Vec<Verdict>,
+    pub bases: Vec<Verdict>,
+    /// Up to where changes of the log are gone when this is carried out.
+    pub floor: Option<Lsn>,
     /// What nobody needs any more, by path.
     pub objects: Vec<ObjectRef>,
 }
@@ -31,7 +37,7 @@ pub struct Plan {
 impl Plan {
     /// Whether nothing is to be removed.
     pub fn is_empty(&self) -> bool {
-        self.fulls.iter().chain(&self.changes).all(|v| v.keep)
+        self.fulls.iter().chain(&self.changes).chain(&self.bases).all(|v| v.keep)
     }
 
     /// Bytes that removing frees in each store.
@@ -42,8 +48,13 @@ impl Plan {
 
 /// Decides what is kept and what goes.
 pub fn plan(input: &Input) -> Plan {
-    let mut p =
-        Planner { input, fulls: vec![Vec::new(); input.fulls.len()], changes: vec![Vec::new(); input.changes.len()] };
+    let mut p = Planner {
+        input,
+        fulls: vec![Vec::new(); input.fulls.len()],
+        changes: vec![Vec::new(); input.changes.len()],
+        bases: vec![Vec::new(); input.bases.len()],
+        floor: None,
+    };
     p.future();
     p.window();
     p.periods();
@@ -60,6 +71,8 @@ struct Planner<'a> {
     input: &'a Input,
     fulls: Vec<Vec<Reason>>,
     changes: Vec<Vec<Reason>>,
+    bases: Vec<Vec<Reason>>,
+    floor: Option<Lsn>,
 }
 
 impl Planner<'_> {
@@ -89,15 +102,16 @@ impl Planner<'_> {
     }
 
     /// The position of the full that points from `us` on are restored from; `None` when everything is needed for them.
-    fn floor(&self, us: Option<i64>) -> Option<Lsn> {
+    fn stands_for(&self, us: Option<i64>) -> Option<Lsn> {
         let us = us?.saturating_sub(CLOCK_STEP_US);
-        let good = |f: &&Full| f.check == Check::Verified && f.point_us <= us && !self.is_future(f.point_us);
+        let below = |f: &&Full| f.point_us <= us && f.point <= self.input.settled && !self.is_future(f.point_us);
+        let good = |f: &&Full| f.check == Check::Verified && f.whole && below(f);
         self.input.fulls.iter().filter(good).max_by_key(|f| (f.point_us, f.point)).map(|f| f.point)
     }
 
     /// Keeps what points from `from` to `to` are restored from.
     fn span(&mut self, from: Option<i64>, to: Option<i64>, reason: &Reason) {
-        let floor = self.floor(from);
+        let floor = self.stands_for(from);
         for (reasons, f) in self.fulls.iter_mut().zip(&self.input.fulls) {
             let from_here = floor.is_none_or(|floor| f.point >= floor);
             if from_here && to.is_none_or(|to| f.point_us <= to) {
@@ -115,9 +129,14 @@ impl Planner<'_> {
     }
 
     fn window(&mut self) {
-        let pitr = self.input.policy.pitr;
-        let from = self.input.now_us.saturating_sub(micros(pitr));
-        self.span(Some(from), None, &Reason::Window { pitr });
+        self.span(Some(self.window_from()), None, &Reason::Window { pitr: self.input.policy.pitr });
+    }
+
+    fn window_from(&self) -> i64 {
+        let pitr = micros(self.input.policy.pitr);
+        // The source's clock, by which points have their times, may be behind ours by as much as clocks may differ.
+        let clocks = FUTURE_US.min(pitr / CLOCKS_SHARE);
+        self.input.now_us.saturating_sub(pitr).saturating_sub(clocks).min(self.input.settled_us)
     }
 
     fn periods(&mut self) {
@@ -147,8 +166,9 @@ impl Planner<'_> {
                 return kept;
             }
             // Newest first, so the first of the best is the last of the period.
-            let best =
-                |check| of_period.iter().filter(|(_, f)| f.check == check).min_by_key(|(_, f)| standing(rule, f));
+            let best = |check| {
+                of_period.iter().filter(|(_, f)| f.check == check).min_by_key(|(_, f)| (f.needs_log, standing(rule, f)))
+            };
             let period = period.text(rule);
             if let Some((i, _)) = best(Check::Verified) {
                 found += 1;
@@ -212,16 +232,64 @@ impl Planner<'_> {
         }
     }
 
-    /// Changesets go only with the records that name them.
+    /// Changes of the log, and what bases hold, go below the floor only.
     fn log(&mut self) {
-        let floor = self.input.log_floor;
+        let floor = self.log_floor();
         for (reasons, c) in self.changes.iter_mut().zip(&self.input.changes) {
             let named = c.objects.iter().any(|o| self.input.named_by_log.contains(&o.path));
-            let of_log = named || c.kind == super::ChangesKind::Changeset;
-            if of_log && floor.is_none_or(|floor| c.to > floor) {
+            if named || c.kind == super::ChangesKind::Changeset && floor.is_none_or(|floor| c.to > floor) {
                 reasons.push(Reason::Log);
             }
         }
+        for (reasons, b) in self.bases.iter_mut().zip(&self.input.bases) {
+            if floor.is_none_or(|floor| b.cut >= floor) {
+                reasons.push(Reason::Log);
+            }
+        }
+        // Whatever the spans are: nothing is below the floor but fulls, so the one that it stands at has to be there.
+        self.stands(floor);
+        self.floor = floor;
+    }
+
+    /// Keeps the full that changes of the log are restored from, whatever asks for it.
+    fn stands(&mut self, floor: Option<Lsn>) {
+        for (reasons, f) in self.fulls.iter_mut().zip(&self.input.fulls) {
+            if floor == Some(f.point) && reasons.is_empty() {
+                reasons.push(Reason::Floor);
+            }
+        }
+    }
+
+    /// The lowest of the positions that a span, or a full that does not stand alone, is restored from. It never goes back; a
+    /// span that lies below it already has its fulls only.
+    fn log_floor(&mut self) -> Option<Lsn> {
+        let now = self.input.floor;
+        if self.input.running.iter().any(|r| r.until_us > self.input.now_us) {
+            return now;
+        }
+        let stands = now.and_then(|now| self.input.fulls.iter().filter(|f| f.point == now).map(|f| f.point_us).max());
+        let end = |h: &Hold| h.to_us.map(|to| h.from_us.map_or(to, |from| from.max(to)));
+        let holds = self.input.holds.iter().filter(|h| end(h).is_none_or(|to| stands.is_none_or(|at| to > at)));
+        let mut lowest = self.stands_for(Some(self.window_from()));
+        let input = self.input;
+        let held: Vec<Option<Lsn>> = holds.map(|h| self.stands_for(h.from_us)).collect();
+        for stands in held {
+            self.stands(stands);
+            lowest = lowest.min(stands);
+        }
+        let kept: Vec<&Full> =
+            input.fulls.iter().zip(&self.fulls).filter(|(_, reasons)| !reasons.is_empty()).map(|(f, _)| f).collect();
+        // At the floor itself a base of the same point is there still; a full that is damaged there has nothing to lean on.
+        let at_floor = |f: &Full, now| f.point == now && f.check == Check::Verified;
+        let reachable = |f: &Full| now.is_none_or(|now| f.point > now || at_floor(f, now));
+        for f in kept.into_iter().filter(|f| f.leans_on_log() && reachable(f)) {
+            let whole = input.fulls.iter().filter(|w| w.check == Check::Verified && w.whole && w.point <= f.point);
+            let stands = whole.map(|w| w.point).max();
+            self.stands(stands);
+            lowest = lowest.min(stands);
+        }
+        // A span that nothing stands for needs all that there is.
+        now.max(lowest)
     }
 
     fn finish(self) -> Plan {
@@ -241,6 +309,8 @@ impl Planner<'_> {
         let mut plan = Plan {
             fulls: self.fulls.into_iter().zip(checks).map(|(r, c)| verdict(r, c)).collect(),
             changes: self.changes.into_iter().map(|r| verdict(r, Check::Verified)).collect(),
+            bases: self.bases.into_iter().map(|r| verdict(r, Check::Verified)).collect(),
+            floor: self.floor,
             objects: Vec::new(),
         };
         plan.objects = unneeded(self.input, &plan);
@@ -252,7 +322,11 @@ impl Planner<'_> {
 fn unneeded(input: &Input, plan: &Plan) -> Vec<ObjectRef> {
     let fulls = || input.fulls.iter().map(|f| &f.objects).zip(&plan.fulls);
     let changes = || input.changes.iter().map(|c| &c.objects).zip(&plan.changes);
-    let of = |keep: bool| fulls().chain(changes()).filter(move |(_, v)| v.keep == keep).flat_map(|(o, _)| o);
+    let bases =
+        |keep: bool| input.bases.iter().zip(&plan.bases).filter(move |(_, v)| v.keep == keep).map(|(b, _)| &b.object);
+    let of = |keep: bool| {
+        fulls().chain(changes()).filter(move |(_, v)| v.keep == keep).flat_map(|(o, _)| o).chain(bases(keep))
+    };
     let needed: HashSet<&str> = of(true).map(|o| o.path.as_str()).collect();
     let free = |o: &&ObjectRef| !needed.contains(o.path.as_str()) && !input.named_by_log.contains(&o.path);
     let gone: BTreeMap<&str, &ObjectRef> = of(false).filter(free).map(|o| (o.path.as_str(), o)).collect();

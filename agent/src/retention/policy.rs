@@ -117,7 +117,7 @@ impl Policy {
 pub(super) fn span_text(d: Duration) -> String {
     let ms = d.as_millis();
     let units = [("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1000)];
-    match units.iter().find(|(_, n)| ms != 0 && ms % n == 0) {
+    match units.iter().find(|(_, n)| ms != 0 && ms.is_multiple_of(*n)) {
         Some((unit, n)) => format!("{}{unit}", ms / n),
         None => format!("{ms}ms"),
     }

@@ -54,6 +54,10 @@ pub enum Reason {
     Future,
     /// Readers of the log expect it.
     Log,
+    /// What is kept of the log is restored from it.
+    Floor,
+    /// Of the log: the full that everything is restored from is above it.
+    BelowFloor,
     /// No rule keeps it.
     Expired { pitr: Duration },
     /// It was found damaged, and no rule keeps it.
@@ -77,6 +81,8 @@ impl Reason {
             Self::Running { .. } => "restore_running",
             Self::Future => "future",
             Self::Log => "log",
+            Self::Floor => "floor",
+            Self::BelowFloor => "below_floor",
             Self::Expired { .. } => "expired",
             Self::Damaged => "damaged",
             Self::Abandoned => "abandoned",
@@ -100,10 +106,13 @@ impl fmt::Display for Reason {
             Self::Incident => f.write_str("incident: kept until it is released"),
             Self::Held { hold, reason } => write!(f, "held by {hold}: {reason}"),
             Self::Running { restore, until_us } => {
-                write!(f, "restore {restore} is running (its lease ends {})", rfc3339(*until_us))
+                write!(f, "restore {restore} is running")?;
+                if *until_us < i64::MAX { write!(f, " (its lease ends {})", rfc3339(*until_us)) } else { Ok(()) }
             }
             Self::Future => f.write_str("dated in the future: one of the clocks is or was wrong, look at it"),
             Self::Log => f.write_str("needed by the log"),
+            Self::Floor => f.write_str("the log's changes that are kept are restored from it"),
+            Self::BelowFloor => f.write_str("below the full that all points which are needed are restored from"),
             Self::Expired { pitr } => {
                 write!(f, "older than the recovery window of {}, and no rule keeps it", span_text(*pitr))
             }

@@ -42,6 +42,8 @@ fn full(us: i64) -> Full {
         check: Check::Verified,
         trigger: Trigger::Schedule,
         released: false,
+        whole: true,
+        needs_log: false,
         objects: vec![object(us as u64)],
     }
 }
@@ -70,7 +72,10 @@ fn input(now: &str, policy: Policy, fulls: Vec<Full>) -> Input {
         changes: Vec::new(),
         holds: Vec::new(),
         running: Vec::new(),
-        log_floor: None,
+        bases: Vec::new(),
+        floor: None,
+        settled_us: i64::MAX,
+        settled: Lsn::MAX,
         named_by_log: std::sync::Arc::default(),
     }
 }
@@ -92,6 +97,24 @@ fn remove(i: &mut Input) {
     i.fulls.retain(|_| v.next().unwrap().keep);
     let mut v = p.changes.iter();
     i.changes.retain(|_| v.next().unwrap().keep);
+    let mut v = p.bases.iter();
+    i.bases.retain(|_| v.next().unwrap().keep);
+    i.floor = p.floor;
+}
+
+/// What a ship had of the tenant.
+fn changeset(from: i64, to: i64) -> Changes {
+    Changes {
+        id: Uuid::from_u128(to as u128 | 1 << 101),
+        kind: ChangesKind::Changeset,
+        objects: vec![object(to as u64 | 1 << 61)],
+        ..changes(from, to)
+    }
+}
+
+/// What a base had of the tenant.
+fn based(us: i64) -> Based {
+    Based { cut: Lsn(us as u64), object: object(us as u64 | 1 << 60) }
 }
 
 #[test]
@@ -147,10 +170,10 @@ fn the_recovery_window_needs_a_full_at_or_before_its_start_and_everything_after_
     }
     assert_eq!(p.objects.len(), 5 + 5 * 24);
     assert_eq!(p.bytes(), 10 * p.objects.len() as u64);
-    // It begins at the very point of a full: that one and a clock's step before it.
-    i.now_us = at("2026-01-09T02:00:00Z");
+    // It begins at the very point of a full: that one and a clock's step before it, and what clocks may differ by.
+    i.now_us = at("2026-01-09T02:05:00Z");
     assert_eq!(kept(&i)[0], "2026-01-05");
-    i.now_us = at("2026-01-09T02:00:01Z");
+    i.now_us = at("2026-01-09T02:05:01Z");
     assert_eq!(kept(&i)[0], "2026-01-06");
 }
 
@@ -251,11 +274,31 @@ fn a_running_restore_and_the_log_keep_what_they_read() {
     let p = plan(&i);
     assert_eq!(
         p.objects.iter().map(|o| &o.path).collect::<Vec<_>>(),
-        [&i.fulls[1].objects[0].path, &i.changes[0].objects[0].path]
+        [&i.fulls[1].objects[0].path, &i.changes[0].objects[0].path, &i.changes[1].objects[0].path]
     );
-    assert_eq!(p.changes.iter().map(|v| v.keep).collect::<Vec<_>>(), [false, true]);
-    i.log_floor = Some(i.changes[1].to);
-    assert!(!plan(&i).changes[1].keep);
+    // Changes of the log go below the full that everything is restored from, and never above it.
+    assert_eq!((p.changes[1].keep, p.floor), (false, Some(i.fulls[2].point)));
+    i.changes[1].to = Lsn(i.fulls[2].point.0 + 1);
+    assert!(plan(&i).changes[1].keep);
+    i.changes[1].to = i.fulls[2].point;
+    i.fulls[2].whole = false;
+    i.fulls[1].whole = false;
+    i.fulls[0].whole = false;
+    assert_eq!((plan(&i).changes[1].keep, plan(&i).floor), (true, None));
+}
+
+#[test]
+fn a_full_that_leans_on_a_base_at_the_floor_keeps_it_there() {
+    let fulls: Vec<Full> = (1..=3).map(|d| full(at(&format!("2026-01-0{d}T02:00:00Z")))).collect();
+    let mut i = input("2026-03-01T00:00:00Z", policy(0, 0, 0, 0, 0), fulls);
+    i.floor = Some(i.fulls[0].point);
+    assert_eq!(plan(&i).floor, Some(i.fulls[2].point));
+    i.fulls[0].trigger = Trigger::Incident;
+    i.fulls[0].needs_log = true;
+    assert_eq!(plan(&i).floor, Some(i.fulls[0].point));
+    // Damaged, it is of no use to anybody.
+    i.fulls[0].check = Check::Failed;
+    assert_eq!(plan(&i).floor, Some(i.fulls[2].point));
 }
 
 #[test]
@@ -277,8 +320,20 @@ fn ten_years_of_days_leave_what_the_policy_says() {
         let point = i.now_us - HOUR_US;
         i.fulls.push(full(point));
         i.changes.extend((0..24).map(|h| changes(point - (24 - h) * HOUR_US, point - (23 - h) * HOUR_US)));
+        i.changes.extend((0..24).map(|h| changeset(point - (24 - h) * HOUR_US, point - (23 - h) * HOUR_US)));
+        if taken % 50 == 0 {
+            i.bases.push(based(point - HOUR_US / 2));
+        }
         taken += 1;
         remove(&mut i);
+        // Every point of the window is there by ships alone: as fine as they came.
+        let window = i.now_us - micros(i.policy.pitr);
+        if taken > 8 {
+            assert!(i.floor.is_some_and(|f| (f.0 as i64) < window && window - (f.0 as i64) <= DAY_US + HOUR_US));
+            for us in [window, window + HOUR_US / 3, point] {
+                assert!(by_ships(&i, us), "{}", text(us));
+            }
+        }
         i.now_us += DAY_US;
     }
     i.now_us -= DAY_US;
@@ -338,13 +393,14 @@ fn ten_years_of_days_leave_what_the_policy_says() {
     let all: BTreeSet<&String> = by_rule.values().flatten().collect();
     assert_eq!(all.len(), i.fulls.len());
     assert_eq!(i.fulls.len(), 30 + 7 + 10 + 6);
-    assert_eq!(i.changes.len(), 7 * 24);
+    assert_eq!(i.changes.len(), 2 * 7 * 24);
+    assert!(i.bases.len() <= 1);
     assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
 }
 
 /// One tenant's life: fulls and hourly changes at odd times, in small numbers of days so that periods collide.
 fn any_input() -> impl Strategy<Value = Input> {
-    let any_full = (0i64..900, 0u8..10, 0u8..12, any::<bool>(), proptest::collection::vec(0u64..40, 0..4));
+    let any_full = (0i64..900, 0u8..10, 0u8..12, any::<(bool, u8)>(), proptest::collection::vec(0u64..40, 0..4));
     let hold = (proptest::option::of(0i64..900), proptest::option::of(0i64..900));
     let counts = (0u64..40, 0u32..6, 0u32..4, 0u32..4, 0u32..3, 0u64..60, 0u32..3);
     (
@@ -353,14 +409,14 @@ fn any_input() -> impl Strategy<Value = Input> {
         proptest::collection::vec(any_full, 0..40),
         proptest::collection::vec(hold, 0..3),
         proptest::collection::vec(0u64..40, 0..4),
-        (1i64..30, any::<bool>()),
+        (1i64..30, any::<bool>(), proptest::option::of(0i64..60), proptest::collection::btree_set(0i64..900, 0..6)),
     )
-        .prop_map(|(now, c, fulls, holds, named, (step, running))| {
+        .prop_map(|(now, c, fulls, holds, named, (step, running, settled, bases))| {
             let start = at("2024-11-20T02:00:00Z");
             let point = |d: i64| start + d * DAY_US;
             let fulls: BTreeMap<i64, Full> = fulls
                 .into_iter()
-                .map(|(d, check, trigger, released, objects)| {
+                .map(|(d, check, trigger, (released, whole), objects)| {
                     let triggers = ["archive", "manual", "pre-migration", "incident", "compliance"];
                     let f = Full {
                         check: [Check::Failed, Check::Unchecked, Check::Abandoned]
@@ -369,13 +425,17 @@ fn any_input() -> impl Strategy<Value = Input> {
                             .unwrap_or(Check::Verified),
                         trigger: Trigger::parse(triggers.get(usize::from(trigger)).unwrap_or(&"schedule")),
                         released,
+                        whole: whole % 8 > 1,
+                        needs_log: whole % 4 == 1,
                         objects: objects.into_iter().map(object).collect(),
                         ..full(point(d))
                     };
                     (d, f)
                 })
                 .collect();
-            let changes = (0..900 / step).map(|n| changes(point(n * step), point((n + 1) * step))).collect();
+            let mut all: Vec<Changes> =
+                (0..900 / step).map(|n| changes(point(n * step), point((n + 1) * step))).collect();
+            all.extend((0..900).map(|n| changeset(point(n), point(n + 1))));
             let now_us = point(now) + HOUR_US;
             let holds = holds
                 .into_iter()
@@ -399,13 +459,16 @@ fn any_input() -> impl Strategy<Value = Input> {
                     compliance_years: c.6,
                 },
                 fulls: fulls.into_values().collect(),
-                changes,
+                changes: all,
                 holds,
                 running: (running && step == 1)
                     .then(|| Running { id: Uuid::nil(), until_us: i64::MAX })
                     .into_iter()
                     .collect(),
-                log_floor: None,
+                bases: bases.into_iter().map(|d| based(point(d) - HOUR_US)).collect(),
+                floor: None,
+                settled_us: settled.map_or(i64::MAX, |d| now_us - d * DAY_US),
+                settled: Lsn::MAX,
                 named_by_log: std::sync::Arc::new(named.into_iter().map(|n| object(n).path).collect()),
             }
         })
@@ -416,7 +479,8 @@ fn restorable(i: &Input, us: i64) -> bool {
     let bases = i.fulls.iter().filter(|f| f.check == Check::Verified && f.point_us <= us);
     bases.into_iter().any(|f| {
         let mut reached = f.point;
-        let mut next: Vec<&Changes> = i.changes.iter().filter(|c| c.to > reached).collect();
+        let mut next: Vec<&Changes> =
+            i.changes.iter().filter(|c| c.to > reached && c.kind == ChangesKind::Incremental).collect();
         next.sort_by_key(|c| c.to);
         for c in next {
             if reached.0 as i64 >= us || c.from > reached {
@@ -426,6 +490,24 @@ fn restorable(i: &Input, us: i64) -> bool {
         }
         reached.0 as i64 >= us
     })
+}
+
+/// Whether a point can be restored as finely as ships came: from a full that holds every table, or from a base, with
+/// every changeset from there on.
+fn by_ships(i: &Input, us: i64) -> bool {
+    let fulls = i.fulls.iter().filter(|f| f.check == Check::Verified && f.whole && f.point_us <= us).map(|f| f.point);
+    let begin = fulls.chain(i.bases.iter().map(|b| b.cut).filter(|cut| cut.0 as i64 <= us)).max();
+    let Some(mut reached) = begin else { return false };
+    let ships = i.changes.iter().filter(|c| c.kind == ChangesKind::Changeset && c.to > reached);
+    let mut next: Vec<(Lsn, Lsn)> = ships.map(|c| (c.from, c.to)).collect();
+    next.sort();
+    for (from, to) in next {
+        if reached.0 as i64 >= us || from > reached {
+            break;
+        }
+        reached = to;
+    }
+    reached.0 as i64 >= us
 }
 
 fn pruned(i: &Input) -> Input {
@@ -462,13 +544,15 @@ proptest! {
         let p = plan(&i);
         let after = pruned(&i);
         let needed: HashSet<&String> = after.fulls.iter().flat_map(|f| &f.objects)
-            .chain(after.changes.iter().flat_map(|c| &c.objects)).map(|o| &o.path).collect();
+            .chain(after.changes.iter().flat_map(|c| &c.objects)).chain(after.bases.iter().map(|b| &b.object))
+            .map(|o| &o.path).collect();
         for o in &p.objects {
             prop_assert!(!needed.contains(&o.path) && !i.named_by_log.contains(&o.path));
         }
         // And what nobody needs does go.
         let gone: HashSet<&String> = p.objects.iter().map(|o| &o.path).collect();
-        for o in i.fulls.iter().flat_map(|f| &f.objects).chain(i.changes.iter().flat_map(|c| &c.objects)) {
+        for o in i.fulls.iter().flat_map(|f| &f.objects).chain(i.changes.iter().flat_map(|c| &c.objects))
+            .chain(i.bases.iter().map(|b| &b.object)) {
             prop_assert!(needed.contains(&o.path) || i.named_by_log.contains(&o.path) || gone.contains(&o.path));
         }
     }
@@ -493,6 +577,56 @@ proptest! {
             if promised && restorable(&i, us) {
                 prop_assert!(restorable(&after, us), "{}", text(us));
             }
+        }
+    }
+
+    #[test]
+    fn of_the_log_only_goes_what_is_below_a_full_that_stays(i in any_input()) {
+        let p = plan(&i);
+        let after = pruned(&i);
+        let of_log = i.changes.iter().zip(&p.changes).filter(|(c, v)| c.kind == ChangesKind::Changeset && !v.keep);
+        let gone: Vec<&Changes> = of_log.map(|(c, _)| c).collect();
+        let bases: Vec<&Based> = i.bases.iter().zip(&p.bases).filter(|(_, v)| !v.keep).map(|(b, _)| b).collect();
+        let Some(floor) = p.floor else {
+            prop_assert!(gone.is_empty() && bases.is_empty());
+            return Ok(());
+        };
+        prop_assert!(gone.iter().all(|c| c.to <= floor) && bases.iter().all(|b| b.cut < floor));
+        prop_assert!(after.fulls.iter().any(|f| f.point == floor && f.whole && f.check == Check::Verified));
+        let from = (i.now_us - micros(i.policy.pitr)).min(i.settled_us);
+        prop_assert!((floor.0 as i64) < from && i.running.is_empty());
+        // What is promised point by point is as fine as it was, by ships alone; and so is all that is above the floor.
+        for day in 0..900 {
+            let us = at("2024-11-20T12:00:00Z") + day * DAY_US;
+            let held = i.holds.iter().any(|h| h.from_us.is_none_or(|f| f <= us) && h.to_us.is_none_or(|t| us <= t));
+            if (us >= from || held || us > floor.0 as i64) && by_ships(&i, us) {
+                prop_assert!(by_ships(&after, us), "{}", text(us));
+            }
+        }
+    }
+
+    #[test]
+    fn the_point_of_a_full_that_is_kept_and_does_not_stand_alone_is_in_the_log(i in any_input()) {
+        let after = pruned(&i);
+        for f in after.fulls.iter().filter(|f| f.leans_on_log()) {
+            if by_ships(&i, f.point_us) {
+                prop_assert!(by_ships(&after, f.point_us), "{}", text(f.point_us));
+            }
+        }
+    }
+
+    #[test]
+    fn a_floor_never_goes_back(i in any_input(), days in 0i64..400, hold in proptest::option::of(0i64..900)) {
+        let mut after = pruned(&i);
+        after.now_us += days * DAY_US;
+        after.settled_us = i64::MAX;
+        let from_us = hold.map(|d| at("2024-11-20T02:00:00Z") + d * DAY_US);
+        after.holds.push(Hold { id: Uuid::from_u128(9), reason: String::new(), from_us, to_us: from_us });
+        let p = plan(&after);
+        prop_assert!(p.floor >= after.floor);
+        // Where it stands, a full stands, too: the window that begins there can be restored.
+        if let Some(floor) = p.floor {
+            prop_assert!(pruned(&after).fulls.iter().any(|f| f.point == floor));
         }
     }
 

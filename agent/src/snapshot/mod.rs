@@ -265,6 +265,9 @@ impl BaseTaker {
             .iter()
             .map(|r| PendingTable { relid: r.relid, name: r.qualified(), owner: r.owner(&self.ctx) })
             .collect();
+        // Until they are recorded, the fulls are nobody's: they are not to be taken for left over. And what is archived from
+        // here on has to stay until they are merged with it.
+        let intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
         let mut read = job::read_tables(&self.ctx, missing, &self.progress).await?;
         let mut cut = Lsn::ZERO;
         if !read.is_empty() {
@@ -284,8 +287,6 @@ impl BaseTaker {
             let ships = self.seen.ships(read.xmin(), cut);
             // Definitions that are known to have changed get a record at the place where they did.
             self.new_definitions &= self.definitions_at.is_some();
-            // Until they are recorded, the fulls are nobody's: they are not to be taken for left over.
-            let intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
             let mut done = read.finish(&self.ctx, job, cut, ships, &self.progress).await?;
             let has = |p: &PendingTable| done.base.tables.iter().any(|t| t.relid == p.relid);
             done.base.pending = wanted.into_iter().filter(|p| !has(p)).collect();
@@ -302,13 +303,13 @@ impl BaseTaker {
             self.new_definitions |= done.base.schema.is_none();
             let relids: BTreeSet<u32> = done.base.tables.iter().map(|t| t.relid).collect();
             self.record(done.base, Some(breaks)).await?;
-            intent.release().await;
             let refers = |r: &LargeObjectsRead| r.columns.iter().any(|c| relids.contains(&c.relid));
             if self.seen.large_objects().is_some_and(refers) {
                 (self.objects_due, self.objects_after) = (true, Instant::now());
             }
             tracing::info!(rows = done.rows, "bases are recorded");
         }
+        intent.release().await;
         self.ctx.status.set_snapshotting(false);
         let failed = left_out.iter().map(|(t, why)| format!("{t}: {why}")).collect::<Vec<_>>().join("; ");
         self.progress.finish((!failed.is_empty()).then_some(failed.clone()));

@@ -3,11 +3,13 @@
 
 use super::objects::{Failure, continuity, is_finding, named_in};
 use crate::archive;
-use crate::catalog::{self, Catalog, FullEntry, State, manifest};
+use crate::catalog::{self, Catalog, Floors, FullEntry, State, manifest};
 use crate::crypto::ObjectKind;
-use crate::error::{Error, Result};
-use crate::repository::{Log, ObjectRef, Repository, paths};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use crate::error::{Error, Kind, Result};
+use crate::repository::{Log, LogRecord, ObjectRef, Repository, paths};
+use crate::tenant::Tenant;
+use coffer_wire::TenantKind;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -35,12 +37,11 @@ pub async fn list(
 ) -> Result<Listed> {
     let mut out = Listed::default();
     let mut known = HashSet::new();
+    let mut of_log = Vec::new();
     match Log::open(repo, source, Some(store)).await {
         Ok(log) => {
             out.failures.extend(continuity(source, log.records()));
-            let objects = log.records().iter().flat_map(|r| r.objects());
-            let wanted = objects.filter(|o| tenant.is_none_or(|t| t == o.tenant));
-            out.objects.extend(wanted.filter(|o| known.insert(o.path.clone())).cloned());
+            of_log = log.records().to_vec();
             if tenant.is_none() {
                 out.records.extend_from_slice(log.names());
             }
@@ -77,7 +78,57 @@ pub async fn list(
             Err(e) => return Err(e),
         }
     }
+    let floors = floors(repo, source, &out.catalogs);
+    let objects = of_log.iter().flat_map(|r| r.objects().filter(|o| !floors.is_gone(r, o)));
+    let wanted = objects.filter(|o| tenant.is_none_or(|t| t == o.tenant));
+    out.objects.extend(wanted.filter(|o| known.insert(o.path.clone())).cloned());
     Ok(out)
+}
+
+/// What of the log was removed on purpose, as these catalogs say.
+fn floors(repo: &Repository, source: Uuid, catalogs: &BTreeMap<Uuid, State>) -> Floors {
+    let shared = repo.keyring().tenant_uid(source, &Tenant::reserved(TenantKind::Shared));
+    Floors {
+        tenants: catalogs.iter().filter_map(|(uid, s)| Some((*uid, s.floor?))).collect(),
+        commons: catalogs.get(&shared).and_then(|s| s.commons),
+    }
+}
+
+/// Those of the failures that are some: what is missing may have been removed since the store was listed, or be below a
+/// floor that the store has not heard of yet.
+pub async fn needed(repo: &Arc<Repository>, source: Uuid, failures: Vec<Failure>) -> Result<Vec<Failure>> {
+    if failures.iter().all(|f| f.kind != "missing") {
+        return Ok(failures);
+    }
+    let log = match Log::open(repo, source, None).await {
+        Ok(log) => log,
+        // Nobody else says that it is not needed.
+        Err(e) if is_finding(&e) || e.kind() == Kind::Unreachable => return Ok(failures),
+        Err(e) => return Err(e),
+    };
+    let named: HashMap<&str, (&LogRecord, &ObjectRef)> =
+        log.records().iter().flat_map(|r| r.objects().map(|o| (o.path.as_str(), (&**r, o)))).collect();
+    let shared = repo.keyring().tenant_uid(source, &Tenant::reserved(TenantKind::Shared));
+    let mut whose: BTreeSet<Uuid> =
+        failures.iter().filter(|f| f.kind == "missing").filter_map(|f| f.tenant_uid).collect();
+    whose.insert(shared);
+    let mut catalogs = BTreeMap::new();
+    for tenant in whose {
+        match Catalog::open(repo, source, tenant, None).await {
+            Ok(c) => drop(catalogs.insert(tenant, c.state().clone())),
+            Err(e) if is_finding(&e) || e.kind() == Kind::Unreachable => {}
+            Err(e) => return Err(e),
+        }
+    }
+    let floors = floors(repo, source, &catalogs);
+    let is_needed = |f: &Failure| {
+        let expected = named.get(f.object.as_str()).is_some_and(|(r, o)| !floors.is_gone(r, o));
+        // What no catalog says anything of is not given up; what concerns all is in the log alone.
+        let state = f.tenant_uid.and_then(|t| catalogs.get(&t));
+        let unknown = state.is_none() && !named.contains_key(f.object.as_str());
+        expected || unknown || state.is_some_and(|s| s.objects().any(|o| o.path == f.object))
+    };
+    Ok(failures.into_iter().filter(|f| f.kind != "missing" || is_needed(f)).collect())
 }
 
 /// That a manifest authenticates does not say that it adds up; what is wrong with it. What cannot be opened is found with

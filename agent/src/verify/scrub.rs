@@ -9,7 +9,7 @@
 //! Before each piece of a round the chains of every store are read, which is their check, and what was found before is
 //! looked at again: an alarm stands until its object is what it was, or is named no more.
 
-use super::listing::{Listed, adds_up, list};
+use super::listing::{Listed, adds_up, list, needed};
 use super::objects::{Failure, is_finding, one_object};
 use super::results::{READ_BACK, Results};
 use super::throttle::{Throttle, Throttled};
@@ -275,6 +275,10 @@ impl Scrub {
         if !list(&self.ctx.repo, (self.ctx.source_uid, None), store, false).await?.names(&object.path) {
             return Ok(());
         }
+        let mut failure = Failure::of(&object.path, Some(object.tenant), e);
+        if needed(&self.ctx.repo, self.ctx.source_uid, vec![failure.clone()]).await?.is_empty() {
+            return Ok(());
+        }
         let mut sound = Vec::new();
         for other in stores.keys().filter(|s| *s != store) {
             if matches!(self.read(other, object).await, Ok(None)) {
@@ -285,7 +289,6 @@ impl Scrub {
             Some(s) => format!("; store {s} has it as it was: copy it from there"),
             None => "; no other store has it".to_owned(),
         };
-        let mut failure = Failure::of(&object.path, Some(object.tenant), e);
         failure.message.push_str(&elsewhere);
         self.found(store, &failure, false);
         self.tell();
