@@ -94,8 +94,7 @@ fn floors(repo: &Repository, source: Uuid, catalogs: &BTreeMap<Uuid, State>) -> 
     }
 }
 
-/// Those of the failures that are some: what is missing may have been removed since the store was listed, or be below a
-/// floor that the store has not heard of yet.
+/// Those of the failures that are some: what is missing may be below a floor that the store has not heard of yet.
 pub async fn needed(repo: &Arc<Repository>, source: Uuid, failures: Vec<Failure>) -> Result<Vec<Failure>> {
     if failures.iter().all(|f| f.kind != "missing") {
         return Ok(failures);
@@ -122,11 +121,10 @@ pub async fn needed(repo: &Arc<Repository>, source: Uuid, failures: Vec<Failure>
     }
     let floors = floors(repo, source, &catalogs);
     let is_needed = |f: &Failure| {
-        let expected = named.get(f.object.as_str()).is_some_and(|(r, o)| !floors.is_gone(r, o));
-        // What no catalog says anything of is not given up; what concerns all is in the log alone.
+        // Only what a floor is known to cover is given up, and of that nothing that a backup refers to.
+        let is_gone = named.get(f.object.as_str()).is_some_and(|(r, o)| floors.is_gone(r, o));
         let state = f.tenant_uid.and_then(|t| catalogs.get(&t));
-        let unknown = state.is_none() && !named.contains_key(f.object.as_str());
-        expected || unknown || state.is_some_and(|s| s.objects().any(|o| o.path == f.object))
+        !is_gone || state.is_some_and(|s| s.objects().any(|o| o.path == f.object))
     };
     Ok(failures.into_iter().filter(|f| f.kind != "missing" || is_needed(f)).collect())
 }
