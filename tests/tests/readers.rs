@@ -49,7 +49,7 @@ fn a_restore_keeps_what_it_reads(major: u32) {
             cluster.psql("shop", "SELECT coffer.wait_durable()");
             let doc = agent.json(&["compact", "--tenant", "1"]);
             fulls.push((truth, doc["fulls"][0]["id"].as_str().expect("an id").to_owned()));
-            let plan = pruned(&agent, &[]);
+            let plan = pruned(&agent, &["--grace", "0s"]);
             if let Some(found) = fulls.iter().position(|(_, id)| backup(&plan, id)["keep"] == false) {
                 break fulls.swap_remove(found);
             }
@@ -62,7 +62,7 @@ fn a_restore_keeps_what_it_reads(major: u32) {
         std::thread::scope(|s| {
             let restoring = s.spawn(|| reader.json(&restored::args("1", &to, "files", out.arg())));
             wait_for("a restore that keeps the full", 30, || {
-                let plan = pruned(&agent, &[]);
+                let plan = pruned(&agent, &["--grace", "0s"]);
                 let reasons = backup(&plan, &old)["reasons"].as_array().expect("reasons").clone();
                 reasons.iter().any(|r| r["code"] == "restore_running").then_some(())
             });
