@@ -119,6 +119,49 @@ fn a_row_of_two_hundred_megabytes() {
 }
 
 #[test]
+fn a_row_beyond_what_copy_takes() {
+    let pieces = scaled(17_600_000);
+    block_on(async {
+        let cluster = large_cluster();
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE DOMAIN scan AS bytea CHECK (octet_length(VALUE) > 0);
+             CREATE TABLE docs (tenant int NOT NULL, id int GENERATED ALWAYS AS IDENTITY, note text, page scan, about jsonb,
+                nothing text, empty text NOT NULL, PRIMARY KEY (tenant, id));
+             ALTER TABLE docs ALTER page SET STORAGE EXTERNAL",
+        );
+        cluster.psql("shop", "SELECT * FROM coffer.add_table('docs', 'tenant')");
+        let small = "INSERT INTO docs (tenant, note, page, about, empty) VALUES (1, E'a\\tb', '\\x00', '{}', '')";
+        cluster.psql("shop", small);
+        let agent = start(&cluster, "1s", &["1".into()]);
+        // Above 1 GB as text, since each byte of a bytea takes two digits.
+        cluster.psql(
+            "shop",
+            &format!(
+                "INSERT INTO docs (tenant, note, page, about, empty)
+                 VALUES (1, repeat(E'\\\\ä\\t\\n', 500000), convert_to(repeat(md5('page'), {pieces}), 'UTF8'), '{{\"a\": [1, \"\\\"\"]}}', '')"
+            ),
+        );
+        cluster.psql("shop", small);
+        cluster.psql("shop", "SELECT coffer.restore_point('wide')");
+        cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '15min')");
+        assert_peak("a row beyond COPY, agent", agent.peak_kib());
+        let target = cluster.url("postgres", "copy");
+        let begun = Instant::now();
+        let (done, peak) = agent.coffer_peak(&restored::args("1", "name:wide", "database", &target));
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        println!("a row beyond COPY: restored in {:.1} s", begun.elapsed().as_secs_f64());
+        assert_peak("a row beyond COPY, restore", peak);
+        let sum = "SELECT string_agg(concat_ws('|', id, md5(note), octet_length(page), md5(page), about, nothing, '<' || empty || '>'), ', ' ORDER BY id)
+                   FROM docs WHERE tenant = 1";
+        let want = cluster.psql("shop", sum);
+        assert!(want.contains(&(pieces * 32).to_string()), "{want}");
+        assert_eq!(cluster.psql("copy", sum), want);
+    });
+}
+
+#[test]
 fn a_gigabyte_of_large_values_in_a_transaction() {
     let pieces = scaled(3_276_800);
     block_on(async {

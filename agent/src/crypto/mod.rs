@@ -33,11 +33,15 @@ pub use sections::{RangeRead, Section, SectionRead, SectionReader};
 
 /// Lower-case hexadecimal, as hashes and names are written everywhere.
 pub fn hex(bytes: &[u8]) -> String {
+    let mut digits = Vec::with_capacity(bytes.len() * 2);
+    put_hex(&mut digits, bytes);
+    digits.into_iter().map(char::from).collect()
+}
+
+/// Appends the same digits.
+pub fn put_hex(out: &mut Vec<u8>, bytes: &[u8]) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut s = String::with_capacity(bytes.len() * 2);
     for b in bytes {
-        s.push(char::from(DIGITS[usize::from(b >> 4)]));
-        s.push(char::from(DIGITS[usize::from(b & 15)]));
+        out.extend_from_slice(&[DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]);
     }
-    s
 }

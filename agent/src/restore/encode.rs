@@ -44,12 +44,12 @@ fn io(e: std::io::Error) -> Error {
 
 /// Undoes COPY's escapes across pieces.
 #[derive(Default)]
-struct Unescape {
+pub(super) struct Unescape {
     pending: bool,
 }
 
 impl Unescape {
-    fn feed(&mut self, mut b: &[u8], out: &mut Vec<u8>) {
+    pub(super) fn feed(&mut self, mut b: &[u8], out: &mut Vec<u8>) {
         if self.pending && !b.is_empty() {
             out.push(plain(b[0]));
             b = &b[1..];

@@ -1,6 +1,8 @@
-//! Rows of the merge into tables by COPY: the merge runs on its own thread, the session takes what it sends.
+//! Rows of the merge into tables by COPY, wide ones by INSERT: the merge runs on its own thread, the session takes what it
+//! sends.
 
 use super::sink::{Counts, Selected, Selection};
+use super::wide::{WIDE, WideRow};
 use crate::error::{Context, Error, Kind, Result};
 use crate::merge::{Image, MergeStats, RowSink, TenantAt};
 use crate::sql::{SqlClient, SqlContext};
@@ -37,6 +39,9 @@ enum Piece {
     /// With the position of the table's last change.
     Begin(Arc<Relation>, Lsn),
     Data(Bytes),
+    /// What follows, up to [`Piece::WideEnd`], is one line that COPY does not take.
+    Wide,
+    WideEnd,
     End,
 }
 
@@ -68,29 +73,63 @@ pub(super) async fn load(
     copied.and(merged)
 }
 
-/// Runs one COPY per table until the merge ends.
+/// Fills one table after the other until the merge ends.
 async fn copy_all(client: &SqlClient, rx: &mut mpsc::Receiver<Piece>, tables: &mut impl Tables) -> Result<()> {
     while let Some(piece) = rx.recv().await {
         let Piece::Begin(rel, last_change) = piece else { return Err(Error::other("rows came before their table")) };
         let into = tables.ready(client, &rel, last_change).await?;
-        let statement = format!("COPY {} ({}) FROM STDIN", into.table, into.columns.join(", "));
         let what = format!("cannot load {}", rel.qualified());
-        let sink = client.copy_in::<_, Bytes>(&statement).await.sql(&what)?;
-        let mut sink = std::pin::pin!(sink);
-        loop {
-            match rx.recv().await {
-                Some(Piece::Data(b)) => sink.send(b).await.sql(&what)?,
-                Some(Piece::End) => break,
-                // The merge failed; its own error says why. Dropping the sink ends the COPY.
-                Some(Piece::Begin(..)) | None => return Ok(()),
-            }
+        if !copy_table(client, rx, &into, &what).await? {
+            return Ok(());
         }
-        sink.finish().await.sql(&what)?;
         for statement in into.after {
             client.batch_execute(&statement).await.sql(&what)?;
         }
     }
     Ok(())
+}
+
+/// Runs a COPY, and another one behind each wide row. False: the merge failed; its own error says why.
+async fn copy_table(client: &SqlClient, rx: &mut mpsc::Receiver<Piece>, into: &Ready, what: &str) -> Result<bool> {
+    let statement = format!("COPY {} ({}) FROM STDIN", into.table, into.columns.join(", "));
+    loop {
+        // Dropping the sink ends the COPY.
+        let sink = client.copy_in::<_, Bytes>(&statement).await.sql(what)?;
+        let mut sink = std::pin::pin!(sink);
+        let next = loop {
+            match rx.recv().await {
+                Some(Piece::Data(b)) => sink.send(b).await.sql(what)?,
+                other => break other,
+            }
+        };
+        match next {
+            Some(Piece::End) => {
+                sink.finish().await.sql(what)?;
+                return Ok(true);
+            }
+            Some(Piece::Wide) => {
+                sink.finish().await.sql(what)?;
+                if !wide_row(client, rx, into).await.map_err(|e| e.during(what))? {
+                    return Ok(false);
+                }
+            }
+            _ => return Ok(false),
+        }
+    }
+}
+
+async fn wide_row(client: &SqlClient, rx: &mut mpsc::Receiver<Piece>, into: &Ready) -> Result<bool> {
+    let mut row = WideRow::begin(client, into).await?;
+    loop {
+        match rx.recv().await {
+            Some(Piece::Data(b)) => row.feed(&b).await?,
+            Some(Piece::WideEnd) => {
+                row.finish().await?;
+                return Ok(true);
+            }
+            _ => return Ok(false),
+        }
+    }
 }
 
 /// Sends rows to the session, in pieces.
@@ -139,6 +178,13 @@ impl RowSink for CopySink {
     }
 
     fn row(&mut self, _: &[u8], image: &Image<'_>) -> Result<()> {
+        if image.as_line().is_none() && image.len() > WIDE {
+            self.flush_piece()?;
+            self.send(Piece::Wide)?;
+            image.write_to(self)?;
+            self.flush_piece()?;
+            return self.send(Piece::WideEnd);
+        }
         image.write_to(self)?;
         self.write_all(b"\n").map_err(crate::merge::from_io)
     }

@@ -21,6 +21,7 @@ mod schema;
 mod side;
 mod sink;
 pub mod undo;
+mod wide;
 
 pub use request::{Means, Mode, Place, Report, Request, TableReport};
 pub use run::run;

@@ -8,6 +8,7 @@
 //! The size of `text` and `bytea` is read from the value's header; of other types only the stored, compressed size is
 //! known without reading the value, so for them a generous factor decides.
 
+use crate::crypto::put_hex;
 use crate::error::{Error, Result};
 use crate::snapshot::read::{Leaf, Lines, Rows};
 use crate::snapshot::rows::RowShape;
@@ -239,13 +240,6 @@ async fn value(client: &SqlClient, column: &Column, from: &str, tx: &mpsc::Sende
     }
 }
 
-fn put_hex(out: &mut Vec<u8>, bytes: &[u8]) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    for b in bytes {
-        out.extend_from_slice(&[DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,12 +254,5 @@ mod tests {
              COALESCE(16 * pg_catalog.pg_column_size(j)::int8, 0) <= 8388608)"
         );
         assert!(LargeColumns::new(vec![]).is_none());
-    }
-
-    #[test]
-    fn hex_is_as_the_server_writes_it() {
-        let mut out = Vec::new();
-        put_hex(&mut out, &[0, 0xab, 0xff]);
-        assert_eq!(out, b"00abff");
     }
 }
