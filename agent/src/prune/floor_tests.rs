@@ -391,3 +391,22 @@ async fn changes_below_a_floor_stay_while_its_full_is_not_there() {
     d.life.act(later()).await;
     assert_eq!(d.there(&d.changes), [&[false; 8][..], &[true; 2]].concat());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_behind_another_prunes_with_what_is_known_by_then() {
+    let mut d = Days::new(&[("a", true)]).await;
+    d.live(1).await;
+    let pruner = d.life.pruner();
+    let old = pruner.survey(&pruner.tenants().await.unwrap()).await.unwrap();
+    // Ten days later another has raised the floor.
+    d.live(1).await;
+    d.life.act(d.life.pruner()).await;
+    let raised = d.floor().await;
+    assert_eq!(raised, Some(d.fulls[17].point_lsn));
+    let uid = d.life.tenant.uid;
+    let behind = pruner.tenant(&old, &[], None, &mut TenantReport::new(uid, None)).await.unwrap_err();
+    assert!(behind.is_code(PRUNED_SINCE), "{behind}");
+    let report = pruner.one((&old, &OnceCell::new()), uid, Vec::new(), None).await;
+    assert!(report.error.is_none(), "{:?}", report.error);
+    assert_eq!((report.floor.map(|f| f.lsn), d.floor().await), (raised, raised));
+}

@@ -42,6 +42,8 @@ use log::Logged;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tenant::PRUNED_SINCE;
+use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 /// Tenants looked at at a time.
@@ -105,6 +107,8 @@ impl Pruner {
         }));
         let tenants = self.tenants().await?;
         let survey = self.survey(&tenants).await?;
+        let again = OnceCell::new();
+        let again = &again;
         let mut orphans = self.orphans(&survey, &tenants).await?;
         report.orphans = orphans.values().flatten().cloned().collect();
         report.orphans.sort_by(|a, b| a.path.cmp(&b.path));
@@ -115,7 +119,8 @@ impl Pruner {
             .map(|uid| (*uid, orphans.remove(uid).unwrap_or_default()))
             .collect();
         let survey = &survey;
-        let each: Vec<_> = work.into_iter().map(|(uid, orphans)| self.one(survey, uid, orphans, None)).collect();
+        let each: Vec<_> =
+            work.into_iter().map(|(uid, orphans)| self.one((survey, again), uid, orphans, None)).collect();
         let mut done = stream::iter(each).buffer_unordered(PARALLEL);
         while let Some(tenant) = done.next().await {
             report.tenants.push(tenant);
@@ -125,7 +130,7 @@ impl Pruner {
         if tenants.contains(&shared) {
             let commons = self.commons_floor(survey, &report.tenants);
             let orphans = orphans.remove(&shared).unwrap_or_default();
-            report.tenants.push(self.one(survey, shared, orphans, commons).await);
+            report.tenants.push(self.one((survey, again), shared, orphans, commons).await);
         }
         report.tenants.sort_by(|a, b| (&a.tenant, a.uid).cmp(&(&b.tenant, b.uid)));
         if self.confirm {
@@ -134,9 +139,25 @@ impl Pruner {
         Ok(report)
     }
 
-    async fn one(&self, survey: &Survey, uid: Uuid, orphans: Vec<Orphan>, commons: Option<Floor>) -> TenantReport {
+    /// Prunes one. Where somebody else was faster and knew more, with what is known by now, which is read once for all.
+    async fn one(
+        &self,
+        (survey, again): (&Survey, &OnceCell<Survey>),
+        uid: Uuid,
+        orphans: Vec<Orphan>,
+        commons: Option<Floor>,
+    ) -> TenantReport {
         let mut report = TenantReport::new(uid, self.keyring.by_uid(uid).map(|t| t.tenant));
-        if let Err(e) = self.tenant(survey, &orphans, commons, &mut report).await {
+        let mut done = self.tenant(survey, &orphans, commons, &mut report).await;
+        if done.as_ref().is_err_and(|e| e.is_code(PRUNED_SINCE)) {
+            let newer = again.get_or_try_init(|| async { self.survey(&self.tenants().await?).await }).await;
+            done = match newer {
+                // What the older survey took for an orphan may have a name by now: another run finds out.
+                Ok(newer) => self.tenant(newer, &[], None, &mut report).await,
+                Err(e) => Err(e),
+            };
+        }
+        if let Err(e) = done {
             tracing::warn!("tenant {uid} is not pruned: {e}");
             report.error = Some(e);
         }

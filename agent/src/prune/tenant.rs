@@ -30,6 +30,9 @@ struct More<'a> {
     commons: Option<(&'a Survey, Floor)>,
 }
 
+/// The code of the error that says that a survey is older than what a tenant's catalog tells.
+pub(super) const PRUNED_SINCE: &str = "pruned_since";
+
 impl Pruner {
     /// Plans one tenant and, if it is confirmed, acts.
     ///
@@ -49,6 +52,7 @@ impl Pruner {
                     Kind::Refused,
                     "somebody who knew more of the log has pruned it since it was read",
                 )
+                .code(PRUNED_SINCE)
                 .hint("run `coffer prune` again"));
             }
             let input = self.input(survey, report.uid, &state)?;
