@@ -137,6 +137,23 @@ fn tables_that_leave_the_log(major: u32) {
     cluster.psql("shop", "SELECT coffer.restore_point('with')");
     let made = Database::restore(&agent, &cluster, "1", "name:with");
     assert_eq!(cluster.psql(&made.name, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM d"), "1 2 3 4 5");
+
+    // When all have left it, the window still stands, and there is nothing of the tenant then.
+    cluster
+        .script("shop", "ALTER TABLE d SET UNLOGGED; ALTER TABLE t SET UNLOGGED; SELECT coffer.restore_point('none');");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
+    let made = Database::restore(&agent, &cluster, "1", "name:none");
+    assert_eq!(cluster.psql(&made.name, "SELECT count(*) FROM t, d"), "0");
+    let files = restored::to_files(&agent, "1", "name:none");
+    assert_eq!(files.manifest()["tables"], serde_json::json!([]));
+    let (exit, said) = agent.json_err(&[&restored::in_place("1", "name:none")[..], &["--table", "t"]].concat());
+    assert_eq!(exit, 3, "{said}");
+    // In place there is nothing to bring back, and no table to bring it to.
+    let (exit, said) = agent.json_err(&restored::in_place("1", "name:none"));
+    assert_eq!(exit, 3, "{said}");
+    assert_eq!(cluster.psql("shop", "SELECT count(*) FROM d"), "5", "what is not covered was changed");
+    agent.json(&["compact"]);
+    Database::restore(&agent, &cluster, "1", "name:with");
 }
 
 /// A partition that is detached after its tenant column was renamed stays covered.

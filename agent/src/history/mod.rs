@@ -563,6 +563,10 @@ impl History {
                 )
                 .hint("write it as schema.name"));
             }
+            // Every table that could have rows of the tenant was dropped or left out before: there is nothing of it then.
+            if self.windows(Some(tenant)).iter().any(|w| w.from_lsn <= target.lsn) {
+                return Ok(tables);
+            }
             return Err(outside(format!("{} ({}) is before the first base", target.asked, target.lsn)));
         }
         Ok(tables)

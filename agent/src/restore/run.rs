@@ -206,6 +206,10 @@ impl Prepared {
             opened.keyring.refresh().await?;
         }
         let tables = history.require(&target, uid, &|qualified| wanted(&request.tables, qualified))?;
+        if tables.is_empty() && !request.tables.is_empty() {
+            let what = format!("tenant {} has no covered table at {}", request.tenant, target.asked);
+            return Err(Error::new(Kind::NotFound, what).hint("leave --table out"));
+        }
         if !request.keys.is_empty() && tables.len() != 1 {
             let names: Vec<_> = tables.iter().map(|t| t.name.as_str()).collect();
             return Err(Error::usage(format!(
