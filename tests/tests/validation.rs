@@ -19,7 +19,7 @@ on_majors! {
 
 /// How often each tenant is compared.
 fn rounds() -> u32 {
-    std::env::var("COFFER_TEST_CYCLES").map_or(4, |v| v.parse().expect("a number"))
+    std::env::var("COFFER_TEST_CYCLES").map_or(2, |v| v.parse().expect("a number"))
 }
 
 fn exact_under_load(major: u32) {

@@ -98,9 +98,10 @@ fn said(result: &Result<(), Error>) -> String {
 /// against it.
 const CLASSES: [&str; 8] = ["0A", "21", "22", "23", "25", "27", "2B", "40"];
 /// The same, single ones: a lock that is not free; a savepoint, a schema or a prepared transaction that is not there; what
-/// an open cursor or pending trigger events are in the way of; a conflict that no index stands for; a partition of another
-/// shape.
-const CODES: [&str; 10] = ["55P03", "3B001", "3F000", "42704", "55006", "55000", "42P10", "42P16", "42P17", "42804"];
+/// an open cursor or pending trigger events are in the way of; a label that is not committed yet; a conflict that no index
+/// stands for; a partition of another shape.
+const CODES: [&str; 11] =
+    ["55P03", "3B001", "3F000", "42704", "55006", "55000", "55P04", "42P10", "42P16", "42P17", "42804"];
 /// What the extension itself refuses or has the server refuse, by code and words, as the README says.
 const REFUSALS: [(&str, &str); 2] =
     [("2BP01", "are found through it"), ("0A000", "cannot alter type of a column used in a trigger definition")];
