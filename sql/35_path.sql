@@ -9,6 +9,21 @@ AS $$
     SELECT b.oid FROM b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype <> 'd'
 $$;
 
+-- The text of an expression of a type as its output function writes it, or NULL: so the stream and the bases write it, and
+-- so tenants are called. The cast to text does the same, but for types that have one of their own: bool, char(n), inet.
+CREATE FUNCTION coffer._text_of(expression text, type oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT CASE WHEN EXISTS (SELECT FROM pg_cast c WHERE c.castsource = coffer._base_type(type) AND c.casttarget = 'text'::regtype AND c.castmethod = 'f')
+                THEN format('CASE WHEN %1$s IS NOT NULL THEN pg_catalog.format(''%%s'', %1$s) END', expression)
+                ELSE format('%s::text', expression) END
+$$;
+
+-- The same for a column, by name.
+CREATE FUNCTION coffer._column_text(row_name text, rel oid, col name) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT coffer._text_of(format('%s.%I', row_name, a.attname), a.atttypid) FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = col $$;
+
 -- What a type's values are compared as: two keys are equal exactly when their texts are. NULL: for other types that does
 -- not hold (1.0 and 1.00), so a parent cannot be looked up by them.
 CREATE FUNCTION coffer._key_family(type oid, coll oid) RETURNS text
@@ -138,7 +153,7 @@ $$;
 CREATE FUNCTION coffer._session_key(rel oid, columns text[], row_name text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT string_agg(format('pg_catalog.concat(pg_catalog.char_length(%1$s), '':'', %1$s)', format('%s.%I::text', row_name, c)), ' || ' ORDER BY ord)
+    SELECT string_agg(format('pg_catalog.concat(pg_catalog.char_length(%1$s), '':'', %1$s)', coffer._column_text(row_name, rel, c::name)), ' || ' ORDER BY ord)
     FROM unnest(columns) WITH ORDINALITY u (c, ord)
 $$;
 
@@ -153,7 +168,8 @@ DECLARE
 BEGIN
     SELECT * INTO r FROM coffer.rules u WHERE u.relid = rel;
     IF r.tenant_attnum > 0 THEN
-        RETURN (SELECT format('%s.%I::text', row_name, a.attname) FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum = r.tenant_attnum);
+        RETURN (SELECT coffer._text_of(format('%s.%I', row_name, a.attname), a.atttypid)
+                FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum = r.tenant_attnum);
     END IF;
     IF r.strategy = 3 THEN
         RETURN format('(SELECT coffer_s.tenant FROM coffer.session_rows coffer_s WHERE coffer_s.relid = %s AND coffer_s.key = %s)',
@@ -173,7 +189,7 @@ CREATE FUNCTION coffer._fits(value text, type oid) RETURNS bool
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
-    EXECUTE format('SELECT %L::%s', value, format_type(type, NULL));
+    EXECUTE format('SELECT %L::%s', value, format_type(type, -1));
     RETURN true;
 EXCEPTION WHEN data_exception THEN
     RETURN false;
@@ -208,13 +224,16 @@ BEGIN
         LEFT JOIN pg_attribute a ON a.attrelid = r.relid AND a.attnum = r.tenant_attnum AND r.tenant_attnum > 0
     ),
     types AS MATERIALIZED (
-        SELECT t.*, coffer._fits($3, t.type) AS fits, coffer._key_family(t.type, t.coll) IS NOT NULL AS is_exact, format_type(t.type, NULL) AS name
+        SELECT t.*, coffer._fits($3, t.type) AS fits, coffer._key_family(t.type, t.coll) IS NOT NULL AS is_exact,
+               -- Without its length: character is character(1), bpchar is of any.
+               format_type(t.type, -1) AS name
         FROM (SELECT DISTINCT e.atttypid, e.attcollation FROM ends e WHERE e.attname IS NOT NULL) t (type, coll)
     )
     SELECT e.relid, replace(e.condition, E'\x01',
                -- For most types = is as narrow as the text is; for others (1.0 = 1.00) it is only what an index can answer.
                CASE WHEN t.is_exact THEN format('%s.%I = %L::%s', e.name, e.attname, $3, t.name)
-                    WHEN e.attname IS NOT NULL THEN format('(%s.%I = %L::%s AND %1$s.%2$I::text COLLATE "C" = %3$L)', e.name, e.attname, $3, t.name)
+                    WHEN e.attname IS NOT NULL THEN format('(%s.%I = %L::%s AND %s COLLATE "C" = %3$L)', e.name, e.attname, $3, t.name,
+                                                         coffer._text_of(format('%s.%I', e.name, e.attname), e.atttypid))
                     ELSE format('%s IN (SELECT coffer_s.key FROM coffer.session_rows coffer_s WHERE coffer_s.relid = %s AND coffer_s.tenant = %L)',
                                 coffer._session_key(e.here, e.key_columns, e.name), e.here, $3) END)
     FROM ends e LEFT JOIN types t ON t.type = e.atttypid AND t.coll = e.attcollation
@@ -236,7 +255,7 @@ AS $$
            EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = r.parent AND a.attname = ANY (o.names)
                    AND coffer._base_type(a.atttypid) <> ALL (ARRAY['int2', 'int4', 'int8', 'text', 'varchar', 'uuid', 'bool']::regtype[])),
            format('SELECT %s FROM %s p WHERE %s',
-                  (SELECT string_agg(format('p.%I::text', x), ', ' ORDER BY ord) FROM unnest(o.names) WITH ORDINALITY u (x, ord)),
+                  (SELECT string_agg(coffer._column_text('p', r.parent, x::name), ', ' ORDER BY ord) FROM unnest(o.names) WITH ORDINALITY u (x, ord)),
                   coffer._from(r.parent),
                   (SELECT string_agg(format('p.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY ord)
                    FROM unnest(r.parent_attnums) WITH ORDINALITY u (n, ord) JOIN pg_attribute a ON a.attrelid = r.parent AND a.attnum = u.n)),

@@ -113,9 +113,11 @@ CREATE FUNCTION coffer._agent_fence(rel regclass, tenant_column name, tenant tex
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    is_old  text := format('WHEN ((OLD.%I)::text IS NOT DISTINCT FROM %L)', coalesce(tenant_column, ''), tenant);
-    is_new  text := format('WHEN ((NEW.%I)::text IS NOT DISTINCT FROM %L)', coalesce(tenant_column, ''), tenant);
-    either  text := format('WHEN ((OLD.%I)::text IS NOT DISTINCT FROM %L OR (NEW.%1$I)::text IS NOT DISTINCT FROM %2$L)', coalesce(tenant_column, ''), tenant);
+    in_old  text := format('%s IS NOT DISTINCT FROM %L', coffer._column_text('OLD', rel, tenant_column), tenant);
+    in_new  text := format('%s IS NOT DISTINCT FROM %L', coffer._column_text('NEW', rel, tenant_column), tenant);
+    is_old  text := format('WHEN (%s)', in_old);
+    is_new  text := format('WHEN (%s)', in_new);
+    either  text := format('WHEN (%s OR %s)', in_old, in_new);
     calls   text := '_fence';
     f       record;
 BEGIN

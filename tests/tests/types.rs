@@ -10,6 +10,7 @@ on_majors! {
     edge_values: edge_values;
     shapes: shapes;
     encodings: encodings;
+    tenant_columns: tenant_columns;
 }
 
 /// Types of the application's own that the list below uses.
@@ -440,6 +441,122 @@ fn shapes(major: u32) {
             wrong.extend(Database::check(&agent, &cluster, &rewritten, &watched, tenant).await);
         }
         assert!(wrong.is_empty(), "{wrong:#?}");
+    });
+}
+
+/// Tenant columns, and keys, of types whose cast to text is something else than what the server writes. The tenant is what it
+/// writes, whoever asks: the stream, a base, a trigger, a fence, a restore in place.
+fn tenant_columns(major: u32) {
+    // Type, two tenants as the server writes them.
+    const CASES: [(&str, [&str; 2]); 4] = [
+        ("bool", ["t", "f"]),
+        ("char(6)", ["acme  ", "beta  "]),
+        ("address", ["10.0.0.1", "fe80::/64"]),
+        ("bit(3)", ["101", "110"]),
+    ];
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        let (mut ddl, mut add) = (String::from("CREATE DOMAIN address AS inet;"), String::new());
+        let (mut before, mut after, mut spoil) = (String::new(), String::new(), String::new());
+        let mut watched = Vec::new();
+        for (n, (ty, tenants)) in CASES.iter().enumerate() {
+            ddl.push_str(&format!(
+                "CREATE TABLE ident_{n} (tenant {ty} NOT NULL, id int, v text, w {ty}, UNIQUE (id), PRIMARY KEY (tenant, id));
+                 CREATE TABLE top_{n} (id int PRIMARY KEY, tenant {ty} NOT NULL, v text);
+                 CREATE TABLE below_{n} (id int PRIMARY KEY, up int NOT NULL REFERENCES top_{n} ON DELETE CASCADE, v text);"
+            ));
+            add.push_str(&format!(
+                "SELECT coffer.add_table('ident_{n}', 'tenant'), coffer.add_table('top_{n}', 'tenant');
+                 SELECT coffer.add_table('below_{n}', parent => 'top_{n}');"
+            ));
+            watched.push(Watched::new(&format!("ident_{n}"), "format('%s', t.tenant)"));
+            watched.push(Watched::new(&format!("top_{n}"), "format('%s', t.tenant)"));
+            let up = format!("(SELECT format('%s', u.tenant) FROM top_{n} u WHERE u.id = t.up)");
+            watched.push(Watched::new(&format!("below_{n}"), &up));
+            for (i, t) in tenants.iter().enumerate() {
+                for (script, at) in [(&mut before, 0), (&mut after, 10)] {
+                    let id = 20 * i + at;
+                    script.push_str(&format!(
+                        "INSERT INTO ident_{n} VALUES ('{t}', {id}, 'one'), ('{t}', {id} + 1, 'two');
+                         INSERT INTO top_{n} VALUES ({id}, '{t}', 'one'), ({id} + 1, '{t}', 'two');
+                         INSERT INTO below_{n} VALUES ({id}, {id}, 'one'), ({id} + 1, {id} + 1, 'two'), ({id} + 2, {id}, 'three');"
+                    ));
+                }
+            }
+            after.push_str(&format!(
+                "UPDATE below_{n} SET v = 'touched' WHERE id % 10 = 1; DELETE FROM below_{n} WHERE id = 2;
+                 UPDATE top_{n} SET tenant = '{}' WHERE id = 1; DELETE FROM top_{n} WHERE id = 20;
+                 UPDATE ident_{n} SET tenant = '{}' WHERE id = 1;",
+                tenants[1], tenants[1]
+            ));
+            spoil.push_str(&format!(
+                "DELETE FROM top_{n} WHERE id = 10; DELETE FROM below_{n} WHERE id = 11; UPDATE ident_{n} SET v = 'spoilt' WHERE id = 0;
+                 INSERT INTO below_{n} VALUES (90, 0, 'too many'); DELETE FROM ident_{n} WHERE id = 10;"
+            ));
+        }
+        // Whose its rows are only the session says, by a key of such types.
+        ddl.push_str("CREATE TABLE told (a bool, b char(4), c inet, v text, PRIMARY KEY (a, b, c));");
+        add.push_str("SELECT coffer.add_table('told');");
+        before.push_str("SET coffer.tenant = 'acme  '; INSERT INTO told VALUES (true, 'x', '10.0.0.1', 'base');");
+        after.push_str("SET coffer.tenant = 'acme  '; INSERT INTO told VALUES (false, 'y', '::1', 'stream'); UPDATE told SET v = v || '!';");
+        spoil.push_str("SET coffer.tenant = 'acme  '; DELETE FROM told WHERE a; UPDATE told SET v = 'spoilt';");
+        watched.push(Watched::new("told", "'acme  '"));
+        for script in [&ddl, &add, &before] {
+            cluster.script("shop", script);
+        }
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        let everybody: Vec<&str> = CASES.iter().flat_map(|(_, tenants)| *tenants).collect();
+        restored::wait_windows(&mut agent, &everybody);
+        let mut db = cluster.connect("shop").await;
+        let base = truth::take(&mut db, &watched, "base").await;
+        cluster.script("shop", &after);
+        let stream = truth::take(&mut db, &watched, "stream").await;
+        let scratch = Scratch::new(&cluster, &ddl).await;
+        let mut wrong = Vec::new();
+        for (n, tenant) in everybody.iter().enumerate() {
+            let truth = if n % 2 == 0 { &base } else { &stream };
+            wrong.extend(scratch.check(&agent, truth, &watched, tenant).await);
+        }
+        assert!(wrong.is_empty(), "{} differences: {wrong:#?}", wrong.len());
+
+        let live = agent.json(&["verify", "--against-live"]);
+        assert_eq!(live["ok"], true, "{live}");
+        cluster.script("shop", &spoil);
+        for tenant in &everybody {
+            agent.json(&restored::in_place(tenant, "name:stream"));
+        }
+        for tenant in &everybody {
+            wrong.extend(stream.differences(&db, &watched, tenant).await);
+            let rows: usize = watched.iter().map(|w| stream.rows(tenant, &w.table).len()).sum();
+            let seen = cluster.psql("shop", &format!("SELECT count(*) FROM coffer.snapshot('{tenant}')"));
+            if seen != rows.to_string() {
+                wrong.push(format!("coffer.snapshot of {tenant}: {seen} rows, should be {rows}"));
+            }
+        }
+        assert!(wrong.is_empty(), "in place: {} differences: {wrong:#?}", wrong.len());
+
+        // The fence of a restore keeps out this tenant, and nobody else.
+        for (n, (ty, [ours, other])) in CASES.iter().enumerate() {
+            let fences = [("ident", "'tenant'"), ("below", "NULL")];
+            for (table, column) in fences {
+                cluster.psql("shop", &format!("SELECT coffer._agent_fence('{table}_{n}', {column}, '{ours}')"));
+            }
+            db.batch_execute(&format!("BEGIN; SELECT pg_advisory_xact_lock(6516582, hashtext('{ours}'))"))
+                .await
+                .expect("the fence's lock");
+            for (table, at) in [(format!("ident_{n}"), "id"), (format!("below_{n}"), "up")] {
+                let write = |id| format!("SET lock_timeout = '300ms'; UPDATE {table} SET v = v WHERE {at} = {id}");
+                let said = cluster.psql_err("shop", &write(0));
+                assert!(said.contains("lock timeout"), "{ty}: {table} of {ours}: {said}");
+                assert_eq!(cluster.psql("shop", &write(21)), "", "{ty}: {table} of {other}");
+            }
+            db.batch_execute("COMMIT").await.expect("commit");
+            for (table, _) in fences {
+                cluster.psql("shop", &format!("SELECT coffer._agent_unfence('{table}_{n}')"));
+            }
+        }
     });
 }
 
