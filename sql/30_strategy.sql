@@ -353,7 +353,8 @@ AS $$
     WHERE m.relkind IN ('r', 'p')
 $$;
 
--- What the enums and composite types of a table's columns look like: old images are read with it.
+-- What the enums and composite types of a table's columns look like: old images are read with it. A domain is named with
+-- them, since its constraints say which rows there can be, and looks like the type under it, for good.
 CREATE FUNCTION coffer._types(rel oid) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
@@ -371,10 +372,11 @@ AS $$
     )
     SELECT coalesce(jsonb_object_agg(y.oid::text, CASE y.typtype
         WHEN 'e' THEN (SELECT jsonb_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = y.oid)
+        WHEN 'd' THEN jsonb_build_array(y.typbasetype::text)
         ELSE (SELECT jsonb_agg(jsonb_build_array(a.attname, format_type(a.atttypid, a.atttypmod)) ORDER BY a.attnum)
               FROM pg_attribute a WHERE a.attrelid = y.typrelid AND a.attnum > 0 AND NOT a.attisdropped)
     END), '{}')
-    FROM t JOIN pg_type y ON y.oid = t.oid WHERE y.typtype IN ('e', 'c')
+    FROM t JOIN pg_type y ON y.oid = t.oid WHERE y.typtype IN ('e', 'c', 'd')
 $$;
 
 -- Whether rows written under the old shape still mean the same: enums may have gained labels, nothing else.

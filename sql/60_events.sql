@@ -280,6 +280,26 @@ BEGIN
     RETURN ARRAY(SELECT DISTINCT m.root FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.root WHERE c.relnamespace = nsp);
 END $$;
 
+-- The table that something is part of: a column or a sequence that one owns, an index, a constraint, a trigger, a policy, a
+-- rule, statistics.
+CREATE FUNCTION coffer._table_of(class oid, object oid) RETURNS oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT c.oid FROM pg_class c
+    WHERE c.relkind IN ('r', 'p') AND c.oid = CASE class
+        WHEN 'pg_class'::regclass THEN coalesce(
+            (SELECT i.indrelid FROM pg_index i WHERE i.indexrelid = object),
+            (SELECT d.refobjid FROM pg_depend d JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S'
+             WHERE d.classid = 'pg_class'::regclass AND d.objid = object AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i') LIMIT 1),
+            object)
+        WHEN 'pg_trigger'::regclass THEN (SELECT g.tgrelid FROM pg_trigger g WHERE g.oid = object)
+        WHEN 'pg_constraint'::regclass THEN (SELECT k.conrelid FROM pg_constraint k WHERE k.oid = object)
+        WHEN 'pg_policy'::regclass THEN (SELECT p.polrelid FROM pg_policy p WHERE p.oid = object)
+        WHEN 'pg_rewrite'::regclass THEN (SELECT r.ev_class FROM pg_rewrite r WHERE r.oid = object)
+        WHEN 'pg_statistic_ext'::regclass THEN (SELECT s.stxrelid FROM pg_statistic_ext s WHERE s.oid = object)
+    END
+$$;
+
 CREATE FUNCTION coffer._on_ddl() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
@@ -293,7 +313,7 @@ BEGIN
     END IF;
     FOR cmd IN
         SELECT DISTINCT d.classid = 'pg_namespace'::regclass AS is_schema, d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
-               d.object_type IN ('table', 'table column', 'index', 'trigger') AS relevant,
+               d.object_type IN ('table', 'table column', 'index', 'trigger', 'table constraint', 'policy', 'rule', 'statistics object', 'sequence') AS relevant,
                CASE d.classid WHEN 'pg_type'::regclass THEN d.objid
                     WHEN 'pg_class'::regclass THEN (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid AND c.relkind = 'c') END AS type
         FROM pg_event_trigger_ddl_commands() d
@@ -316,21 +336,20 @@ BEGIN
                     PERFORM coffer._recheck(rel, TG_TAG);
                     touched := touched || rel;
                 END LOOP;
-                -- Of the tables of a tenant's schema no rule has kept what their types looked like: each change counts.
+                -- Of the tables of a tenant's schema no rule has kept what their types looked like: each change counts, but for
+                -- one of a domain, whose values stay what they are.
                 FOR rel IN SELECT DISTINCT m.root FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.root
                            JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
                            WHERE cmd.command_tag <> 'CREATE TYPE' AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = m.root)
                              AND coffer._types(m.root) ? cmd.type::text LOOP
-                    UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
-                    PERFORM coffer._changed(rel, 'add', true);
+                    IF (SELECT y.typtype <> 'd' FROM pg_type y WHERE y.oid = cmd.type) THEN
+                        UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
+                        PERFORM coffer._changed(rel, 'add', true);
+                    END IF;
                     touched := touched || rel;
                 END LOOP;
             ELSIF cmd.relevant THEN
-                SELECT coffer._root(coalesce(
-                    (SELECT c.oid FROM pg_class c WHERE c.oid = cmd.objid AND cmd.classid = 'pg_class'::regclass AND c.relkind IN ('r', 'p')),
-                    (SELECT i.indrelid FROM pg_index i WHERE i.indexrelid = cmd.objid AND cmd.classid = 'pg_class'::regclass),
-                    (SELECT g.tgrelid FROM pg_trigger g WHERE g.oid = cmd.objid AND cmd.classid = 'pg_trigger'::regclass)))
-                INTO rel;
+                rel := coffer._root(coffer._table_of(cmd.classid, cmd.objid));
                 IF rel IS NULL OR rel = ANY (touched) THEN
                     CONTINUE;
                 END IF;
@@ -342,6 +361,8 @@ BEGIN
                     IF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
                         touched := touched || rel;
                     END IF;
+                ELSIF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
+                    touched := touched || rel;
                 END IF;
             END IF;
         EXCEPTION
@@ -377,6 +398,7 @@ DECLARE
     rel      oid;
     dropped  oid[];
     roots    oid[];
+    parts    oid[];
 BEGIN
     IF coffer._at_work() THEN
         RETURN;
@@ -415,7 +437,21 @@ BEGIN
         WHERE EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgparentid = 0)
           AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.parent = c.oid);
         PERFORM coffer._mark('drop', json_build_object('relids', dropped::int8[]));
-    ELSIF EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.original AND coffer._in_tenants_schema(0, 0, d.schema_name)) THEN
+    END IF;
+
+    -- Parts of covered tables that go without a word of the table: a policy, a trigger, what went with a type or a function. An
+    -- index does not say whose it was. ALTER TABLE is heard of by itself.
+    SELECT array_agg(DISTINCT m.root) INTO parts
+    FROM pg_event_trigger_dropped_objects() d
+    JOIN pg_namespace n ON n.nspname = d.address_names[1]
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = d.address_names[2]
+    JOIN coffer.rule_relations m ON m.relid = c.oid
+    WHERE TG_TAG LIKE 'DROP %' AND d.object_type IN ('table column', 'table constraint', 'default value', 'trigger', 'policy', 'rule');
+    IF parts IS NOT NULL OR TG_TAG = 'DROP INDEX' AND EXISTS (
+        SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.object_type = 'index' AND d.original AND NOT d.is_temporary) THEN
+        PERFORM coffer._mark('ddl', json_build_object('tag', TG_TAG, 'objects', coalesce(parts, '{}')::int8[], 'relations',
+            ARRAY(SELECT DISTINCT t.relid::int8 FROM unnest(parts) u (root) CROSS JOIN LATERAL coffer._tree(u.root) t)));
+    ELSIF dropped IS NULL AND EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.original AND coffer._in_tenants_schema(0, 0, d.schema_name)) THEN
         PERFORM coffer._mark('definitions', json_build_object('tag', TG_TAG));
     END IF;
     DELETE FROM coffer.exclusions e USING pg_event_trigger_dropped_objects() d

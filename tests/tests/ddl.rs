@@ -3,6 +3,7 @@
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
+use coffer_tests::generate::catalogs;
 use coffer_tests::restored::{self, Database};
 
 on_majors! {
@@ -16,6 +17,7 @@ on_majors! {
     partitions_that_come_and_go: partitions_that_come_and_go;
     restarted_sequences_and_views: restarted_sequences_and_views;
     types_of_another_shape: types_of_another_shape;
+    parts_of_tables: parts_of_tables;
 }
 
 fn changes_without_rows(major: u32) {
@@ -467,4 +469,48 @@ fn types_of_another_shape(major: u32) {
     cluster.psql("shop", "UPDATE t SET at = NULL WHERE tenant = 1");
     agent.json(&restored::in_place("1", "name:three"));
     assert_eq!(cluster.psql("shop", &format!("{places} 1")), "(s1,x,de) (s2,x,)");
+}
+
+/// What belongs to covered tables and is no column: a new database has it as it was at the target, whichever statement
+/// changed it, and however soon before.
+fn parts_of_tables(major: u32) {
+    const CHANGES: [&str; 7] = [
+        // Rows come that were not allowed before.
+        "ALTER DOMAIN short DROP CONSTRAINT is_short; INSERT INTO t VALUES (1, 10, 'longer than it could be')",
+        "ALTER TABLE t RENAME CONSTRAINT small TO renamed",
+        "DROP INDEX by_v",
+        "CREATE POLICY mine ON t USING (id > 0)",
+        "DROP POLICY theirs ON t",
+        "DROP TRIGGER before_it ON one.t",
+        "ALTER SEQUENCE t_n_seq INCREMENT 5",
+    ];
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE DOMAIN short AS text CONSTRAINT is_short CHECK (length(VALUE) < 9);
+             CREATE TABLE t (tenant int NOT NULL, id int, v short, n serial, CONSTRAINT small CHECK (id < 1000), PRIMARY KEY (tenant, id));
+             CREATE INDEX by_v ON t (v); CREATE POLICY theirs ON t USING (true); ALTER TABLE t ENABLE ROW LEVEL SECURITY;
+             CREATE FUNCTION pass() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+             CREATE SCHEMA one; CREATE TABLE one.t (id int PRIMARY KEY, v short);
+             CREATE TRIGGER before_it BEFORE UPDATE ON one.t FOR EACH ROW EXECUTE FUNCTION pass();
+             SELECT coffer.discover('tenant', true), coffer.add_schema('one', '1'); INSERT INTO t VALUES (1, 1, 'x'); INSERT INTO one.t VALUES (1, 'x');",
+        );
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["1"]);
+        let based = agent.log().matches("bases are recorded").count();
+        let tables = ["public.t".to_owned(), "one.t".to_owned()];
+        let mut wrong = Vec::new();
+        for (n, change) in CHANGES.iter().enumerate() {
+            cluster.psql("shop", &format!("{change}; SELECT coffer.restore_point('{n}')"));
+            let want = catalogs::definitions(&cluster.connect("shop").await, &tables).await.expect("the source's");
+            let made = Database::restore(&agent, &cluster, "1", &format!("name:{n}"));
+            let have = catalogs::definitions(&cluster.connect(&made.name).await, &tables).await.expect("the restored");
+            wrong.extend(catalogs::differ(change, &have, &want));
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        assert_eq!(agent.log().matches("bases are recorded").count(), based, "no row means anything else than before");
+    });
 }

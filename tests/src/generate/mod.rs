@@ -4,6 +4,7 @@
 //! row is. That it says by an expression of its own making, along the foreign keys it made; what the extension thinks is
 //! never asked. Everything is drawn from one generator, so a seed gives the same schema and the same script.
 
+pub mod catalogs;
 pub mod changes;
 pub mod ddl;
 pub mod observed;
