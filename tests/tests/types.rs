@@ -560,6 +560,59 @@ fn tenant_columns(major: u32) {
     });
 }
 
+/// Names and tenants that are not ASCII, in tables under `tag` and `path`. psql says it in UTF-8.
+const STREETS: &str = r#"SET client_encoding = 'UTF8';
+CREATE TABLE "straße" ("nö" text PRIMARY KEY, "mandant é" text, "größe" text);
+CREATE TABLE "häuser" (id int PRIMARY KEY, "straße" text NOT NULL REFERENCES "straße" ON DELETE CASCADE ON UPDATE CASCADE, "wörter" text);
+SELECT coffer.add_table('"straße"', 'mandant é'); SELECT coffer.add_table('"häuser"', parent => '"straße"');
+"#;
+
+/// What a tenant has of them, whatever bytes it is made of.
+fn streets(cluster: &Cluster, db: &str, tenant: &str) -> String {
+    let bytes = |from: &str| {
+        format!(
+            "SELECT coalesce(string_agg(x, ' ' ORDER BY x), '') FROM (SELECT encode(convert_to(t::text, getdatabaseencoding()), 'hex') AS x FROM {from}) y;"
+        )
+    };
+    let top = format!("\"straße\" t WHERE \"mandant é\" = '{tenant}'");
+    let below = format!("\"häuser\" t WHERE \"straße\" IN (SELECT \"nö\" FROM {top})");
+    cluster.script(db, &format!("SET client_encoding = 'UTF8'; {} {}", bytes(&top), bytes(&below)))
+}
+
+/// Changes after the bases, a point, and every way back to it.
+fn back_to_the_streets(cluster: &Cluster, agent: &Agent, db: &str, text: &str) {
+    let utf8 = |sql: &str| cluster.script(db, &format!("SET client_encoding = 'UTF8'; {sql}"));
+    utf8(&format!(
+        r#"INSERT INTO "straße" VALUES ('ß3', 'süd', {text}), ('ß4', 'öst', 'x');
+           UPDATE "straße" SET "größe" = "größe" || {text} WHERE "nö" = 'ß1'; UPDATE "straße" SET "nö" = 'ä1' WHERE "nö" = 'ß1';
+           UPDATE "straße" SET "mandant é" = 'öst' WHERE "nö" = 'ß2'; DELETE FROM "häuser" WHERE id = 2;
+           INSERT INTO "häuser" VALUES (3, 'ß3', {text}), (4, 'ß4', 'y'); SELECT coffer.restore_point('streets');"#
+    ));
+    let want = ["süd", "öst"].map(|t| streets(cluster, db, t));
+    assert!(want.iter().all(|w| w.lines().count() == 2), "{db}: {want:?}");
+    for (tenant, want) in ["süd", "öst"].into_iter().zip(&want) {
+        let made = Database::restore(agent, cluster, tenant, "name:streets");
+        assert_eq!(streets(cluster, &made.name, tenant), *want, "{db}: {tenant} in a new database");
+    }
+    utf8(&format!(
+        r#"DELETE FROM "straße" WHERE "nö" = 'ß3'; UPDATE "häuser" SET "wörter" = {text} || '?'; INSERT INTO "häuser" VALUES (9, 'ß2', {text});"#
+    ));
+    let changed = |tenant: &str| {
+        let said = agent.json(&["diff", "--tenant", tenant, "--to", "name:streets"]);
+        let tables = said["tables"].as_array().expect("tables").clone();
+        let counts = tables.iter().flat_map(|t| ["inserted", "updated", "deleted"].map(|k| t[k].as_u64().unwrap_or(0)));
+        counts.sum::<u64>()
+    };
+    assert_eq!([changed("süd"), changed("öst")], [3, 2], "{db}");
+    for (tenant, want) in ["süd", "öst"].into_iter().zip(&want) {
+        agent.json(&restored::in_place(tenant, "name:streets"));
+        assert_eq!(streets(cluster, db, tenant), *want, "{db}: {tenant} in place");
+        assert_eq!(changed(tenant), 0, "{db}: {tenant}");
+    }
+    let live = agent.json(&["verify", "--against-live"]);
+    assert_eq!(live["ok"], true, "{db}: {live}");
+}
+
 /// Databases that are not UTF-8.
 fn encodings(major: u32) {
     let cluster = Cluster::start(major);
@@ -585,11 +638,22 @@ fn encodings(major: u32) {
              CREATE TABLE t (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id));
              SELECT * FROM coffer.add_table('t', 'tenant');",
         );
+        let beyond = matches!(encoding, "LATIN1" | "SQL_ASCII");
+        if beyond {
+            cluster.script(&db, STREETS);
+            cluster.script(
+                &db,
+                &format!(
+                    r#"SET client_encoding = 'UTF8'; INSERT INTO "straße" VALUES ('ß1', 'süd', {text}), ('ß2', 'süd', 'plain');
+                       INSERT INTO "häuser" VALUES (1, 'ß1', {text}), (2, 'ß2', 'é');"#
+                ),
+            );
+        }
         let own = format!("SET client_encoding = '{encoding}';");
         cluster.script(&db, &format!("{own} INSERT INTO t VALUES (1, 1, {text}), (1, 2, 'plain');"));
         let mut agent = Agent::new(&Setup::of(&cluster, &db));
         agent.start();
-        restored::wait_windows(&mut agent, &["1"]);
+        restored::wait_windows(&mut agent, if beyond { &["1", "süd"][..] } else { &["1"] });
         cluster.script(
             &db,
             &format!("{own} INSERT INTO t VALUES (1, 3, {text} || '!'); UPDATE t SET v = v || {text} WHERE id = 2;"),
@@ -610,6 +674,9 @@ fn encodings(major: u32) {
         );
         assert_eq!(bytes(&restored.name), want, "{encoding}");
         drop(restored);
+        if beyond {
+            back_to_the_streets(&cluster, &agent, &db, text);
+        }
         assert_eq!(agent.stop(), Some(0));
         // One slot name serves all the databases of this test.
         cluster.psql(&db, "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots");
