@@ -7,6 +7,7 @@
 
 use crate::dsn::{Dsn, RootCerts, SessionTarget, SslMode};
 use crate::error::{Context, Error, Kind, Result};
+use crate::sql;
 use secrecy::ExposeSecret;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -17,11 +18,13 @@ pub const PG_DUMP_VARIABLE: &str = "COFFER_PG_DUMP";
 /// How long `pg_dump` waits for a table's lock; a migration is not to queue behind it for longer.
 const LOCK_WAIT: &str = "--lock-wait-timeout=10000";
 
-/// Writes the dump to `out`. Blocking. `server_version`: `server_version_num`. Returns the dump's length in bytes.
-pub fn dump_schema(dsn: &Dsn, server_version: u32, out: &mut dyn Write) -> Result<u64> {
+/// Writes the dump to `out`. Blocking. `server_version`: `server_version_num`; `encoding`: the database's, which the role's
+/// settings may not be. Returns the dump's length in bytes.
+pub fn dump_schema(dsn: &Dsn, server_version: u32, encoding: &str, out: &mut dyn Write) -> Result<u64> {
     let program = find_pg_dump(server_version / 10_000)?;
     let mut command = Command::new(&program);
     command.args(["--format=custom", "--schema-only", "--no-password", LOCK_WAIT]);
+    command.arg(format!("--encoding={encoding}"));
     connection_environment(&mut command, dsn)?;
     let mut child = command
         .stdin(Stdio::null())
@@ -164,9 +167,7 @@ pub fn connection_environment(command: &mut Command, dsn: &Dsn) -> Result<()> {
     if let Some(t) = dsn.connect_timeout {
         command.env("PGCONNECT_TIMEOUT", t.as_secs().max(1).to_string());
     }
-    if let Some(o) = &dsn.options {
-        command.env("PGOPTIONS", o);
-    }
+    command.env("PGOPTIONS", sql::startup_options(dsn));
     for h in &dsn.hosts {
         if let Some(p) = dsn.password_for(h)? {
             command.env("PGPASSWORD", p.expose_secret());

@@ -18,13 +18,34 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::tls::{ChannelBinding as PgBinding, TlsConnect, TlsStream};
 use tokio_postgres::{AsyncMessage, Notification};
 
+/// Sent with the startup message: they hold from the first statement on, whatever the role's and the database's own settings
+/// are. A timeout of those could end the very statement that takes it away.
+const AT_STARTUP: &str = "-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 \
+    -c idle_session_timeout=0 -c default_transaction_read_only=off -c quote_all_identifiers=off -c search_path=";
+
 /// The session's settings. `row_security = off` turns a policy that would hide rows into an error.
 const PINNED: &str = "SET search_path = ''; SET datestyle = 'ISO, MDY'; SET intervalstyle = postgres; \
     SET extra_float_digits = 3; SET bytea_output = hex; SET timezone = 'UTC'; SET xmloption = content; \
     SET lc_monetary = 'C'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = 0; \
-    SET idle_in_transaction_session_timeout = 0; SET standard_conforming_strings = on; SET default_transaction_isolation = 'read committed'; \
-    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings \
-    WHERE name IN ('idle_session_timeout', 'transaction_timeout')";
+    SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET standard_conforming_strings = on; \
+    SET array_nulls = on; SET transform_null_equals = off; SET quote_all_identifiers = off; \
+    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off";
+
+/// The first version with `transaction_timeout`, which no older one takes as a setting.
+const TRANSACTION_TIMEOUT_SINCE: u32 = 17;
+
+/// The options of a session's startup: ours, and the connection string's behind them.
+pub fn startup_options(dsn: &Dsn) -> String {
+    dsn.options.as_ref().map_or_else(|| AT_STARTUP.to_owned(), |o| format!("{AT_STARTUP} {o}"))
+}
+
+/// What a session of a server of this version has to say first, and alone: a limit of the role's own runs already.
+pub fn first_statement(server_version: Option<&str>) -> Option<&'static str> {
+    let version = server_version?;
+    let end = version.find(|c: char| !c.is_ascii_digit()).unwrap_or(version.len());
+    let major: u32 = version[..end].parse().ok()?;
+    (major >= TRANSACTION_TIMEOUT_SINCE).then_some("SET transaction_timeout = 0")
+}
 
 /// NOTIFYs that wait for who listens.
 const NOTIFICATIONS: usize = 16;
@@ -48,6 +69,14 @@ impl SqlClient {
             .batch_execute(&format!("SET lock_timeout = {ms}"))
             .await
             .map_err(|e| sql_error(e, "SET lock_timeout"))
+    }
+
+    /// Its commits are flushed here and wait for no standby, unless the role asks for less: what it writes is the agent's
+    /// own and no application's, and is written again after a promotion.
+    pub async fn commit_locally(&self) -> Result<()> {
+        let set = "SELECT pg_catalog.set_config('synchronous_commit', 'local', false) \
+            WHERE pg_catalog.current_setting('synchronous_commit') IN ('on', 'remote_write', 'remote_apply')";
+        self.client.batch_execute(set).await.map_err(|e| sql_error(e, "SET synchronous_commit"))
     }
 }
 
@@ -122,9 +151,7 @@ async fn connect_host(
             ChannelBinding::Prefer => tokio_postgres::config::ChannelBinding::Prefer,
             ChannelBinding::Require => tokio_postgres::config::ChannelBinding::Require,
         });
-    if let Some(o) = &dsn.options {
-        config.options(o);
-    }
+    config.options(startup_options(dsn));
     if let Some(p) = dsn.password_for(host)? {
         config.password(p.expose_secret());
     }
@@ -132,6 +159,7 @@ async fn connect_host(
     let (client, mut connection) = config.connect_raw(transport, HandedOver).await.map_err(|e| sql_error(e, &what))?;
     // Texts of no known encoding come as they are; the server would refuse to call them UTF-8.
     let is_bytes = connection.parameter("server_encoding") == Some("SQL_ASCII");
+    let first = first_statement(connection.parameter("server_version"));
     let task = tokio::spawn(async move {
         loop {
             match std::future::poll_fn(|cx| connection.poll_message(cx)).await {
@@ -154,7 +182,9 @@ async fn connect_host(
         }
     });
     let client = SqlClient { client, task, is_tls };
-    client.batch_execute(PINNED).await.map_err(|e| sql_error(e, "cannot set up the session"))?;
+    for settings in first.into_iter().chain([PINNED]) {
+        client.batch_execute(settings).await.map_err(|e| sql_error(e, "cannot set up the session"))?;
+    }
     if is_bytes {
         let set = "SET client_encoding = 'SQL_ASCII'";
         client.batch_execute(set).await.map_err(|e| sql_error(e, "cannot set up the session"))?;
@@ -254,5 +284,26 @@ impl AsyncWrite for Bound {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_servers_that_know_the_setting_get_it() {
+        for (version, has) in
+            [("15.20 (Debian 15.20-0+deb12u1)", false), ("16.15", false), ("17beta1", true), ("18.6", true)]
+        {
+            assert_eq!(first_statement(Some(version)).is_some(), has, "{version}");
+        }
+        assert_eq!(first_statement(None), None);
+    }
+
+    #[test]
+    fn options_of_the_connection_string_come_last() {
+        let dsn = Dsn::parse("postgres://u@h/db?options=-c%20work_mem%3D1MB").unwrap();
+        assert!(startup_options(&dsn).ends_with(" -c search_path= -c work_mem=1MB"));
     }
 }

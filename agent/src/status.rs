@@ -8,6 +8,7 @@ use crate::clock::rfc3339;
 use crate::demux::Flow;
 use crate::error::{Context, Kind, Result};
 use crate::run::AgentContext;
+use crate::snapshot::progress::{BaseProgress, BaseStatus};
 use crate::verify::figures::{ChecksView, Figures};
 use axum::Router;
 use axum::extract::State;
@@ -66,6 +67,8 @@ pub struct SourceView {
     #[serde(default)]
     pub spool_bytes: u64,
     #[serde(default)]
+    pub bases: BaseStatus,
+    #[serde(default)]
     pub checks: ChecksView,
 }
 
@@ -92,6 +95,8 @@ pub struct SourceStatus {
     slot: String,
     flow: OnceLock<Arc<Flow>>,
     noted: Mutex<Noted>,
+    /// How far bases are.
+    pub bases: Arc<BaseProgress>,
     /// What checks found.
     pub checks: Figures,
 }
@@ -116,6 +121,7 @@ impl SourceStatus {
             slot: slot.to_owned(),
             flow: OnceLock::new(),
             noted: Mutex::new(Noted { state: "stopped", ..Noted::default() }),
+            bases: Arc::default(),
             checks: Figures::default(),
         })
     }
@@ -200,6 +206,7 @@ impl SourceStatus {
             received_lsn: flow.map(|f| f.received().to_string()),
             buffer_bytes: flow.map_or(0, |f| f.held_bytes()),
             spool_bytes: flow.map_or(0, |f| f.spool_bytes()),
+            bases: self.bases.status(),
             checks: self.checks.view(),
         }
     }
@@ -489,7 +496,7 @@ fn html(d: &Document) -> String {
     }
     s.push_str("</table><h2>Checks</h2><ul>");
     for v in &d.sources {
-        for line in v.checks.lines() {
+        for line in v.bases.line().into_iter().chain(v.checks.lines()) {
             let _ = write!(s, "<li>{}: {}</li>", escape(&v.source), escape(&line));
         }
     }

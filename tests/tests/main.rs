@@ -54,6 +54,7 @@ mod reading;
 mod refusals;
 mod restores;
 mod retention;
+mod rules;
 mod scrub;
 mod side;
 mod thread;

@@ -85,6 +85,7 @@ async fn without_agent(config: &Config) -> Result<Document> {
             received_lsn: None,
             buffer_bytes: 0,
             spool_bytes: 0,
+            bases: Default::default(),
             checks: Default::default(),
         };
         if let Some(uid) = keyring.source(name) {
@@ -157,7 +158,7 @@ fn text(d: &Document) -> String {
         if v.unresolved_rows > 0 {
             let _ = writeln!(s, "  {} rows without a known tenant", v.unresolved_rows);
         }
-        for line in v.checks.lines() {
+        for line in v.bases.line().into_iter().chain(v.checks.lines()) {
             let _ = writeln!(s, "  {line}");
         }
         if !v.uncovered_tables.is_empty() {

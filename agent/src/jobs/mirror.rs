@@ -118,6 +118,7 @@ impl Mirror {
     async fn session(&self) -> Result<()> {
         let mut records = self.ctx.durable.subscribe();
         let client = sql::connect(&self.ctx.dsn.with_application_name("coffer mirror")).await?;
+        client.commit_locally().await?;
         reporter::require_same_system(&self.ctx, &client).await?;
         let mut known = Known::default();
         let mut history = self.history().await?;

@@ -133,6 +133,7 @@ impl Lane {
         let dsn = self.ctx.dsn.with_application_name("coffer jobs");
         let (client, notified) = sql::connect_listening(&dsn).await?;
         let mut woken = Woken { notified, heard: None };
+        client.commit_locally().await?;
         reporter::require_same_system(&self.ctx, &client).await?;
         client.batch_execute("LISTEN coffer_jobs").await.sql("cannot listen for jobs")?;
         claim::begin(&client).await?;

@@ -1,8 +1,9 @@
 //! A connection in replication mode: startup, authentication, and the few commands the agent sends.
 
 use crate::dial::{self, Security, Transport};
-use crate::dsn::{ChannelBinding, Dsn, Host};
+use crate::dsn::{ChannelBinding, Dsn, Host, SessionTarget};
 use crate::error::{Context, Error, Kind, Result};
+use crate::sql;
 use bytes::{Buf, Bytes, BytesMut};
 use coffer_wire::Lsn;
 use fallible_iterator::FallibleIterator;
@@ -89,9 +90,8 @@ impl ReplicationClient {
             ("application_name", dsn.application_name.as_str()),
             ("client_encoding", "UTF8"),
         ];
-        if let Some(o) = &dsn.options {
-            parameters.push(("options", o));
-        }
+        let options = sql::startup_options(dsn);
+        parameters.push(("options", options.as_str()));
         let mut out = BytesMut::new();
         frontend::startup_message(parameters, &mut out).context(Kind::Usage, "the connection string")?;
         c.send(&out).await?;
@@ -106,11 +106,23 @@ impl ReplicationClient {
                     c.parameters.insert(get(p.name())?, get(p.value())?);
                 }
                 Message::BackendKeyData(_) => {}
-                Message::ReadyForQuery(_) => return Ok(c),
+                Message::ReadyForQuery(_) => break,
                 Message::ErrorResponse(e) => return Err(server_error(&mut e.fields(), &c.server)),
                 _ => return Err(c.unexpected("at startup")),
             }
         }
+        if dsn.target == SessionTarget::Primary && c.is_standby() {
+            return Err(Error::new(Kind::Unreachable, format!("{host} is a standby, and a primary is asked for")));
+        }
+        if let Some(first) = sql::first_statement(c.parameter("server_version")) {
+            c.query(first).await?;
+        }
+        Ok(c)
+    }
+
+    /// Whether the server was in recovery when the connection was made.
+    pub fn is_standby(&self) -> bool {
+        self.parameter("in_hot_standby") == Some("on")
     }
 
     /// Whether what is sent is encrypted.

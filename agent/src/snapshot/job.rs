@@ -42,8 +42,9 @@ const TABLES: usize = 3;
 const SESSIONS: usize = 2;
 /// Batches of rows on their way to the merge.
 const BATCHES_AHEAD: usize = 8;
-/// How often a wait for old transactions looks again, and how often it says so.
+/// How often a wait for old transactions looks again, how often it looks which, and how often it says so in the log.
 const HORIZON_CHECK: Duration = Duration::from_millis(300);
+const HORIZON_LOOK: Duration = Duration::from_secs(3);
 const HORIZON_COMPLAINT: Duration = Duration::from_secs(30);
 
 /// Tables read under their snapshots, waiting for the cut.
@@ -70,7 +71,7 @@ pub async fn read_tables(ctx: &AgentContext, rules: Vec<Rule>, progress: &Arc<Ba
     let session = sql::connect(&dsn).await?;
     refuse_standby(&session).await?;
     progress.phase(Phase::WaitingForTransactions);
-    let horizon = wait_for_horizon(ctx, &session).await?;
+    let horizon = wait_for_horizon(ctx, &session, progress).await?;
     failpoints::hit(failpoints::BASE_AFTER_HORIZON)?;
 
     progress.phase(Phase::Reading);
@@ -231,6 +232,8 @@ impl ReadTables {
 /// Writes a marker; what the session read before is as good as the stream's delivery of it.
 pub async fn mark(session: &SqlClient) -> Result<[u8; 16]> {
     let id: [u8; 16] = random::bytes();
+    // A standby that is away holds no base up.
+    session.commit_locally().await?;
     session
         .execute("SELECT coffer._agent_base_marker($1)", &[&id.as_slice()])
         .await
@@ -395,7 +398,7 @@ async fn refuse_standby(client: &SqlClient) -> Result<()> {
 }
 
 /// Waits until every transaction has ended that ran when the rules were read, and returns the first one that did not.
-async fn wait_for_horizon(ctx: &AgentContext, client: &SqlClient) -> Result<u64> {
+async fn wait_for_horizon(ctx: &AgentContext, client: &SqlClient, progress: &BaseProgress) -> Result<u64> {
     let number = |row: &tokio_postgres::Row| -> Result<u64> {
         row.get::<_, &str>(0).parse().map_err(|_| Error::other("the server's snapshot is not a number"))
     };
@@ -405,7 +408,7 @@ async fn wait_for_horizon(ctx: &AgentContext, client: &SqlClient) -> Result<u64>
         .await
         .sql(what)?;
     let horizon = number(&row)?;
-    let mut complained = Instant::now();
+    let (mut looked, mut complained) = (None::<Instant>, Instant::now());
     loop {
         let row = client
             .query_one("SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text", &[])
@@ -414,9 +417,14 @@ async fn wait_for_horizon(ctx: &AgentContext, client: &SqlClient) -> Result<u64>
         if number(&row)? >= horizon {
             return Ok(horizon);
         }
-        if complained.elapsed() >= HORIZON_COMPLAINT {
-            complained = Instant::now();
-            tracing::warn!("{}", oldest_transaction(client).await?);
+        if looked.is_none_or(|l| l.elapsed() >= HORIZON_LOOK) {
+            looked = Some(Instant::now());
+            let oldest = oldest_transaction(client).await?;
+            if complained.elapsed() >= HORIZON_COMPLAINT {
+                complained = Instant::now();
+                tracing::warn!("bases wait for {oldest}");
+            }
+            progress.wait_for(oldest);
         }
         tokio::select! {
             () = tokio::time::sleep(HORIZON_CHECK) => {}
@@ -438,16 +446,13 @@ async fn oldest_transaction(client: &SqlClient) -> Result<String> {
         .sql("cannot look for the oldest transaction")?;
     Ok(match row {
         Some(r) => format!(
-            "bases wait for a transaction that began before the tables were covered: pid {} in database {} ({}), for {}",
+            "a transaction that began before the tables were covered: pid {} in database {} ({}), for {}",
             r.get::<_, i32>(0),
             r.get::<_, &str>(1),
             r.get::<_, &str>(2),
             r.get::<_, &str>(3)
         ),
-        None => {
-            "bases wait for a prepared transaction that began before the tables were covered: see pg_prepared_xacts"
-                .to_owned()
-        }
+        None => "a prepared transaction that began before the tables were covered: see pg_prepared_xacts".to_owned(),
     })
 }
 
@@ -469,9 +474,13 @@ pub async fn locale(client: &SqlClient) -> Result<DatabaseLocale> {
 /// The source's definitions as an object of the repository, as they are at `cut` or a little later.
 pub async fn dump(ctx: &AgentContext, client: &SqlClient, cut: Lsn) -> Result<ObjectRef> {
     let row = client
-        .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[])
+        .query_one(
+            "SELECT pg_catalog.current_setting('server_version_num')::int4, pg_catalog.current_setting('server_encoding')",
+            &[],
+        )
         .await
         .sql("cannot ask for the server's version")?;
+    let encoding: String = row.get(1);
     let version = u32::try_from(row.get::<_, i32>(0)).map_err(|_| Error::other("the server's version is negative"))?;
     let (system_identifier, timeline) = ctx.system();
     let key = ctx.keyring.repository_key();
@@ -492,7 +501,7 @@ pub async fn dump(ctx: &AgentContext, client: &SqlClient, cut: Lsn) -> Result<Ob
     let (repo, rt, dsn) = (ctx.repo.clone(), ctx.rt.clone(), ctx.dsn.with_application_name("coffer schema"));
     tokio::task::spawn_blocking(move || {
         repo.seal_to(rt, path, &header, &key, |sealer| {
-            schema_dump::dump_schema(&dsn, version, sealer)?;
+            schema_dump::dump_schema(&dsn, version, &encoding, sealer)?;
             Ok(0)
         })
     })

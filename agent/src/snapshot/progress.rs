@@ -1,5 +1,6 @@
 //! How far a job of bases is, for the status page and the log.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -46,21 +47,57 @@ struct Now {
     phase: Phase,
     tables: Vec<String>,
     tables_read: u64,
+    waits_for: Option<String>,
     error: Option<String>,
 }
 
-/// [`BaseProgress`] at one moment.
-#[derive(Clone, Debug, Default)]
+/// [`BaseProgress`] at one moment, as the status document has it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct BaseStatus {
-    pub phase: Phase,
+    /// [`Phase::name`].
+    #[serde(default)]
+    pub phase: String,
     /// The tables of the job, or those that wait for one after an error.
+    #[serde(default)]
     pub tables: Vec<String>,
+    #[serde(default)]
     pub tables_read: u64,
+    #[serde(default)]
     pub rows: u64,
+    #[serde(default)]
     pub bytes: u64,
+    #[serde(default)]
     pub fulls: u64,
+    /// The transaction that has to end first.
+    #[serde(default)]
+    pub waits_for: Option<String>,
     /// Why the last job failed; empty once one succeeds.
+    #[serde(default)]
     pub error: Option<String>,
+}
+
+impl BaseStatus {
+    /// The same for people; nothing while nothing is done.
+    pub fn line(&self) -> Option<String> {
+        let mut line = match (self.tables.is_empty(), self.waits_for.as_ref(), self.error.as_ref()) {
+            (true, None, None) => return None,
+            (_, Some(w), _) => format!("bases wait for {w}"),
+            (_, None, Some(e)) => format!("bases are tried again: {e}"),
+            (_, None, None) => {
+                format!(
+                    "bases: {}, {} of {} tables, {} rows",
+                    self.phase,
+                    self.tables_read,
+                    self.tables.len(),
+                    self.rows
+                )
+            }
+        };
+        if !self.tables.is_empty() {
+            line.push_str(&format!(" (of {})", self.tables.join(", ")));
+        }
+        Some(line)
+    }
 }
 
 impl BaseProgress {
@@ -72,9 +109,10 @@ impl BaseProgress {
     pub fn status(&self) -> BaseStatus {
         let now = self.now().clone();
         BaseStatus {
-            phase: now.phase,
+            phase: now.phase.name().to_owned(),
             tables: now.tables,
             tables_read: now.tables_read,
+            waits_for: now.waits_for,
             rows: self.rows.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             fulls: self.fulls.load(Ordering::Relaxed),
@@ -92,7 +130,12 @@ impl BaseProgress {
 
     pub(super) fn phase(&self, phase: Phase) {
         tracing::debug!("bases: {}", phase.name());
-        self.now().phase = phase;
+        let mut now = self.now();
+        (now.phase, now.waits_for) = (phase, None);
+    }
+
+    pub(super) fn wait_for(&self, transaction: String) {
+        self.now().waits_for = Some(transaction);
     }
 
     pub(super) fn table_read(&self) {
@@ -113,7 +156,7 @@ impl BaseProgress {
 
     pub(super) fn finish(&self, error: Option<String>) {
         let mut now = self.now();
-        now.phase = Phase::Idle;
+        (now.phase, now.waits_for) = (Phase::Idle, None);
         if error.is_none() {
             now.tables.clear();
         }
