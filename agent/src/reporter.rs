@@ -38,7 +38,8 @@ const TENANTS_AT_ONCE: usize = 500;
 /// The clock before the position: `now()` is when the statement began.
 const LOOK: &str = "SELECT (extract(epoch FROM now()) * 1000000)::bigint, \
     pg_catalog.pg_current_wal_insert_lsn()::text, current_setting('wal_block_size')::bigint, coffer._agent_waiting(), \
-    s.wal_status, pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_insert_lsn(), s.confirmed_flush_lsn)::bigint \
+    s.wal_status, pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_insert_lsn(), s.confirmed_flush_lsn)::bigint, \
+    pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) \
     FROM (VALUES (1)) one LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = $1";
 const UNCOVERED: &str = "SELECT relation::text FROM coffer.coverage \
     WHERE NOT covered AND strategy IS DISTINCT FROM 'excluded' ORDER BY 1";
@@ -114,6 +115,7 @@ impl Reporter {
     }
 
     async fn session(&mut self, client: &SqlClient) -> Result<()> {
+        client.commit_locally().await?;
         require_same_system(&self.ctx, client).await?;
         let look = client.prepare(LOOK).await.sql("cannot read the source's state")?;
         self.last_report = None;
@@ -169,6 +171,7 @@ impl Reporter {
         let row = client.query_one(look, &[&self.ctx.slot]).await.sql("cannot read the source's state")?;
         let time_us: i64 = row.get(0);
         let end: Lsn = row.get::<_, &str>(1).parse().map_err(Error::other)?;
+        same_timeline(&self.ctx, row.get(6))?;
         self.anchors.add(before_page_header(end, row.get::<_, i64>(2)), time_us);
         self.ctx.status.set_source_clock(time_us - asked_us);
         let waiting: bool = row.get(3);
@@ -269,17 +272,33 @@ impl Reporter {
     }
 }
 
-/// Another cluster at the same address must not be told that what it commits is durable, nor have its jobs done.
+/// Another cluster at the same address must not be told that what it commits is durable, nor have its jobs done; no more must
+/// a server that a promotion left behind, or one whose promotion the log does not know of yet: its positions mean
+/// something else.
 pub(crate) async fn require_same_system(ctx: &AgentContext, client: &SqlClient) -> Result<()> {
     let row = client
-        .query_one("SELECT system_identifier FROM pg_catalog.pg_control_system()", &[])
+        .query_one(
+            "SELECT s.system_identifier, pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) \
+             FROM pg_catalog.pg_control_system() s",
+            &[],
+        )
         .await
         .sql("cannot ask which system the source is")?;
     let (theirs, ours) = (row.get::<_, i64>(0).cast_unsigned(), ctx.system().0);
-    if theirs == ours {
+    if theirs != ours {
+        return Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")));
+    }
+    same_timeline(ctx, row.get(1))
+}
+
+/// `file`: the server's newest file of the log, whose name begins with the timeline.
+fn same_timeline(ctx: &AgentContext, file: &str) -> Result<()> {
+    let theirs = file.get(..8).and_then(|t| u32::from_str_radix(t, 16).ok());
+    let ours = ctx.system().1;
+    if theirs == Some(ours) {
         return Ok(());
     }
-    Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")))
+    Err(Error::new(Kind::Refused, format!("the server writes {file}, the log is on timeline {ours}")))
 }
 
 /// The insert position may stand behind a page header that no record has reached; no record ends between the page's

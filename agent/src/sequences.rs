@@ -8,6 +8,7 @@
 //! target that is not before the position may use them.
 
 use crate::error::{Error, Kind, Result};
+use crate::reporter;
 use crate::repository::model::{SequenceState, SequencesAt};
 use crate::run::AgentContext;
 use crate::sql::{self, SqlClient, SqlContext};
@@ -145,7 +146,8 @@ async fn reading(
     known: &mut HashMap<String, (i64, bool)>,
 ) -> Result<Option<SequencesAt>> {
     if known.is_empty() {
-        same_system(ctx, client).await?;
+        // What another server at the same address counts is not the source's.
+        reporter::require_same_system(ctx, client).await?;
     }
     let mut now = all(client).await?;
     let before = std::mem::take(known);
@@ -161,19 +163,6 @@ pub async fn all(client: &SqlClient) -> Result<SequencesAt> {
     let (names, values, called): (Vec<String>, Vec<i64>, Vec<bool>) = (row.get(0), row.get(1), row.get(2));
     let state = |((name, last_value), is_called)| SequenceState { name, last_value, is_called };
     Ok(SequencesAt { lsn, states: names.into_iter().zip(values).zip(called).map(state).collect() })
-}
-
-/// What another cluster at the same address counts is not the source's.
-async fn same_system(ctx: &AgentContext, client: &SqlClient) -> Result<()> {
-    let row = client
-        .query_one("SELECT system_identifier FROM pg_catalog.pg_control_system()", &[])
-        .await
-        .sql("cannot ask which system the source is")?;
-    let (theirs, ours) = (row.get::<_, i64>(0).cast_unsigned(), ctx.system().0);
-    if theirs == ours {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")))
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use crate::verify::{self, rounds::Look};
 use coffer_wire::Lsn;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// The output plugin.
 const PLUGIN: &str = "pg_coffer";
@@ -76,7 +76,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         flow: flow.clone(),
         anchors: anchors.clone(),
         pool,
-        durable: durable_tx,
+        durable: durable_tx.clone(),
         new_tenants: tenants_tx,
         sequences: sequences.clone(),
     };
@@ -92,7 +92,6 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
             let ctx = ctx.clone();
             async move { ctx.repo.pack_log(ctx.source_uid).await }
         }),
-        tokio::spawn(clear_gaps(ctx.clone())),
         tokio::spawn(crate::prune::watch(ctx.clone())),
         tokio::spawn(compact::on_schedule(ctx.clone())),
         tokio::spawn(verify::rounds::watch(ctx.clone(), mirror.clone(), Look::Live)),
@@ -102,7 +101,7 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
     ];
     let mut served = tokio::spawn(jobs::run(ctx.clone(), flow, mirror));
     let mut bases = tokio::spawn(take_bases(ctx.clone()));
-    let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable };
+    let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable: durable_tx };
     let ended = |r: Result<Result<()>, tokio::task::JoinError>| match r {
         Ok(Ok(())) => Err(Error::other("the shipping of changes has stopped")),
         Ok(Err(e)) => Err(e),
@@ -156,18 +155,6 @@ async fn take_bases(ctx: Arc<AgentContext>) -> Result<()> {
     }
 }
 
-/// A gap's alarm stands until a base is recorded after it.
-async fn clear_gaps(ctx: Arc<AgentContext>) {
-    let mut records = ctx.durable.subscribe();
-    loop {
-        match records.recv().await {
-            Ok(d) if matches!(d.record.body, Body::Base(_)) => ctx.alarms.clear(alarms::GAP, &ctx.source),
-            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-            Err(broadcast::error::RecvError::Closed) => return,
-        }
-    }
-}
-
 /// How long bases rest after an error that they do not try again by themselves.
 const BASES_AGAIN: Duration = Duration::from_secs(60);
 
@@ -193,7 +180,7 @@ async fn begin(ctx: &Arc<AgentContext>, anchors: &Anchors) -> Result<Option<Lsn>
             }
             Err(e) => e,
         };
-        report_down(ctx, e)?;
+        report_down(ctx, e, false)?;
         tokio::select! {
             () = tokio::time::sleep(wait) => wait = (wait * 2).min(RECONNECT.1),
             () = ctx.stopped() => return Ok(None),
@@ -201,12 +188,14 @@ async fn begin(ctx: &Arc<AgentContext>, anchors: &Anchors) -> Result<Option<Lsn>
     }
 }
 
-/// Raises the alarm for what trying again may mend; gives back what it cannot.
-fn report_down(ctx: &AgentContext, e: Error) -> Result<()> {
+/// Raises the alarm for what trying again may mend; gives back what it cannot. `streamed`: there was a stream before.
+fn report_down(ctx: &AgentContext, e: Error, streamed: bool) -> Result<()> {
     // A slot in use is another agent, or the server has not noticed yet that our last connection is gone.
     let again = match e.kind() {
         Kind::Unreachable | Kind::Other | Kind::Verification | Kind::NotFound => true,
         Kind::Fenced => e.is_code("slot_in_use"),
+        // The address leads to the server that is about to be promoted.
+        Kind::Refused => streamed && e.is_code("standby"),
         _ => false,
     };
     if !again {
@@ -221,6 +210,7 @@ fn report_down(ctx: &AgentContext, e: Error) -> Result<()> {
 async fn first_record(ctx: &AgentContext) -> Result<()> {
     let mut client = ReplicationClient::connect(&ctx.dsn).await?;
     let identity = client.identify().await?;
+    refuse_standby(ctx, &client)?;
     ctx.set_system(System { system_identifier: identity.system_identifier, timeline: identity.timeline });
     // Read before the slot exists: every commit after its consistent point is later.
     let before = source_now(&mut client).await?;
@@ -244,13 +234,14 @@ struct Source {
     anchors: Arc<Anchors>,
     intake: Intake,
     items: mpsc::UnboundedSender<ShipItem>,
-    durable: watch::Receiver<Durable>,
+    /// What the server is told; the shipper's as well.
+    durable: watch::Sender<Durable>,
 }
 
 impl Source {
     /// One connection after the other, until the agent stops.
     async fn sessions(&self, mut resume: Lsn) -> Result<()> {
-        let mut wait = RECONNECT.0;
+        let (mut wait, mut streamed) = (RECONNECT.0, false);
         loop {
             let started = tokio::time::Instant::now();
             let e = tokio::select! {
@@ -262,7 +253,8 @@ impl Source {
                 () = self.stopped_before_streaming() => return self.finish().await,
             };
             resume = self.intake.end_session().await?;
-            report_down(&self.ctx, e)?;
+            streamed |= self.ctx.status.is_streaming();
+            report_down(&self.ctx, e, streamed)?;
             if started.elapsed() > STEADY {
                 wait = RECONNECT.0;
             }
@@ -317,7 +309,7 @@ impl Source {
         ctx.status.set_state("streaming");
         let (phase_tx, phase) = watch::channel(Phase::Stream);
         let mut sink = self.intake.clone();
-        let streaming = stream::run(client, &mut sink, self.durable.clone(), phase, Pace::for_timeout(timeout));
+        let streaming = stream::run(client, &mut sink, self.durable.subscribe(), phase, Pace::for_timeout(timeout));
         tokio::pin!(streaming);
         tokio::select! {
             r = &mut streaming => return r.and_then(|()| Err(Error::new(Kind::Unreachable, "the stream ended"))),
@@ -365,6 +357,7 @@ impl Source {
             .code("other_system")
             .hint("the connection string leads to another cluster; a new cluster is a new [source.NAME]"));
         }
+        refuse_standby(ctx, client)?;
         if identity.timeline < last.timeline {
             return Err(Error::new(
                 Kind::Fenced,
@@ -379,8 +372,23 @@ impl Source {
             resume = self.switch(client, &last, system).await?;
         }
         ctx.set_system(system);
-        let found = slot(client, &ctx.slot, &identity).await?;
         let durable = ctx.log.lock().await.upto_lsn().unwrap_or(resume);
+        if identity.flushed < durable {
+            return Err(Error::new(
+                Kind::Refused,
+                format!(
+                    "the server's log ends at {} on timeline {}, and was archived up to {durable}: the server was put \
+                     back to an earlier state, and would use the same positions for other changes",
+                    identity.flushed, identity.timeline
+                ),
+            )
+            .code("went_back")
+            .hint(
+                "a new history is a new [source.NAME]; only recovery to a point in time, with nothing written before it \
+                 ends, gives the server a timeline that this log can follow",
+            ));
+        }
+        let found = slot(client, &ctx.slot, &identity).await?;
         match found {
             Some(s) if s.is_lost() => {
                 let why = s.invalidated.unwrap_or_else(|| "wal_removed".to_owned());
@@ -423,6 +431,10 @@ impl Source {
             (r.upto_lsn, r.upto_time_us)
         };
         let at = left.at.min(upto);
+        // The new server's commits beyond it have positions that the old one's had: none of them is durable. Said first, so
+        // that nobody tells the new server otherwise.
+        self.durable.send_replace(Durable(at));
+        ctx.status.set_durable(at, time);
         if left.at < upto {
             ctx.alarms.raise(
                 alarms::GAP,
@@ -473,6 +485,19 @@ impl Source {
         self.intake.jump(upto)?;
         Ok(upto)
     }
+}
+
+/// Later versions decode on a standby. Bases need a primary, and a marker, so nothing is begun there.
+fn refuse_standby(ctx: &AgentContext, client: &ReplicationClient) -> Result<()> {
+    if !client.is_standby() {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Refused,
+        format!("the server {} is a standby: tenants are backed up from the primary", ctx.dsn),
+    )
+    .code("standby")
+    .hint("let [source.NAME] url name the primary; with several hosts in it, add target_session_attrs=primary"))
 }
 
 fn slot_at_risk(ctx: &AgentContext) {

@@ -274,6 +274,14 @@ impl Agent {
         d["alarms"].as_array().into_iter().flatten().filter(|a| a["code"] == code).cloned().collect()
     }
 
+    /// What the status document says of bases.
+    pub fn bases(&self) -> Value {
+        // An unhealthy agent has the same document.
+        let out = self.coffer(&["--json", "status"]);
+        let status: Value = serde_json::from_slice(&out.stdout).expect("the status document");
+        status["sources"][0]["bases"].clone()
+    }
+
     /// Peak resident memory of the running agent, in KiB.
     pub fn peak_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("a running agent");

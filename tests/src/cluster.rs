@@ -47,18 +47,7 @@ impl Cluster {
 
     /// The same with more lines in postgresql.conf and more arguments for initdb.
     pub fn start_with(major: u32, conf: &str, initdb: &[&str]) -> Self {
-        let bin = env_path(&format!("COFFER_PG{major}_BIN"));
-        let dir =
-            std::env::temp_dir().join(format!("coffer-test-{}-{:08x}", std::process::id(), rand::random::<u32>()));
-        std::fs::create_dir(&dir).expect("a folder for the cluster");
-        if is_root() {
-            run({
-                let mut c = Command::new("chown");
-                c.arg("postgres").arg(&dir);
-                c
-            });
-        }
-        let this = Self { major, port: free_port(), bin, dir };
+        let this = Self::in_a_folder(major);
         let mut c = as_postgres(&this.bin.join("initdb"));
         c.args(["-U", "postgres", "-A", "trust", "--no-sync", "-D"]).arg(this.data());
         if initdb.is_empty() {
@@ -72,6 +61,45 @@ impl Cluster {
         std::fs::write(this.data().join("postgresql.conf"), text).expect("the configuration is ours");
         this.up();
         this
+    }
+
+    fn in_a_folder(major: u32) -> Self {
+        let bin = env_path(&format!("COFFER_PG{major}_BIN"));
+        let dir =
+            std::env::temp_dir().join(format!("coffer-test-{}-{:08x}", std::process::id(), rand::random::<u32>()));
+        std::fs::create_dir(&dir).expect("a folder for the cluster");
+        if is_root() {
+            run({
+                let mut c = Command::new("chown");
+                c.arg("postgres").arg(&dir);
+                c
+            });
+        }
+        Self { major, port: free_port(), bin, dir }
+    }
+
+    /// A running hot standby of `primary`, which streams to it; `conf` counts before what the primary has.
+    pub fn standby_of(primary: &Self, conf: &str) -> Self {
+        let this = Self::in_a_folder(primary.major);
+        let mut c = as_postgres(&this.bin.join("pg_basebackup"));
+        c.arg("-d").arg(format!("host=127.0.0.1 port={} user=postgres dbname=postgres", primary.port));
+        c.args(["-X", "stream", "-c", "fast", "--no-sync", "-R", "-D"]).arg(this.data());
+        run(c);
+        this.configure(&format!("port = {}\nunix_socket_directories = '{}'\n{conf}", this.port, this.dir.display()));
+        this.up();
+        this
+    }
+
+    /// Lines behind those of postgresql.conf, for the next start.
+    pub fn configure(&self, conf: &str) {
+        let file = self.data().join("postgresql.conf");
+        let text = std::fs::read_to_string(&file).expect("initdb wrote it");
+        std::fs::write(file, format!("{text}\n{conf}\n")).expect("the configuration is ours");
+    }
+
+    /// Makes a standby the primary, on a timeline of its own.
+    pub fn promote(&self) {
+        assert_eq!(self.psql("postgres", "SELECT pg_promote()"), "t", "{}", self.log());
     }
 
     fn settings(&self) -> String {

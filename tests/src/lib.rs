@@ -10,6 +10,7 @@ pub mod proxy;
 pub mod restored;
 pub mod s3;
 pub mod sql_proxy;
+pub mod stall;
 pub mod truth;
 pub mod workload;
 

@@ -37,6 +37,7 @@ mod crash;
 mod ddl;
 mod drill;
 mod exactness;
+mod failover;
 mod faults;
 mod fence;
 mod forged;

@@ -1,14 +1,18 @@
-//! Rules of exactness as they show from outside: sessions with hostile settings, commits that
-//! wait for a standby.
+//! Rules of exactness as they show from outside: bases that give way and that wait, sessions with hostile settings,
+//! commits that wait for a standby.
 
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Scratch};
+use coffer_tests::stall::Stall;
 use coffer_tests::truth::{self, Truth, Watched};
 use coffer_tests::wait_for;
+use std::time::{Duration, Instant};
+use tokio_postgres::Client;
 
 on_majors! {
+    bases_give_way_and_wait: bases_give_way_and_wait;
     hostile_settings: hostile_settings;
     commits_that_wait_for_a_standby: commits_that_wait_for_a_standby;
 }
@@ -19,11 +23,150 @@ async fn take(cluster: &Cluster, tables: &[Watched], name: &str) -> Truth {
     truth::take(&mut cluster.connect("shop").await, tables, name).await
 }
 
+/// A transaction that stays open, and its process.
+async fn open(cluster: &Cluster, sql: &str) -> (Client, i32) {
+    let client = cluster.connect("shop").await;
+    client.batch_execute(&format!("BEGIN; {sql}")).await.expect("an open transaction");
+    let pid = client.query_one("SELECT pg_backend_pid()", &[]).await.expect("its pid").get(0);
+    (client, pid)
+}
+
 fn restored_now(agent: &Agent, table: &str) -> bool {
     let out = restored::Out::new();
     let mut args = restored::args_now("1", "latest", out.arg());
     args.extend(["--table", table]);
     agent.coffer(&args).status.success()
+}
+
+fn waits_for(agent: &Agent, pid: i32) {
+    wait_for("the status to name the transaction that a base waits for", 60, || {
+        let bases = agent.bases();
+        let named = bases["waits_for"].as_str().is_some_and(|w| w.contains(&format!("pid {pid} in database shop")));
+        (named && bases["phase"] == "waiting for transactions").then_some(())
+    });
+}
+
+/// A migration that holds a table or waits for it does not wait for a base; a base waits for transactions that are older
+/// than what it has to see whole. Either way it follows by itself, and is exact.
+fn bases_give_way_and_wait(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        let ddl = "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+             CREATE TABLE b (LIKE a INCLUDING ALL); CREATE TABLE c (LIKE a INCLUDING ALL); CREATE TABLE d (LIKE a INCLUDING ALL);
+             CREATE TABLE big (LIKE a INCLUDING ALL); ALTER TABLE big ALTER v SET STORAGE EXTERNAL;";
+        cluster.script("shop", ddl);
+        for t in ["a", "b", "c", "d"] {
+            let rows = "SELECT t, i, 'v' || i FROM generate_series(1, 2) t, generate_series(1, 50) i";
+            cluster.psql("shop", &format!("INSERT INTO {t} {rows}"));
+        }
+        cluster.script(
+            "shop",
+            "SELECT * FROM coffer.add_table('a', 'tenant'); SELECT * FROM coffer.add_table('b', 'tenant')",
+        );
+        let mut tables: Vec<Watched> = ["a", "b"].map(|t| Watched::new(t, "tenant")).to_vec();
+        let stall = Stall::start(cluster.port);
+        let source_url = format!("postgres://coffer_agent@127.0.0.1:{}/shop", stall.port);
+        let mut agent = Agent::new(&Setup { source_url, ..Setup::of(&cluster, "shop") });
+
+        // Held: the lock is taken when the base is about to read.
+        agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-horizon@1=sleep(3000)".into())];
+        agent.start();
+        wait_for("the base to begin", 60, || agent.log().contains("failpoint base-after-horizon").then_some(()));
+        let (migration, pid) = open(&cluster, "LOCK TABLE a IN ACCESS EXCLUSIVE MODE; UPDATE a SET v = v || '+'").await;
+        wait_for("the base of the other table", 60, || restored_now(&agent, "public.b").then_some(()));
+        assert!(!restored_now(&agent, "public.a"));
+        waits_for(&agent, pid);
+        let alarm = wait_for("an alarm", 60, || agent.alarms("base_failed").into_iter().next());
+        assert!(
+            alarm["message"].as_str().is_some_and(|m| m.contains("public.a") && !m.contains("public.b")),
+            "{alarm}"
+        );
+        migration
+            .batch_execute("ALTER TABLE a ADD COLUMN w int DEFAULT 7; COMMIT")
+            .await
+            .expect("it was never held up");
+        restored::wait_windows(&mut agent, &TENANTS);
+        wait_for("the alarm to end", 60, || agent.alarms("base_failed").is_empty().then_some(()));
+        let held = take(&cluster, &tables, "held").await;
+
+        // Waits behind a base that is being read: its session stalls in the network.
+        let rows = "SELECT 1 + i % 2, i, repeat(md5(i::text), 125) FROM generate_series(1, 8000) i";
+        cluster.psql("shop", &format!("INSERT INTO big {rows}"));
+        stall.hold(true);
+        cluster.psql(
+            "shop",
+            "SELECT * FROM coffer.add_table('big', 'tenant') UNION ALL SELECT * FROM coffer.add_table('c', 'tenant')",
+        );
+        wait_for("the base to be under way", 60, || {
+            let sql =
+                "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%big%' AND wait_event = 'ClientWrite'";
+            (cluster.psql("shop", sql) != "0").then_some(())
+        });
+        let begun = Instant::now();
+        cluster.psql("shop", "SET lock_timeout = '20s'; ALTER TABLE big ADD COLUMN w int DEFAULT 7");
+        println!("PostgreSQL {major}: the migration waited {:.1} s", begun.elapsed().as_secs_f64());
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+        wait_for("the base of the other table", 60, || restored_now(&agent, "public.c").then_some(()));
+        assert!(!restored_now(&agent, "public.big"));
+        stall.hold(false);
+        wait_for("the base of the table", 60, || restored_now(&agent, "public.big").then_some(()));
+        assert!(agent.log().contains("a migration waits for it"), "{}", agent.log());
+        tables.extend(["big", "c"].map(|t| Watched::new(t, "tenant")));
+
+        // A transaction that is older than the registration.
+        let (older, pid) = open(&cluster, "INSERT INTO b VALUES (1, 1001, 'older')").await;
+        cluster.psql("shop", "SELECT * FROM coffer.add_table('d', 'tenant')");
+        waits_for(&agent, pid);
+        older
+            .batch_execute("INSERT INTO d VALUES (1, 1001, 'older'); UPDATE d SET v = 'o' WHERE id = 7")
+            .await
+            .expect("a write");
+        assert!(!restored_now(&agent, "public.d"));
+        older.batch_execute("COMMIT").await.expect("committed");
+        wait_for("the base of the table", 60, || restored_now(&agent, "public.d").then_some(()));
+        tables.push(Watched::new("d", "tenant"));
+        let end = take(&cluster, &tables, "end").await;
+
+        let with = ["a", "big"].map(|t| format!("ALTER TABLE {t} ADD COLUMN w int;"));
+        let scratch = Scratch::new(&cluster, &format!("{ddl} {}", with.concat())).await;
+        let mut wrong = Vec::new();
+        for tenant in TENANTS {
+            wrong.extend(scratch.check(&agent, &held, &tables[..2], tenant).await);
+            wrong.extend(scratch.check(&agent, &end, &tables, tenant).await);
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+    });
+}
+
+/// A base whose marker a crash of the server has forgotten is taken again.
+#[test]
+fn a_forgotten_marker() {
+    let major = *coffer_tests::majors().first().expect("a major");
+    let conf = "wal_writer_delay = 10s\nautovacuum = off\nbgwriter_lru_maxpages = 0\ncheckpoint_timeout = 1d\n";
+    let cluster = Cluster::start_with(major, conf, &[]);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, PRIMARY KEY (tenant, id)); INSERT INTO a VALUES (1, 1), (2, 2);
+         SELECT * FROM coffer.add_table('a', 'tenant'); ALTER ROLE coffer_agent SET synchronous_commit = off",
+    );
+    // So often there is a record of an idle source.
+    let more = "[rpo]\nlimit = \"6s\"".into();
+    let mut agent = Agent::new(&Setup { more, ..Setup::of(&cluster, "shop") });
+    agent.start();
+    wait_for("a base to wait for its marker", 60, || {
+        let waits = agent.bases()["phase"] == "waiting for the stream";
+        let sql = "SELECT pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn()";
+        (waits && cluster.psql("shop", sql) == "t").then_some(())
+    });
+    assert!(restored::restorable(&agent).is_empty());
+    cluster.kill9();
+    cluster.up();
+    restored::wait_windows(&mut agent, &TENANTS);
+    assert!(agent.log().contains("has forgotten the marker of a base"), "{}", agent.log());
+    assert_eq!(agent.stop(), Some(0), "{}", agent.log());
 }
 
 /// What a role's and a database's settings can do to how values look, to what a session may and to how long it may.

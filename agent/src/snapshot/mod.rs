@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod fulls;
 mod job;
 pub mod large;
+mod marker;
 pub mod plan;
 pub mod progress;
 pub mod read;
@@ -25,7 +26,7 @@ use crate::run::AgentContext;
 use crate::ship::Durable;
 use crate::snapshot::plan::Seen;
 use crate::snapshot::progress::{BaseProgress, Phase};
-use crate::sql::{self, SqlClient, SqlContext};
+use crate::sql::{self, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, Relation, TenantKind};
 use std::collections::BTreeSet;
@@ -58,6 +59,10 @@ pub struct BaseTaker {
     progress: Arc<BaseProgress>,
     /// Something in the log asked for a base since the registry was last looked at.
     asked: bool,
+    /// Gaps and promotions that were taken note of.
+    breaks: u64,
+    /// After the last of them some table may still lack a base.
+    is_broken: bool,
     /// Definitions changed after the newest dump of them; the agent may have been away when they did.
     new_definitions: bool,
     /// Where they changed last, as far as this process knows.
@@ -81,11 +86,13 @@ impl BaseTaker {
         let durable = ctx.durable.subscribe();
         tokio::spawn(async move {
             let taker = Self {
+                progress: ctx.status.bases.clone(),
                 ctx,
                 durable,
                 seen: Seen::default(),
-                progress: Arc::default(),
                 asked: false,
+                breaks: 0,
+                is_broken: false,
                 new_definitions: true,
                 definitions_at: None,
                 definitions_after: Instant::now(),
@@ -105,6 +112,7 @@ impl BaseTaker {
             if self.ctx.is_stopping() {
                 return Ok(());
             }
+            let breaks = self.breaks;
             let taken = match self.take_missing().await {
                 Ok(true) if self.new_definitions => self.record_definitions().await.map(|()| true),
                 r => r,
@@ -120,6 +128,10 @@ impl BaseTaker {
             let wait = match taken {
                 Ok(true) => {
                     self.ctx.alarms.clear(alarms::BASE_FAILED, &self.ctx.source);
+                    if self.is_broken && self.breaks == breaks {
+                        self.is_broken = false;
+                        self.ctx.alarms.clear(alarms::GAP, &self.ctx.source);
+                    }
                     pause = RETRY.0;
                     RECHECK
                 }
@@ -152,6 +164,7 @@ impl BaseTaker {
             self.seen.record(r, unresolved);
             self.note_full(r);
         }
+        self.note_break();
         Ok(())
     }
 
@@ -215,9 +228,18 @@ impl BaseTaker {
         if !self.seen.record(&d.record, self.unresolved()) {
             self.read_log().await?;
         }
-        self.asked |= matches!(d.record.body, Body::Gap { .. } | Body::Timeline { .. });
+        self.note_break();
         self.markers(&d);
         Ok(Some(d))
+    }
+
+    /// After a gap or a promotion everything is due, and the positions of before say nothing.
+    fn note_break(&mut self) {
+        if self.breaks != self.seen.breaks() {
+            self.breaks = self.seen.breaks();
+            self.is_broken = true;
+            (self.asked, self.new_definitions, self.definitions_at) = (true, true, None);
+        }
     }
 
     /// Takes in the markers of a record. (That a rewrite changes the table's registration is what survives a restart; the
@@ -318,26 +340,6 @@ impl BaseTaker {
             self.ctx.alarms.raise(alarms::BASE_FAILED, &self.ctx.source, message);
         }
         Ok(failed.is_empty())
-    }
-
-    /// Writes a marker and waits until the stream has delivered it. Returns where its transaction ends.
-    async fn wait_for_marker(&mut self, session: &SqlClient) -> Result<Lsn> {
-        let mut id = job::mark(session).await?;
-        loop {
-            let ctx = self.ctx.clone();
-            let d = tokio::select! {
-                d = self.durable.recv() => d,
-                () = ctx.stopped() => return Err(Error::other("the agent is stopping").code("stopping")),
-            };
-            let Some(d) = self.take_in(d).await? else {
-                // The marker may have been among what was not heard.
-                id = job::mark(session).await?;
-                continue;
-            };
-            if let Some(m) = d.markers.iter().find(|m| m.kind == "base" && m.payload == id) {
-                return Ok(m.end_lsn);
-            }
-        }
     }
 
     /// A record of the definitions alone: they changed, and no base was due. Its position is the end of the DDL's
@@ -543,6 +545,7 @@ impl BaseTaker {
                     if !self.seen.record(&d.record, self.unresolved()) {
                         return Err(again("records of the log were not heard of"));
                     }
+                    self.note_break();
                     self.markers(&d);
                 }
                 Err(TryRecvError::Empty) => return Ok(()),
