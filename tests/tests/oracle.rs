@@ -4,8 +4,9 @@
 //! or so beside the workload, and a point is there for as long as `coffer list` promises it.
 //!
 //! `COFFER_TEST_CASES` (default 6) cases per version, with the seeds 1 and up; `SEED` repeats one of them; with
-//! `COFFER_TEST_MINUTES` cases run until the time is over, from `SEED` on. The seed of each case is printed, and the script
-//! of one that fails is saved.
+//! `COFFER_TEST_MINUTES` cases run until the time is over, from `SEED` on, and every point is compared for everybody, in a
+//! database, too (`COFFER_TEST_THOROUGH=1`: without the minutes). The seed of each case is printed, and the script of one
+//! that fails is saved.
 
 mod compare;
 mod life;
@@ -38,6 +39,11 @@ on_majors! {
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+/// Whether every point is compared, and not a sample.
+fn is_thorough() -> bool {
+    ["COFFER_TEST_MINUTES", "COFFER_TEST_THOROUGH"].iter().any(|v| number(v).is_some_and(|n| n > 0))
 }
 
 fn random(major: u32) {

@@ -1,6 +1,6 @@
 //! Random statements that change rows.
 
-use super::values::{Kind, Value, literal};
+use super::values::{Kind, Value, literal, text_of};
 use super::{Column, Model, Owner, Role, Table};
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, IteratorRandom};
@@ -66,20 +66,13 @@ impl Model {
         format!("({})", values.join(", "))
     }
 
-    fn value_of(&self, rng: &mut StdRng, kind: Kind) -> Value {
-        if kind == Kind::Mood && rng.random_bool(0.9) {
-            return Value::Text(self.moods.choose(rng).expect("labels").clone());
-        }
-        if kind == Kind::Mood { Value::Null } else { kind.value(rng) }
-    }
-
     fn value(&self, rng: &mut StdRng, t: &Table, c: &Column, link: u32) -> String {
         match c.role {
-            Role::Key => c.kind.key(rng.random_range(0..KEYS)).sql(c.kind),
+            Role::Key => self.key(c.kind, rng.random_range(0..KEYS)).sql(c.kind),
             Role::Tenant => self.tenant_value(rng, c),
             Role::Link => match self.parent_column(t, c.id) {
                 Some(column) => column.replace("{n}", &link.to_string()),
-                None => c.kind.key(rng.random_range(0..KEYS)).sql(c.kind),
+                None => self.key(c.kind, rng.random_range(0..KEYS)).sql(c.kind),
             },
             _ => self.value_of(rng, c.kind).sql(c.kind),
         }
@@ -146,7 +139,9 @@ impl Model {
         let modulus = rng.random_range(2..7);
         let part = format!("(hashtext(t::text) & 1023) % {modulus} = {}", rng.random_range(0..modulus));
         match (t.tenant(), rng.random_range(0..3)) {
-            (Some(c), 0) => format!("t.{}::text = {} AND {part}", c.name(), literal(&self.tenant(rng))),
+            (Some(c), 0) => {
+                format!("{} = {} AND {part}", text_of(&format!("t.{}", c.name())), literal(&self.tenant(rng)))
+            }
             _ => part,
         }
     }
@@ -168,12 +163,12 @@ impl Model {
     fn update_key(&self, rng: &mut StdRng, t: &Table) -> String {
         let keys: Vec<_> = t.key.iter().map(|k| t.column(*k)).filter(|c| c.role == Role::Key).collect();
         let Some(c) = keys.choose(rng) else { return self.move_rows(rng, t) };
-        let (name, to) = (c.name(), c.kind.key(rng.random_range(0..KEYS)).sql(c.kind));
+        let (name, to) = (c.name(), self.key(c.kind, rng.random_range(0..KEYS)).sql(c.kind));
         if matches!(c.kind, Kind::Int | Kind::Big) && rng.random_bool(0.6) {
             let by = rng.random_range(-20..20);
             return format!("UPDATE {} t SET {name} = {name} + {by} WHERE {}", t.name(), self.some(rng, t));
         }
-        let from = c.kind.key(rng.random_range(0..KEYS)).sql(c.kind);
+        let from = self.key(c.kind, rng.random_range(0..KEYS)).sql(c.kind);
         format!("UPDATE {} t SET {name} = {to} WHERE {name} = {from}", t.name())
     }
 
@@ -229,9 +224,9 @@ impl Model {
             let fields: Vec<_> = columns
                 .iter()
                 .map(|c| match c.role {
-                    Role::Key => c.kind.key(rng.random_range(0..KEYS)).copy(),
+                    Role::Key => self.key(c.kind, rng.random_range(0..KEYS)).copy(),
                     Role::Tenant => Value::Text(self.tenant(rng)).copy(),
-                    Role::Link => c.kind.key(rng.random_range(0..KEYS)).copy(),
+                    Role::Link => self.key(c.kind, rng.random_range(0..KEYS)).copy(),
                     _ => self.value_of(rng, c.kind).copy(),
                 })
                 .collect();

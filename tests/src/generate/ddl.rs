@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
 /// Every kind of change.
-pub const KINDS: [&str; 19] = [
+pub const KINDS: [&str; 34] = [
     "add a column",
     "drop a column",
     "rename a column",
@@ -29,6 +29,21 @@ pub const KINDS: [&str; 19] = [
     "rename the tenant column",
     "vacuum",
     "reindex",
+    "make an index",
+    "drop an index",
+    "make a check",
+    "drop a check",
+    "make a unique constraint",
+    "drop a unique constraint",
+    "make a trigger",
+    "drop a trigger",
+    "make a policy",
+    "drop a policy",
+    "rename a definition",
+    "set a default",
+    "comment",
+    "change a composite",
+    "change a domain",
 ];
 
 /// A change of the schema.
@@ -48,7 +63,7 @@ impl Model {
         let id = *ids.choose(rng)?;
         let mut after = self.clone();
         after.version += 1;
-        let (kind, sql) = match rng.random_range(0..22) {
+        let (kind, sql) = match rng.random_range(0..36) {
             0..3 => ("add a column", after.add_column(rng, id)?),
             3 => ("drop a column", after.drop_column(rng, id)?),
             4 => ("rename a column", after.rename_column(rng, id)?),
@@ -70,6 +85,13 @@ impl Model {
             18 => ("set the schema", after.set_schema(rng, id)?),
             19 => ("rename the tenant column", after.rename_tenant(id)?),
             20 => ("drop a partition", after.drop_partition(rng, id)?),
+            21..25 => after.make_definition(rng, id)?,
+            25..28 => after.drop_definition(rng, id)?,
+            28 => ("rename a definition", after.rename_definition(rng, id)?),
+            29 => ("set a default", after.set_default(rng, id)?),
+            30 => ("comment", after.comment(rng, id)?),
+            31 => ("change a composite", after.change_composite(rng)?),
+            32..34 => ("change a domain", after.change_domain(rng)?),
             _ => {
                 let (kind, how) = *[("vacuum", "VACUUM FULL"), ("reindex", "REINDEX TABLE")].choose(rng)?;
                 (kind, vec![format!("{how} {}", self.tables[&id].name())])
@@ -85,8 +107,18 @@ impl Model {
 
     fn add_column(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
         let mut t = self.altered(id)?.clone();
-        let (kind, role, more, missing) = match rng.random_range(0..6) {
+        let (kind, role, more, missing) = match rng.random_range(0..8) {
             0..2 => (Kind::payload(rng), Role::Payload, "", Some("\\N")),
+            6 => *[
+                (Kind::Char, Role::Payload, "DEFAULT 'x'", Some("x           ")),
+                (Kind::Interval, Role::Payload, "DEFAULT '1 mon -1 day'", Some("1 mon -1 days")),
+                (Kind::Scaled, Role::Payload, "DEFAULT 1.5 NOT NULL", Some("1.50")),
+                (Kind::Inet, Role::Payload, "DEFAULT '10.0.0.1'", Some("10.0.0.1")),
+                (Kind::Float, Role::Payload, "DEFAULT '-0'", Some("-0")),
+                (Kind::Numerics, Role::Payload, "DEFAULT '[0:1]={1.0,NULL}'", Some("[0:1]={1.0,NULL}")),
+                (Kind::Short, Role::Payload, "DEFAULT 'd'", Some("d")),
+            ]
+            .choose(rng)?,
             2 => (Kind::Int, Role::Payload, "DEFAULT 7", Some("7")),
             3 => (Kind::Text, Role::Payload, "DEFAULT E'a\\tb' NOT NULL", Some("a\\tb")),
             // These rewrite the table.
@@ -202,6 +234,7 @@ impl Model {
             names: vec![leaf.name],
             partition_by: leaf.partition_by,
             leaves: below,
+            extras: Vec::new(),
             home: Some(Home { table: id, under: leaf.under, bounds: leaf.bounds }),
             ..t.clone()
         };
@@ -256,14 +289,22 @@ impl Model {
         let able = |c: &super::Column| match (c.kind, c.role) {
             (Kind::Int, Role::Payload | Role::Key) => Some(Kind::Big),
             (Kind::Big, Role::Payload) => Some(Kind::Numeric),
-            (Kind::Date | Kind::Mood | Kind::Ints | Kind::Jsonb, Role::Payload) => Some(Kind::Text),
+            (Kind::Date | Kind::Mood | Kind::Ints | Kind::Jsonb | Kind::Char | Kind::Pair, Role::Payload) => {
+                Some(Kind::Text)
+            }
+            // No row is written anew.
+            (Kind::Varchar | Kind::Short, Role::Payload | Role::Key) => Some(Kind::Text),
+            (Kind::Scaled, Role::Payload) => Some(Kind::Numeric),
+            (Kind::Cidr, Role::Payload) => Some(Kind::Inet),
             _ => None,
         };
         let able: Vec<_> = t.columns.iter().filter_map(|c| Some((c.id, able(c)?))).collect();
         let (c, kind) = *able.choose(rng)?;
-        t.column_mut(c).kind = kind;
-        // All rows are written anew.
-        t.columns.iter_mut().for_each(|c| c.missing = None);
+        let was = std::mem::replace(&mut t.column_mut(c).kind, kind);
+        if !matches!(was, Kind::Varchar | Kind::Short | Kind::Scaled | Kind::Cidr) {
+            // All rows are written anew.
+            t.columns.iter_mut().for_each(|c| c.missing = None);
+        }
         let name = t.column(c).name();
         Some(vec![format!("ALTER TABLE {} ALTER {name} TYPE {} USING {name}::{}", t.name(), kind.sql(), kind.sql())])
     }
@@ -370,5 +411,91 @@ impl Model {
             format!("SELECT coffer.remove_table({name}::regclass)"),
             format!("SELECT coffer.add_table({name}::regclass{again})"),
         ])
+    }
+
+    fn make_definition(&mut self, rng: &mut StdRng, id: usize) -> Option<(&'static str, Vec<String>)> {
+        let mut t = self.altered(id)?.clone();
+        let sql = self.make_extra(rng, &mut t)?;
+        let [made, _] = t.extras.last()?.sort.changes();
+        self.tables.insert(id, t);
+        Some((made, sql))
+    }
+
+    fn drop_definition(&mut self, rng: &mut StdRng, id: usize) -> Option<(&'static str, Vec<String>)> {
+        let t = self.altered(id).filter(|t| !t.extras.is_empty())?;
+        let extra = t.extras.remove(rng.random_range(0..t.extras.len()));
+        let [_, dropped] = extra.sort.changes();
+        Some((dropped, vec![extra.statement("DROP", t, "")]))
+    }
+
+    fn rename_definition(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let new = self.new_name("y");
+        let t = self.altered(id).filter(|t| !t.extras.is_empty())?;
+        let n = rng.random_range(0..t.extras.len());
+        let sql = t.extras[n].statement("ALTER", t, &format!("RENAME TO {}", coffer_wire::quote_ident(&new)));
+        t.extras[n].name = new;
+        Some(vec![sql])
+    }
+
+    /// What a column has when nothing is said, or whether it may be empty.
+    fn set_default(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id)?.clone();
+        let payload: Vec<_> = t.columns.iter().filter(|c| c.role == Role::Payload).collect();
+        let c = payload.choose(rng)?;
+        let what = match rng.random_range(0..5) {
+            0 => "DROP DEFAULT".to_owned(),
+            1 => "SET NOT NULL".to_owned(),
+            2 => "DROP NOT NULL".to_owned(),
+            _ => format!("SET DEFAULT {}", self.value_of(rng, c.kind).sql(c.kind)),
+        };
+        Some(vec![format!("ALTER TABLE {} ALTER {} {what}", t.name(), c.name())])
+    }
+
+    fn comment(&mut self, rng: &mut StdRng, id: usize) -> Option<Vec<String>> {
+        let t = self.altered(id)?;
+        let what = match (t.columns.choose(rng), t.extras.choose(rng)) {
+            (_, Some(e)) if rng.random_bool(0.3) => e.statement("COMMENT ON", t, ""),
+            (Some(c), _) if rng.random_bool(0.5) => format!("COMMENT ON COLUMN {}.{}", t.name(), c.name()),
+            _ => format!("COMMENT ON TABLE {}", t.name()),
+        };
+        let text = *["'a word'", "'it''s \u{fc}ber'", "NULL"].choose(rng)?;
+        Some(vec![format!("{what} IS {text}")])
+    }
+
+    /// Every row that has one shows it at once.
+    fn change_composite(&mut self, rng: &mut StdRng) -> Option<Vec<String>> {
+        let new = self.new_name("a");
+        let quoted = coffer_wire::quote_ident(&new);
+        let place = rng.random_range(0..self.pair.len());
+        let old = coffer_wire::quote_ident(&self.pair[place].0);
+        let what = match rng.random_range(0..3) {
+            0 if self.pair.len() > 1 => {
+                self.pair.remove(place);
+                format!("DROP ATTRIBUTE {old}")
+            }
+            1 => {
+                self.pair[place].0 = new;
+                format!("RENAME ATTRIBUTE {old} TO {quoted}")
+            }
+            _ => {
+                let kind = *[Kind::Int, Kind::Text].choose(rng)?;
+                self.pair.push((new, kind));
+                format!("ADD ATTRIBUTE {quoted} {}", kind.sql())
+            }
+        };
+        Some(vec![format!("ALTER TYPE public.pair {what}")])
+    }
+
+    /// What its values may be: rows that come after it may be none that were allowed before, and the other way round.
+    fn change_domain(&mut self, rng: &mut StdRng) -> Option<Vec<String>> {
+        let new = self.new_name("v");
+        if self.checks.is_empty() || self.checks.len() < 3 && rng.random_bool(0.5) {
+            let not = *["^plain", "^NULL", "^quo", "0$", "7$"].choose(rng)?;
+            let sql = format!("ADD CONSTRAINT {} CHECK (VALUE !~ {})", coffer_wire::quote_ident(&new), literal(not));
+            self.checks.push(new);
+            return Some(vec![format!("ALTER DOMAIN public.short {sql}")]);
+        }
+        let gone = self.checks.remove(rng.random_range(0..self.checks.len()));
+        Some(vec![format!("ALTER DOMAIN public.short DROP CONSTRAINT {}", coffer_wire::quote_ident(&gone))])
     }
 }

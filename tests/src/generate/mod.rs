@@ -7,14 +7,19 @@
 pub mod catalogs;
 pub mod changes;
 pub mod ddl;
+pub mod extras;
 pub mod observed;
 pub mod schema;
 pub mod sessions;
 pub mod values;
 
 use coffer_wire::quote_ident;
+use extras::Extra;
+use rand::RngExt;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
 use std::collections::BTreeMap;
-use values::{Kind, literal};
+use values::{Kind, Value, literal, quoted, text_of};
 
 /// What a column is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +131,8 @@ pub struct Table {
     pub constraints: Vec<String>,
     /// Statements that make it what it is, after CREATE TABLE.
     pub after: Vec<String>,
+    /// Beside columns and keys.
+    pub extras: Vec<Extra>,
 }
 
 impl Table {
@@ -172,6 +179,10 @@ pub struct Model {
     pub tenants: Vec<String>,
     /// The labels of the type `mood`.
     pub moods: Vec<String>,
+    /// The attributes of the type `pair`: numbers, or texts.
+    pub pair: Vec<(String, Kind)>,
+    /// The constraints of the domain `short`.
+    pub checks: Vec<String>,
     pub tables: BTreeMap<usize, Table>,
     /// How often the schema was changed.
     pub version: usize,
@@ -202,7 +213,7 @@ impl Model {
     pub fn owner_expression(&self, table: usize, row: &str) -> String {
         let t = &self.tables[&table];
         match &t.owner {
-            Owner::Column(c) | Owner::Claim(c) => format!("{row}.{}::text", t.column(*c).name()),
+            Owner::Column(c) | Owner::Claim(c) => text_of(&format!("{row}.{}", t.column(*c).name())),
             Owner::Schema(tenant) => format!("{}::text", literal(tenant)),
             Owner::Shared => "NULL::text".into(),
             Owner::Parent { table, pairs } => {
@@ -216,6 +227,35 @@ impl Model {
                 let whose = self.owner_expression(*table, &up);
                 format!("(SELECT {whose} FROM {} {up} WHERE {})", parent.from(), on.join(" AND "))
             }
+        }
+    }
+
+    /// The `n`-th of the keys of a kind.
+    pub fn key(&self, kind: Kind, n: u32) -> Value {
+        match kind {
+            Kind::Mood => Value::Text(self.moods[n as usize % self.moods.len()].clone()),
+            _ => kind.key(n),
+        }
+    }
+
+    /// A value, now and then NULL.
+    pub fn value_of(&self, rng: &mut StdRng, kind: Kind) -> Value {
+        match kind {
+            Kind::Mood | Kind::Pair if rng.random_bool(0.1) => Value::Null,
+            Kind::Mood => Value::Text(self.moods.choose(rng).expect("labels").clone()),
+            Kind::Pair => {
+                let parts: Vec<String> = self
+                    .pair
+                    .iter()
+                    .map(|(_, kind)| match kind.value(rng) {
+                        Value::Text(t) if *kind == Kind::Text => quoted(&t),
+                        Value::Text(t) => t,
+                        _ => String::new(),
+                    })
+                    .collect();
+                Value::Text(format!("({})", parts.join(",")))
+            }
+            _ => kind.value(rng),
         }
     }
 

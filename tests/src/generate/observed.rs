@@ -1,7 +1,7 @@
 //! What every tenant has at a point, as COPY writes it, and how a restore differs from it.
 
 use super::values::copy_escaped;
-use super::{Model, Owner, Role};
+use super::{Model, Owner, Role, catalogs};
 use crate::restored::Out;
 use coffer_wire::{Lsn, quote_ident};
 use futures::TryStreamExt;
@@ -64,6 +64,9 @@ pub struct Truth {
     pub between: (Lsn, Lsn),
     pub taken: Instant,
     tables: BTreeMap<usize, Observed>,
+    /// The tables whose definitions count, and what they are.
+    defined: Vec<String>,
+    definitions: Vec<String>,
 }
 
 /// A table that a restore made somewhere else than where it was.
@@ -123,8 +126,17 @@ pub async fn observe(db: &Client, model: &Model, name: &str) -> Result<Truth, to
         };
         tables.insert(t.id, observed);
     }
-    let between = (Lsn::ZERO, Lsn::ZERO);
-    Ok(Truth { name: name.to_owned(), version: model.version, promised: false, between, taken: Instant::now(), tables })
+    let defined = model.defined();
+    Ok(Truth {
+        name: name.to_owned(),
+        version: model.version,
+        promised: false,
+        between: (Lsn::ZERO, Lsn::ZERO),
+        taken: Instant::now(),
+        tables,
+        definitions: catalogs::definitions(db, &defined).await?,
+        defined,
+    })
 }
 
 impl Observed {
@@ -206,10 +218,18 @@ impl Truth {
         wrong
     }
 
-    /// What differs in a database that a restore made for a tenant.
-    pub async fn against_database(&self, whose: &Whose, db: &Client) -> Vec<String> {
+    /// What differs in a database that a restore made for a tenant. `complete`: and said nothing of foreign keys that it
+    /// could not have.
+    pub async fn against_database(&self, whose: &Whose, db: &Client, complete: bool) -> Vec<String> {
         db.batch_execute(PINNED).await.expect("settings");
-        let mut wrong = Vec::new();
+        let lines = |all: &[String]| -> Vec<String> {
+            all.iter().filter(|l| complete || !l.contains(" FOREIGN KEY ")).cloned().collect()
+        };
+        let have = catalogs::definitions(db, &self.defined).await.expect("the catalogs");
+        let mut wrong: Vec<_> =
+            catalogs::differ(&format!("{} for {whose:?}", self.name), &lines(&have), &lines(&self.definitions))
+                .into_iter()
+                .collect();
         for t in self.tables.values() {
             let names: Vec<_> = t.columns.iter().map(|c| quote_ident(c.names.last().expect("a name"))).collect();
             match copy_out(db, &format!("SELECT {} FROM {}", names.join(", "), t.from)).await {

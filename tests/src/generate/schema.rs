@@ -53,28 +53,72 @@ const SHAPES: [Shape; 20] = [
     Shape::Unlogged,
 ];
 
-const KEYS: [Kind; 6] = [Kind::Int, Kind::Int, Kind::Int, Kind::Big, Kind::Text, Kind::Uuid];
-const TENANTS: [[&str; 4]; 3] = [
-    ["1", "2", "3", "40"],
-    ["acme", "o'neil & söhne", "a b\\c", "%"],
-    [
-        "00000000-0000-4000-8000-00000000000a",
-        "00000000-0000-4000-8000-00000000000b",
-        "00000000-0000-4000-8000-00000000000c",
-        "00000000-0000-4000-8000-00000000000d",
-    ],
+/// Integers more often than the rest: what only integers can do is done often enough.
+const KEYS: [Kind; 28] = [
+    Kind::Int,
+    Kind::Int,
+    Kind::Int,
+    Kind::Int,
+    Kind::Int,
+    Kind::Int,
+    Kind::Int,
+    Kind::Int,
+    Kind::Big,
+    Kind::Big,
+    Kind::Text,
+    Kind::Text,
+    Kind::Uuid,
+    Kind::Uuid,
+    Kind::Varchar,
+    Kind::Char,
+    Kind::Short,
+    Kind::Count,
+    Kind::Numeric,
+    Kind::Scaled,
+    Kind::Float,
+    Kind::Interval,
+    Kind::Inet,
+    Kind::Date,
+    Kind::Timestamptz,
+    Kind::Bytea,
+    Kind::Bits,
+    Kind::Mood,
+];
+
+/// Types of tenant columns, and four tenants each, as the type's output function writes them. Of two that are equal in a
+/// type, one is in no partition of its own.
+const TENANTS: [(Kind, [&str; 4]); 9] = [
+    (Kind::Int, ["1", "2", "3", "40"]),
+    (Kind::Text, ["acme", "o'neil & söhne", "a b\\c", "%"]),
+    (
+        Kind::Uuid,
+        [
+            "00000000-0000-4000-8000-00000000000a",
+            "00000000-0000-4000-8000-00000000000b",
+            "00000000-0000-4000-8000-00000000000c",
+            "00000000-0000-4000-8000-00000000000d",
+        ],
+    ),
+    (Kind::Varchar, ["acme", "o'neil", "a b\\c", "%"]),
+    (Kind::Char, ["acme        ", "o'neil      ", "a b\\c       ", "%           "]),
+    (Kind::Short, ["acme", "o'neil", "a b\\c", "%"]),
+    (Kind::Inet, ["10.0.0.1", "10.0.0.0/8", "::1", "fe80::/64"]),
+    (Kind::Numeric, ["1.5", "2", "30", "1.50"]),
+    (Kind::Date, ["2024-02-29", "infinity", "0044-03-15 BC", "1999-12-31"]),
 ];
 
 impl Model {
     /// Draws tenants and three to eight tables.
     pub fn generate(rng: &mut StdRng, major: u32) -> Self {
-        let kinds = [Kind::Int, Kind::Text, Kind::Uuid];
-        let n = rng.random_range(0..3);
+        let n = if rng.random_bool(0.4) { rng.random_range(0..3) } else { rng.random_range(0..TENANTS.len()) };
+        let (tenant_kind, tenants) = TENANTS[n];
         let mut model = Self {
             major,
-            tenant_kind: kinds[n],
-            tenants: TENANTS[n].map(str::to_owned).to_vec(),
+            tenant_kind,
+            tenants: tenants.map(str::to_owned).to_vec(),
             moods: MOODS.map(str::to_owned).to_vec(),
+            pair: vec![("a".to_owned(), Kind::Int), ("b".to_owned(), Kind::Text)],
+            checks: vec!["is_short".to_owned()],
             tables: Default::default(),
             version: 0,
             serial: 0,
@@ -91,7 +135,16 @@ impl Model {
     /// The script that makes its types, schemas and tables.
     pub fn script(&self) -> String {
         let labels: Vec<_> = self.moods.iter().map(|m| literal(m)).collect();
-        let mut sql = format!("CREATE TYPE public.mood AS ENUM ({});\n", labels.join(", "));
+        let pair: Vec<_> = self.pair.iter().map(|(name, kind)| format!("{name} {}", kind.sql())).collect();
+        let mut sql = format!(
+            "CREATE TYPE public.mood AS ENUM ({});\nCREATE TYPE public.pair AS ({});\n\
+             CREATE DOMAIN public.short AS text CONSTRAINT is_short CHECK (length(VALUE) <= 20);\n\
+             CREATE DOMAIN public.count AS int DEFAULT 3 CHECK (VALUE > -1000);\n\
+             CREATE FUNCTION public.pass() RETURNS trigger LANGUAGE plpgsql AS \
+             'BEGIN IF TG_OP = ''DELETE'' THEN RETURN OLD; END IF; RETURN NEW; END';\n",
+            labels.join(", "),
+            pair.join(", ")
+        );
         for t in self.tables.values() {
             sql.push_str(&t.script());
         }
@@ -116,6 +169,7 @@ impl Model {
             home: None,
             constraints: Vec::new(),
             after: Vec::new(),
+            extras: Vec::new(),
         };
         match shape {
             Shape::Child => self.child(rng, &mut t),
@@ -136,6 +190,11 @@ impl Model {
         }
         if rng.random_bool(0.2) && !t.is_partitioned() && !t.inherits {
             t.columns.rotate_left(1);
+        }
+        for _ in 0..rng.random_range(0..3) {
+            if let Some(statements) = self.make_extra(rng, &mut t) {
+                t.after.extend(statements);
+            }
         }
         self.tables.insert(id, t);
         id
@@ -209,7 +268,7 @@ impl Model {
     }
 
     fn child(&mut self, rng: &mut StdRng, t: &mut Table) {
-        let parents = self.parents(|_| true);
+        let parents = self.parents(|t| t.key.iter().all(|k| t.column(*k).kind.is_exact()));
         let Some(parent) = parents.choose(rng).copied() else { return self.with_tenant(rng, t, Shape::Keyless) };
         let by_parent = rng.random_bool(0.3);
         let ranged = !by_parent && rng.random_bool(0.2);
@@ -300,6 +359,9 @@ impl Model {
         for _ in 0..rng.random_range(1..4) {
             let kind = Kind::payload(rng);
             let id = self.column(t, kind, Role::Payload, false);
+            if rng.random_bool(0.15) {
+                t.column_mut(id).more = format!("DEFAULT {}", self.value_of(rng, kind).sql(kind));
+            }
             if kind == Kind::Outside {
                 t.after.push(format!("ALTER TABLE {} ALTER {} SET STORAGE EXTERNAL", t.name(), t.column(id).name()));
             }

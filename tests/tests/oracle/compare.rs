@@ -67,12 +67,18 @@ impl Case<'_> {
         let last = truths.len() - 1;
         for (n, truth) in truths.into_iter().enumerate() {
             for whose in self.everyone() {
-                // All at the last point; of the others a sample, for a case to stay short.
-                if n < last && self.rng.random_bool(0.4) {
+                // All at the last point; of the others a sample, for a case to stay short, unless it need not.
+                let left_out = n < last && self.rng.random_bool(0.4);
+                if left_out && !super::is_thorough() {
                     continue;
                 }
-                let database = matches!(whose, Whose::Tenant(_)) && self.rng.random_bool(0.15);
+                let tenant = matches!(whose, Whose::Tenant(_));
+                // What a seed makes next is the same either way.
+                let database = !left_out && tenant && self.rng.random_bool(0.15);
                 wrong.extend(self.elsewhere(&truth, &whose, database, WAIT).await);
+                if super::is_thorough() && tenant && !database {
+                    wrong.extend(self.in_database(&truth, &whose, WAIT).await);
+                }
             }
             self.truths.push(truth);
         }
@@ -117,10 +123,10 @@ impl Case<'_> {
             let before = self.look().await;
             let result = self.restore(truth, whose, ("in-place", &self.cluster.url("postgres", &self.db)), WAIT);
             let now = self.look().await;
-            self.script.say(format!("-- {whose:?} in place to {}: {result:?}", truth.name));
+            self.script.say(format!("-- {whose:?} in place to {}: {:?}", truth.name, result.as_ref().err()));
             let mut wrong = Vec::new();
             match &result {
-                Ok(()) => {
+                Ok(_) => {
                     done = true;
                     self.tally.in_place += 1;
                     wrong.extend(self.was_promised(truth, whose));
@@ -171,14 +177,14 @@ impl Case<'_> {
         whose: &Whose,
         (mode, target): (&str, &str),
         wait: &str,
-    ) -> Result<(), (i32, String)> {
+    ) -> Result<Value, (i32, String)> {
         let [flag, key] = whose.args();
         let to = format!("name:{}", truth.name);
         let which = ["--json", "restore", flag, key, "--to", &to, "--mode", mode, "--target", target];
         let out = self.agent.coffer(&[&which[..], &["--wait", wait, "--confirm"]].concat());
         self.tally.restores += 1;
         match out.status.code() {
-            Some(0) => Ok(()),
+            Some(0) => Ok(serde_json::from_slice(&out.stdout).expect("JSON")),
             code => Err((code.unwrap_or(-1), String::from_utf8_lossy(&out.stdout).into_owned())),
         }
     }
@@ -221,7 +227,7 @@ impl Case<'_> {
     fn in_files(&mut self, truth: &Truth, whose: &Whose, wait: &str) -> Vec<String> {
         let out = Out::new();
         match self.restore(truth, whose, ("files", out.arg()), wait) {
-            Ok(()) => {
+            Ok(_) => {
                 self.tally.files += 1;
                 let wrong = truth.against_files(whose, &out);
                 self.was_promised(truth, whose).into_iter().chain(wrong).collect()
@@ -233,7 +239,7 @@ impl Case<'_> {
     async fn in_schema(&mut self, truth: &Truth, whose: &Whose, wait: &str) -> Vec<String> {
         let name = format!("copy {}", self.tally.restores);
         match self.restore(truth, whose, ("schema", &name), wait) {
-            Ok(()) => {
+            Ok(_) => {
                 self.tally.schema += 1;
                 let wrong = truth.against_schema(whose, &self.observer, &name).await;
                 self.cluster
@@ -248,9 +254,12 @@ impl Case<'_> {
         let name = format!("restored_{}_{}", self.seed, self.tally.restores);
         let made = Database::named(self.cluster, &name);
         match self.restore(truth, whose, ("database", &self.cluster.url("postgres", &name)), wait) {
-            Ok(()) => {
+            Ok(done) => {
                 self.tally.database += 1;
-                let wrong = truth.against_database(whose, &made.connect().await).await;
+                let mut warned = done["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str);
+                let complete = !warned.any(|w| w.starts_with("foreign key"));
+                self.tally.with_keys += usize::from(complete);
+                let wrong = truth.against_database(whose, &made.connect().await, complete).await;
                 self.was_promised(truth, whose).into_iter().chain(wrong).collect()
             }
             // Rather none than one of another moment's shape; it says that files will do, and so they must.

@@ -17,6 +17,8 @@ pub struct Tally {
     /// Comparisons by mode; in place: restores, each of which is compared for everybody.
     pub files: usize,
     pub database: usize,
+    /// Of these, those with every foreign key.
+    pub with_keys: usize,
     pub schema: usize,
     pub in_place: usize,
     pub refused: usize,
@@ -51,6 +53,7 @@ impl Tally {
         self.restores += other.restores;
         self.files += other.files;
         self.database += other.database;
+        self.with_keys += other.with_keys;
         self.schema += other.schema;
         self.in_place += other.in_place;
         self.refused += other.refused;
@@ -77,6 +80,7 @@ impl Tally {
         let done = [
             ("compared in files", self.files),
             ("compared in a database", self.database),
+            ("compared with all foreign keys", self.with_keys),
             ("compared in a schema", self.schema),
             ("restored in place", self.in_place),
             ("was lively", self.lively),
@@ -99,7 +103,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} points, {} rows, {} commits, {} statements failed, {} schema changes; {} restores: compared {} in files, \
-             {} in databases, {} in schemas, {} in place; refused {}, {} expired, {} in place, {} without definitions",
+             {} in databases ({} with all foreign keys), {} in schemas, {} in place; refused {}, {} expired, {} in place, {} without definitions",
             self.points,
             self.rows,
             self.committed,
@@ -108,6 +112,7 @@ impl fmt::Display for Tally {
             self.restores,
             self.files,
             self.database,
+            self.with_keys,
             self.schema,
             self.in_place,
             self.refused,
