@@ -274,15 +274,20 @@ AS $$
     FROM pg_class c WHERE c.oid = root
 $$;
 
+-- What the triggers' names end with on a partitioned table. A table that is attached as a partition, partitioned itself or
+-- not, may have triggers of its own, and gets clones of these before its own go: no two tables' are called alike.
+CREATE FUNCTION coffer._trigger_suffix(root oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT CASE c.relkind WHEN 'p' THEN format('_tree_%s', root) ELSE '' END FROM pg_class c WHERE c.oid = root $$;
+
 -- The triggers of a strategy, on the root: the server clones them to partitions, present and to come. ALWAYS: they also
 -- fire in sessions that replicate or restore. A tag's name sorts last, so that what the application's triggers do is in
--- the row; fill's sorts first. On a partitioned table the names differ from those on a plain one: else a covered table
--- could not be attached as a partition.
+-- the row; fill's sorts first.
 CREATE FUNCTION coffer._create_triggers(root oid, tenant name, strategy int2) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    suffix  text := CASE (SELECT relkind FROM pg_class WHERE oid = root) WHEN 'p' THEN '_tree' ELSE '' END;
+    suffix  text := coffer._trigger_suffix(root);
     moved   text := format('%s IS DISTINCT FROM %s', coffer._key_expression('OLD', root, tenant), coffer._key_expression('NEW', root, tenant));
     t       record;
 BEGIN
@@ -348,8 +353,8 @@ AS $$
                      FROM coffer._triggers(root) t WHERE t.relid = m.relid))
     FROM coffer._tree(root) m
     CROSS JOIN (SELECT CASE WHEN strategy IN (1, 3) THEN 2 WHEN strategy = 2 OR coffer._wants_fill(root, strategy) THEN 1 ELSE 0 END AS number,
-                       CASE strategy WHEN 1 THEN '^zzz_coffer_tag_(delete|move)(_tree)?$' WHEN 2 THEN '^zzz_coffer_path(_tree)?$'
-                                     WHEN 3 THEN '^(zzz|aaa)_coffer_session(_tree)?$' ELSE '^aaa_coffer_fill(_tree)?$' END AS names) w
+                       CASE strategy WHEN 1 THEN '^zzz_coffer_tag_(delete|move)(_tree_[0-9]+)?$' WHEN 2 THEN '^zzz_coffer_path(_tree_[0-9]+)?$'
+                                     WHEN 3 THEN '^(zzz|aaa)_coffer_session(_tree_[0-9]+)?$' ELSE '^aaa_coffer_fill(_tree_[0-9]+)?$' END AS names) w
     WHERE m.relkind IN ('r', 'p')
 $$;
 

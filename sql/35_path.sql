@@ -339,7 +339,7 @@ $$;
 CREATE FUNCTION coffer._parent_triggers(root oid) RETURNS TABLE (name name, what text, event text, condition text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT (v.name || CASE c.relkind WHEN 'p' THEN '_tree' ELSE '' END)::name, v.what, v.event,
+    SELECT (v.name || coffer._trigger_suffix(root))::name, v.what, v.event,
            CASE WHEN v.event LIKE '%UPDATE' THEN coffer._parent_condition(root) END
     FROM pg_class c
     CROSS JOIN (VALUES ('zzz_coffer_parent_begin', 'begin', 'BEFORE UPDATE'), ('zzz_coffer_parent_leaves', 'leaves', 'BEFORE DELETE'),

@@ -172,6 +172,32 @@ fn partitions_of_another_name(major: u32) {
     let coverage =
         "SELECT string_agg(concat(relation, covered, tenant_column), ' ' ORDER BY relation::text) FROM coffer.coverage";
     assert_eq!(cluster.psql("shop", coverage), "ttowner t_1towner");
+
+    // Partitioned partitions go and come back, with triggers of their own meanwhile: of the strategies and of a parent.
+    cluster.script(
+        "shop",
+        "CREATE TABLE u (id int, sub int, tenant int NOT NULL, v text, PRIMARY KEY (id, sub)) PARTITION BY RANGE (id);
+         CREATE TABLE u_1 PARTITION OF u FOR VALUES FROM (0) TO (10) PARTITION BY RANGE (sub);
+         CREATE TABLE u_11 PARTITION OF u_1 DEFAULT; CREATE TABLE u_2 PARTITION OF u DEFAULT;
+         CREATE TABLE w (tenant int, id int, sub int, v text, PRIMARY KEY (tenant, id, sub)) PARTITION BY RANGE (id);
+         CREATE TABLE w_1 PARTITION OF w FOR VALUES FROM (0) TO (10) PARTITION BY RANGE (sub);
+         CREATE TABLE w_11 PARTITION OF w_1 DEFAULT;
+         CREATE TABLE below (id int PRIMARY KEY, u int, sub int, FOREIGN KEY (u, sub) REFERENCES u);
+         SELECT coffer.discover('tenant', true);
+         ALTER TABLE u DETACH PARTITION u_1; ALTER TABLE w DETACH PARTITION w_1;
+         CREATE TABLE below_1 (id int PRIMARY KEY, u int, sub int, FOREIGN KEY (u, sub) REFERENCES u_1);",
+    );
+    let triggers =
+        "SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal AND tgname ~* 'coffer' AND tgrelid = 'u_11'::regclass";
+    assert_ne!(cluster.psql("shop", triggers), "0");
+    cluster.script(
+        "shop",
+        "DROP TABLE below_1; ALTER TABLE u ATTACH PARTITION u_1 FOR VALUES FROM (0) TO (10);
+         ALTER TABLE w ATTACH PARTITION w_1 FOR VALUES FROM (0) TO (10);",
+    );
+    assert_eq!(cluster.psql("shop", coverage), "belowt ttowner t_1towner uttenant wttenant");
+    let not_intact = "SELECT count(*) FROM coffer._findings('u'::regclass) UNION ALL SELECT count(*) FROM coffer._findings('w'::regclass)";
+    assert_eq!(cluster.psql("shop", not_intact), "0\n0");
 }
 
 /// A label of an enum that gets another name has it in the tables of a tenant's schema, too.

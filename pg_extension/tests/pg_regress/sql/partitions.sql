@@ -4,7 +4,7 @@ CREATE SCHEMA part;
 SET search_path = part;
 CREATE VIEW tree AS
 SELECT m.relid::regclass AS relation, c.relreplident AS ri, x.relname AS ri_index,
-       (SELECT string_agg(format('%s/%s', g.tgname, g.tgenabled), ' ' ORDER BY g.tgname) FROM pg_trigger g WHERE g.tgrelid = m.relid) AS triggers
+       (SELECT string_agg(format('%s/%s', regexp_replace(g.tgname, '_[0-9]+$', ''), g.tgenabled), ' ' ORDER BY g.tgname) FROM pg_trigger g WHERE g.tgrelid = m.relid) AS triggers
 FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisreplident LEFT JOIN pg_class x ON x.oid = i.indexrelid;
 

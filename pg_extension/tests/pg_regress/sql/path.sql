@@ -94,7 +94,7 @@ SELECT * FROM coffer.add_table('trees', parent => 'trees');
 SELECT * FROM coffer.remove_table('orgs');
 SELECT relation, strategy, reason FROM coffer.add_table('seen');
 SELECT regexp_replace(coffer._tenant_expression('notes'::regclass, 't'), '_[0-9]+', '_N', 'g');
-SELECT tgrelid::regclass, tgname, tgenabled FROM pg_trigger WHERE tgname ~* 'coffer' AND tgrelid::regclass::text !~ '\.' ORDER BY tgrelid::regclass::text COLLATE "C", 2;
+SELECT tgrelid::regclass, regexp_replace(tgname, '_[0-9]+$', '') AS tgname, tgenabled FROM pg_trigger WHERE tgname ~* 'coffer' AND tgrelid::regclass::text !~ '\.' ORDER BY tgrelid::regclass::text COLLATE "C", 2;
 SELECT count(*) FROM pg_create_logical_replication_slot('regress_path', 'pg_coffer');
 
 -- Rows at every depth.
@@ -419,7 +419,7 @@ ALTER TABLE seats ALTER tenant TYPE varchar(20) USING tenant || '!';
 DROP TABLE seats CASCADE;
 SELECT relation, covered, strategy FROM coffer.coverage WHERE relation = 'guests'::regclass;
 SELECT relation, strategy FROM coffer.remove_table('beds');
-SELECT tgname FROM pg_trigger WHERE tgrelid = 'zones'::regclass AND tgname ~* 'coffer' ORDER BY 1;
+SELECT regexp_replace(tgname, '_[0-9]+$', '') AS tgname FROM pg_trigger WHERE tgrelid = 'zones'::regclass AND tgname ~* 'coffer' ORDER BY 1;
 SELECT count(*) FROM pg_drop_replication_slot('regress_path');
 SET client_min_messages = warning;
 DROP SCHEMA pa CASCADE;
