@@ -18,10 +18,10 @@ use crate::lease::Lease;
 use crate::merge::{Holes, Image, RowSink, Scratch, TenantAt};
 use crate::opened::Opened;
 use crate::repository::{Body, Log};
-use crate::restore::Watch;
 use crate::restore::in_place::compare::{Comparison, CoveredTable, Pass, Staged, Target, TargetSink};
 use crate::restore::in_place::live::{self, LiveTable};
 use crate::restore::in_place::mapping::Mapping;
+use crate::restore::{Watch, line_to_compare};
 use crate::snapshot::catalog;
 use crate::snapshot::read::migration_waits;
 use crate::snapshot::visibility::PgSnapshot;
@@ -413,7 +413,7 @@ impl RowSink for Rows<'_> {
         self.1.check()?;
         match image.as_line() {
             Some(line) => self.0.row(key, line),
-            None => self.0.row(key, &image.to_line()?),
+            None => self.0.row(key, &line_to_compare(image)?),
         }
     }
 

@@ -128,20 +128,24 @@ fn a_row_beyond_what_copy_takes() {
             "shop",
             "CREATE DOMAIN scan AS bytea CHECK (octet_length(VALUE) > 0);
              CREATE TABLE docs (tenant int NOT NULL, id int GENERATED ALWAYS AS IDENTITY, note text, page scan, about jsonb,
-                nothing text, empty text NOT NULL, PRIMARY KEY (tenant, id));
-             ALTER TABLE docs ALTER page SET STORAGE EXTERNAL",
+                nothing text, empty text NOT NULL, code varchar(5), plan text, PRIMARY KEY (tenant, id));
+             ALTER TABLE docs ALTER page SET STORAGE EXTERNAL, ALTER plan SET STORAGE EXTERNAL",
         );
         cluster.psql("shop", "SELECT * FROM coffer.add_table('docs', 'tenant')");
         let small = "INSERT INTO docs (tenant, note, page, about, empty) VALUES (1, E'a\\tb', '\\x00', '{}', '')";
         cluster.psql("shop", small);
         let agent = start(&cluster, "1s", &["1".into()]);
-        // Above 1 GB as text, since each byte of a bytea takes two digits.
+        // Above 1 GB as text, since each byte of a bytea takes two digits; with the plan, above 1 GB as it is.
         cluster.psql(
             "shop",
             &format!(
                 "INSERT INTO docs (tenant, note, page, about, empty)
                  VALUES (1, repeat(E'\\\\ä\\t\\n', 500000), convert_to(repeat(md5('page'), {pieces}), 'UTF8'), '{{\"a\": [1, \"\\\"\"]}}', '')"
             ),
+        );
+        cluster.psql(
+            "shop",
+            &format!("UPDATE docs SET code = 'abcde', plan = repeat(md5('plan'), {pieces}) WHERE about <> '{{}}'"),
         );
         cluster.psql("shop", small);
         cluster.psql("shop", "SELECT coffer.restore_point('wide')");
@@ -153,7 +157,7 @@ fn a_row_beyond_what_copy_takes() {
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         println!("a row beyond COPY: restored in {:.1} s", begun.elapsed().as_secs_f64());
         assert_peak("a row beyond COPY, restore", peak);
-        let sum = "SELECT string_agg(concat_ws('|', id, md5(note), octet_length(page), md5(page), about, nothing, '<' || empty || '>'), ', ' ORDER BY id)
+        let sum = "SELECT string_agg(concat_ws('|', id, md5(note), octet_length(page), md5(page), about, nothing, '<' || empty || '>', code, md5(plan)), ', ' ORDER BY id)
                    FROM docs WHERE tenant = 1";
         let want = cluster.psql("shop", sum);
         assert!(want.contains(&(pieces * 32).to_string()), "{want}");

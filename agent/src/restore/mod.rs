@@ -26,3 +26,4 @@ mod wide;
 pub use request::{Means, Mode, Place, Report, Request, TableReport};
 pub use run::run;
 pub use sink::{Counts, Selected, Selection, TableRows, Watch};
+pub(crate) use wide::line_to_compare;

@@ -14,6 +14,7 @@ use super::rename::Rename;
 use super::request::{Means, Mode, Place, Report, Request, TableReport};
 use super::side::{self, SideBySide};
 use super::sink::{Counts, Filter, Selected, Selection, Watch};
+use super::wide::line_to_compare;
 use crate::accounts::Roles;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
@@ -108,6 +109,7 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
         large_objects: None,
     };
     let note = request.job.filter(|_| !request.dry_run).map(|job| Note::new(job, report.clone(), started));
+    let no_tables = at.inputs.tables.is_empty();
     // A copy beside the live rows refers to the objects that are there.
     let objects = match &request.place {
         Place::Schema { .. } => None,
@@ -157,6 +159,12 @@ async fn restore(means: &Means<'_>, request: &Request) -> Result<Report> {
         }
     };
     let mut warnings = done.warnings;
+    if no_tables {
+        warnings.push(format!(
+            "no table of tenant {} is covered at {}: nothing of it is there",
+            request.tenant, target.asked
+        ));
+    }
     let found: u64 = done.tables.iter().map(|t| t.inserted).sum();
     if request.place.mode() != Mode::InPlace && found < request.keys.len() as u64 {
         warnings.push(format!(
@@ -208,7 +216,7 @@ impl Prepared {
         let tables = history.require(&target, uid, &|qualified| wanted(&request.tables, qualified))?;
         if tables.is_empty() && !request.tables.is_empty() {
             let what = format!("tenant {} has no covered table at {}", request.tenant, target.asked);
-            return Err(Error::new(Kind::NotFound, what).hint("leave --table out"));
+            return Err(Error::new(Kind::NotFound, what).hint("`coffer list` shows the tables of a tenant"));
         }
         if !request.keys.is_empty() && tables.len() != 1 {
             let names: Vec<_> = tables.iter().map(|t| t.name.as_str()).collect();
@@ -488,7 +496,7 @@ impl RowSink for Adapter<'_> {
         let to = &mut *self.to;
         self.filter.row(key, image, &mut |key, image| match image.as_line() {
             Some(line) => to.row(key, line),
-            None => to.row(key, &image.to_line()?),
+            None => to.row(key, &line_to_compare(image)?),
         })?;
         Ok(())
     }
