@@ -146,15 +146,21 @@ fn tables_that_leave_the_log(major: u32) {
     cluster.psql("shop", "SELECT coffer.wait_durable()");
     let made = Database::restore(&agent, &cluster, "1", "name:none");
     assert_eq!(cluster.psql(&made.name, "SELECT count(*) FROM t, d"), "0");
-    let files = restored::to_files(&agent, "1", "name:none");
-    assert_eq!(files.manifest()["tables"], serde_json::json!([]));
+    let out = restored::Out::new();
+    let said = agent.json(&restored::args("1", "name:none", "files", out.arg()));
+    assert!(said["warnings"][0].as_str().is_some_and(|w| w.contains("no table of tenant 1 is covered")), "{said}");
+    assert_eq!(out.manifest()["tables"], serde_json::json!([]));
     let (exit, said) = agent.json_err(&[&restored::in_place("1", "name:none")[..], &["--table", "t"]].concat());
     assert_eq!(exit, 3, "{said}");
     // In place there is nothing to bring back, and no table to bring it to.
     let (exit, said) = agent.json_err(&restored::in_place("1", "name:none"));
     assert_eq!(exit, 3, "{said}");
     assert_eq!(cluster.psql("shop", "SELECT count(*) FROM d"), "5", "what is not covered was changed");
+    // Nothing that is empty becomes a backup.
+    let fulls = || restored::listed(&agent, "1")["backups"].as_array().expect("backups").len();
+    let before = fulls();
     agent.json(&["compact"]);
+    assert_eq!(fulls(), before);
     Database::restore(&agent, &cluster, "1", "name:with");
 }
 

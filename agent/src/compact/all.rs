@@ -1,6 +1,6 @@
 //! Fulls and incrementals of many tenants, a few at a time; and the schedules that ask for them inside `coffer run`.
 
-use super::{ARCHIVE, Compactor, Occasion, Outcome, SCHEDULE, Spans};
+use super::{ARCHIVE, Compactor, NO_TABLES, Occasion, Outcome, SCHEDULE, Spans};
 use crate::alarms;
 use crate::catalog::{FullEntry, IncrementalEntry, State};
 use crate::error::{Kind, Result};
@@ -33,7 +33,12 @@ impl Compactor {
     ) -> impl Stream<Item = (TenantEntry, Result<Outcome<FullEntry>>)> + 'a {
         stream::iter(compacted(tenants))
             .map(move |t| async move {
-                let work = async { self.take_full(history, &t, point, occasion).await.map(Outcome::Made) };
+                let work = async {
+                    match self.take_full(history, &t, point, occasion).await {
+                        Err(e) if e.is_code(NO_TABLES) => Ok(Outcome::Unchanged),
+                        made => made.map(Outcome::Made),
+                    }
+                };
                 let since = |now: &State, then: &State| {
                     now.fulls.iter().filter(|f| occasion.is_of(f)).any(|f| then.full(f.id).is_none())
                 };

@@ -40,6 +40,9 @@ use uuid::Uuid;
 /// Bytes of rows after which a part of a full ends.
 pub const DEFAULT_PART_BYTES: u64 = 8 << 20;
 
+/// The code of the error that says that a tenant has no table that is covered.
+const NO_TABLES: &str = "no_tables";
+
 /// Makes synthetic fulls of a source's tenants.
 #[derive(Clone)]
 pub struct Compactor {
@@ -112,6 +115,13 @@ impl Compactor {
         occasion: &Occasion,
     ) -> Result<FullEntry> {
         let covered = history.require(point, tenant.uid, &|_| true)?;
+        if covered.is_empty() {
+            // It would count as a good one, and have older ones removed, while there may be rows in what is not covered.
+            let what = format!("no table of tenant {} is covered at {}", tenant.tenant, point.asked);
+            return Err(Error::new(Kind::OutsideWindow, what)
+                .code(NO_TABLES)
+                .hint("`coffer.coverage` tells why; until then its older backups stay as they are"));
+        }
         let inputs = history.inputs(tenant.uid, point.lsn, covered.clone()).await?;
         // Where time is simulated, the point is as far away as the clock is.
         let point_time_us = point.time_us.saturating_add(self.clock.skew_us());
