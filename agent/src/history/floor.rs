@@ -81,7 +81,7 @@ impl History {
 
     /// Whether changes of the tenant between two positions were removed.
     pub(super) fn has_hole(&self, tenant: Uuid, after: Lsn, upto: Lsn) -> bool {
-        if self.catalogs.get(&tenant).is_none_or(|c| c.floor.is_none()) {
+        if after >= upto || self.catalogs.get(&tenant).is_none_or(|c| c.floor.is_none()) {
             return false;
         }
         let reaches = |s: &&super::ShipAt| s.record.upto_lsn.min(s.limit) > after && s.record.from_lsn < upto;

@@ -380,6 +380,13 @@ impl Line {
             .filter(|r| self.concerns(*r, facts, tenant))
             .flat_map(|r| self.closed(r, facts))
             .collect();
+        // Which tables there were in a gap is known when the first base behind it is, whatever there was before it.
+        for (last, first, reason) in &self.gaps {
+            let based = self.bases.iter().map(|b| b.base().cut_lsn).filter(|cut| cut >= first);
+            let fresh = facts.registry.iter().filter_map(|r| r.fresh_cut()).filter(|cut| cut >= first);
+            let to = based.chain(fresh).min().unwrap_or(Lsn::MAX);
+            all.push(Closed { from: Lsn(last.0 + 1), to, reason: reason.clone() });
+        }
         all.sort_by_key(|c| (c.from, c.to));
         let mut merged: Vec<Closed> = Vec::new();
         for c in all {

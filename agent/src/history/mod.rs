@@ -564,10 +564,10 @@ impl History {
                 .hint("write it as schema.name"));
             }
             // Every table that could have rows of the tenant was dropped or left out before: there is nothing of it then.
-            if self.windows(Some(tenant)).iter().any(|w| w.from_lsn <= target.lsn) {
+            if self.windows(Some(tenant)).iter().any(|w| w.from_lsn <= target.lsn && target.lsn <= w.to_lsn) {
                 return Ok(tables);
             }
-            return Err(outside(format!("{} ({}) is before the first base", target.asked, target.lsn)));
+            return Err(outside(format!("{} ({}) is before the first base, or in a gap", target.asked, target.lsn)));
         }
         Ok(tables)
     }
@@ -635,7 +635,8 @@ impl History {
         let least = least(&tables);
         let mut ships = Vec::new();
         for s in &self.line.ships {
-            if s.record.upto_lsn.min(s.limit) <= least || s.record.from_lsn >= target {
+            // At the cut itself nothing is added, were it inside of a ship.
+            if s.record.upto_lsn.min(s.limit) <= least || s.record.from_lsn >= target || least >= target {
                 continue;
             }
             let ship = s.ship();

@@ -339,7 +339,12 @@ impl World {
             .collect();
         for s in &h.line().ships {
             let (from, upto) = (s.record.from_lsn, s.record.upto_lsn.min(s.limit));
-            for o in s.ship().objects.iter().filter(|o| o.tenant == tenant && upto > least && from < i.target) {
+            for o in s
+                .ship()
+                .objects
+                .iter()
+                .filter(|o| o.tenant == tenant && upto > least && from < i.target && least < i.target)
+            {
                 let within = |(f, t): &(Lsn, Lsn)| *f <= from && upto <= *t && *t <= i.target;
                 if !read.contains(o.path.as_str()) && !stand_ins.iter().any(within) {
                     return Err(format!("{} is read by nobody", o.path));

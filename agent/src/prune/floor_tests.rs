@@ -60,10 +60,13 @@ impl Days {
 
     /// A verified full as of the log's end.
     async fn full(&self, tenant: Uuid, relid: u32) -> FullEntry {
-        let end = self.log.upto_lsn().unwrap();
+        self.full_at(tenant, relid, self.log.upto_lsn().unwrap(), "schedule").await
+    }
+
+    async fn full_at(&self, tenant: Uuid, relid: u32, end: Lsn, trigger: &str) -> FullEntry {
         let f = FullEntry {
             id: random::uuid(),
-            trigger: "schedule".into(),
+            trigger: trigger.into(),
             reason: None,
             point_lsn: end,
             point_time_us: self.life.now(),
@@ -390,6 +393,19 @@ async fn changes_below_a_floor_stay_while_its_full_is_not_there() {
     std::fs::write(&path, bytes).unwrap();
     d.life.act(later()).await;
     assert_eq!(d.there(&d.changes), [&[false; 8][..], &[true; 2]].concat());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_inside_of_a_ship_that_went_is_a_point_still() {
+    let mut d = Days::new(&[("a", true)]).await;
+    d.day().await;
+    let inside = Lsn(d.log.upto_lsn().unwrap().0 - 50);
+    let f = d.full_at(d.life.tenant.uid, 1, inside, "pre-migration").await;
+    d.live(1).await;
+    d.life.act(d.life.pruner()).await;
+    assert!(d.floor().await > Some(inside) && !d.life.is_there("a", &d.changes[0]));
+    assert_eq!(d.restore(When::Backup(f.id)).await.unwrap(), (Some(f.id), 0));
+    d.refused(When::Lsn(Lsn(inside.0 + 1))).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
