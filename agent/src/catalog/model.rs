@@ -253,7 +253,12 @@ impl State {
             Entry::Policy { policy, .. } => self.policy = Some(policy),
             Entry::Removal { backups, objects, not_before_us, floor, commons, .. } => {
                 self.floor = floor.or(self.floor);
-                self.commons = commons.or(self.commons);
+                // Who knew less of the log lowers nothing.
+                if let Some(new) = commons
+                    && self.commons.is_none_or(|old| old.log_n <= new.log_n)
+                {
+                    self.commons = Some(new);
+                }
                 self.gone.extend(self.fulls.iter().map(|f| f.id).filter(|id| backups.contains(id)));
                 self.gone.drain(..self.gone.len().saturating_sub(MOST_GONE));
                 self.fulls.retain(|f| !backups.contains(&f.id));

@@ -128,6 +128,8 @@ impl Pruner {
         drop(done);
         // Last, because what concerns all goes below the floors of all.
         if tenants.contains(&shared) {
+            // What is known now holds for what concerns all: floors may have been raised by it.
+            let survey = again.get().unwrap_or(survey);
             let commons = self.commons_floor(survey, &report.tenants);
             let orphans = orphans.remove(&shared).unwrap_or_default();
             report.tenants.push(self.one((survey, again), shared, orphans, commons).await);
