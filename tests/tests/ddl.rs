@@ -498,6 +498,25 @@ fn types_of_another_shape(major: u32) {
     }
     let made = Database::restore(&agent, &cluster, "1", "name:narrow");
     assert_eq!(cluster.psql(&made.name, &format!("{places} 1")), "(s1,x) (s2,x)");
+    // Beside the live rows a type is what it is now: rows of another shape are kept as text.
+    for (point, want) in [("narrow", "text (s1,x) (s2,x)"), ("three", "place (s1,x,de) (s2,x,)")] {
+        agent.json(&[
+            "restore",
+            "--tenant",
+            "1",
+            "--to",
+            &format!("name:{point}"),
+            "--mode",
+            "schema",
+            "--target",
+            point,
+            "--confirm",
+        ]);
+        let copied = format!(
+            "SELECT concat(pg_typeof((array_agg(at))[1]), ' ', string_agg(at::text, ' ' ORDER BY id)) FROM {point}.t"
+        );
+        assert_eq!(cluster.psql("shop", &copied), want, "{point}");
+    }
     cluster.psql("shop", "UPDATE t SET at = NULL WHERE tenant = 1");
     agent.json(&restored::in_place("1", "name:three"));
     assert_eq!(cluster.psql("shop", &format!("{places} 1")), "(s1,x,de) (s2,x,)");

@@ -211,12 +211,22 @@ impl Archive {
 
     /// The indexes and keys of tables. Blocking.
     pub fn indexes(&self) -> Result<Vec<IndexDefinition>> {
-        let wanted = |e: &&Entry| matches!(e.description.as_str(), "INDEX" | "CONSTRAINT") && e.phase().is_some();
+        Ok(index_definitions(&self.script("indexes", &["INDEX", "CONSTRAINT"])?))
+    }
+
+    /// The statements that make the types. Blocking.
+    pub fn types(&self) -> Result<String> {
+        self.script("types", &["TYPE"])
+    }
+
+    /// The statements of the entries of these kinds.
+    fn script(&self, name: &str, descriptions: &[&str]) -> Result<String> {
+        let wanted = |e: &&Entry| descriptions.contains(&e.description.as_str()) && e.phase().is_some();
         let lines: String = self.entries.iter().filter(wanted).map(|e| format!("{}\n", e.line)).collect();
         if lines.is_empty() {
-            return Ok(Vec::new());
+            return Ok(String::new());
         }
-        let list = self.dir.join("indexes.list");
+        let list = self.dir.join(format!("{name}.list"));
         private(&list)?.write_all(lines.as_bytes()).context(Kind::Other, "cannot write a list for pg_restore")?;
         let out = Command::new(&self.program)
             .args(["--no-owner", "--no-privileges", "--file=-", "--use-list"])
@@ -227,9 +237,9 @@ impl Archive {
             .context(Kind::Other, format_args!("cannot start {}", self.program.display()))?;
         if !out.status.success() {
             let said = complaints(&String::from_utf8_lossy(&out.stderr)).join("; ");
-            return Err(Error::other(format!("the archived indexes cannot be read: {said}")));
+            return Err(Error::other(format!("the archived {name} cannot be read: {said}")));
         }
-        Ok(index_definitions(&String::from_utf8_lossy(&out.stdout)))
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
     }
 
     /// Writes one phase into the database. Returns what failed where that is allowed. Blocking.

@@ -26,6 +26,31 @@ use std::path::PathBuf;
 const LONGEST_NAME: usize = 63;
 /// How the name of a schema begins that nobody named.
 const PREFIX: &str = "coffer_";
+/// Of a type by its name: what is under it when it is a domain, and of each composite type in it the statement that makes it,
+/// as pg_dump writes it.
+const TYPE_HERE: &str = r"
+WITH RECURSIVE under (oid, typmod, depth) AS (
+    SELECT pg_catalog.to_regtype($1)::oid, -1, 0
+    UNION ALL
+    SELECT y.typbasetype, y.typtypmod, u.depth + 1 FROM under u JOIN pg_catalog.pg_type y ON y.oid = u.oid WHERE y.typtype = 'd'
+),
+parts (oid) AS (
+    SELECT pg_catalog.to_regtype($1)::oid
+    UNION
+    SELECT x.oid FROM parts p JOIN pg_catalog.pg_type y ON y.oid = p.oid CROSS JOIN LATERAL (
+        SELECT y.typelem UNION ALL SELECT y.typbasetype
+        UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range r WHERE r.rngtypid = y.oid OR r.rngmultitypid = y.oid
+        UNION ALL SELECT a.atttypid FROM pg_catalog.pg_attribute a
+                  WHERE a.attrelid = y.typrelid AND y.typrelid <> 0 AND a.attnum > 0 AND NOT a.attisdropped
+    ) x (oid) WHERE x.oid >= 16384
+)
+SELECT (SELECT pg_catalog.format_type(u.oid, u.typmod) FROM under u WHERE u.depth > 0 ORDER BY u.depth DESC LIMIT 1),
+       ARRAY(SELECT pg_catalog.format(E'CREATE TYPE %I.%I AS (\n%s\n);', n.nspname, y.typname, (
+                 SELECT pg_catalog.string_agg(pg_catalog.format(E'\t%I %s', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod)),
+                                              E',\n' ORDER BY a.attnum)
+                 FROM pg_catalog.pg_attribute a WHERE a.attrelid = y.typrelid AND a.attnum > 0 AND NOT a.attisdropped))
+             FROM parts p JOIN pg_catalog.pg_type y ON y.oid = p.oid JOIN pg_catalog.pg_namespace n ON n.oid = y.typnamespace
+             WHERE y.typtype = 'c')";
 /// Bytes of the tenant's key in a schema's name.
 const LONGEST_KEY: usize = 32;
 
@@ -106,9 +131,9 @@ impl SideBySide<'_> {
         require_no_schema(&client, self.name).await?;
         let mut warnings = Vec::new();
         let live = self.live_tables(&client).await;
-        let indexes = self.indexes(&client, &mut warnings).await?;
+        let (indexes, types) = self.indexes(&client, &mut warnings).await?.unzip();
         client.batch_execute("BEGIN").await.sql("cannot begin")?;
-        match self.fill(&client, live, indexes, warnings).await {
+        match self.fill(&client, live, (indexes, types), warnings).await {
             Ok(done) => {
                 self.note(&client, &done).await?;
                 client.batch_execute("COMMIT").await.sql("cannot commit the copy")?;
@@ -141,15 +166,20 @@ impl SideBySide<'_> {
         })
     }
 
-    /// `None`: the definitions are not archived or not readable.
-    async fn indexes(&self, client: &SqlClient, warnings: &mut Vec<String>) -> Result<Option<Vec<IndexDefinition>>> {
+    /// Indexes, and the statements that make types. `None`: the definitions are not archived or not readable.
+    async fn indexes(
+        &self,
+        client: &SqlClient,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<(Vec<IndexDefinition>, String)>> {
         let Some(object) = self.definitions.clone() else { return Ok(None) };
         let (repo, rt, from, spool) =
             (self.rows.repo.clone(), self.rows.rt.clone(), self.rows.from.clone(), self.spool.clone());
         let major = super::database::major(client).await?;
         let read = move || {
             let mut plain = repo.open_object(&rt, &object, from.as_deref())?;
-            Archive::open(&mut plain, &spool, major)?.indexes()
+            let archive = Archive::open(&mut plain, &spool, major)?;
+            Ok::<_, Error>((archive.indexes()?, archive.types()?))
         };
         match tokio::task::spawn_blocking(read).await.context(Kind::Other, "a worker thread broke off")? {
             Ok(i) => Ok(Some(i)),
@@ -165,12 +195,12 @@ impl SideBySide<'_> {
         &mut self,
         client: &SqlClient,
         live: Vec<LiveTable>,
-        indexes: Option<Vec<IndexDefinition>>,
+        (indexes, types): (Option<Vec<IndexDefinition>>, Option<String>),
         warnings: Vec<String>,
     ) -> Result<Done> {
         let schema = quote_ident(self.name);
         client.batch_execute(&format!("CREATE SCHEMA {schema}")).await.sql(format_args!("cannot create {schema}"))?;
-        let mut made = Made { schema: schema.clone(), tables: BTreeMap::new(), warnings };
+        let mut made = Made { schema: schema.clone(), types, tables: BTreeMap::new(), warnings };
         let covered = self.rows.inputs.tables.clone();
         let (selection, counts) = (self.selection.clone(), std::mem::take(&mut self.counts));
         let (stats, counts) =
@@ -248,6 +278,8 @@ struct MadeTable {
 struct Made {
     /// Quoted.
     schema: String,
+    /// The statements that made the types as they were at the target.
+    types: Option<String>,
     /// By the table's relid.
     tables: BTreeMap<u32, MadeTable>,
     warnings: Vec<String>,
@@ -317,7 +349,8 @@ impl Made {
         Ok(name)
     }
 
-    /// The column's type, or text where the database does not have it as it was.
+    /// The column's type, or text where the database does not have it as it was. Of a domain, what is under it: rows that
+    /// were allowed then need not be now.
     async fn type_here(&mut self, client: &SqlClient, rel: &Relation, c: &Column) -> Result<String> {
         client.batch_execute("SAVEPOINT coffer_type").await.sql("cannot set a savepoint")?;
         let mut probe = format!("SELECT NULL::{}", c.type_name);
@@ -327,20 +360,32 @@ impl Made {
         match client.simple_query(&probe).await {
             Ok(_) => {
                 client.batch_execute("RELEASE SAVEPOINT coffer_type").await.sql("cannot release a savepoint")?;
-                Ok(c.type_name.clone())
+                let said = client.query_one(TYPE_HERE, &[&c.type_name]).await.sql("cannot look at a type")?;
+                let (base, composites): (Option<String>, Vec<String>) = (said.get(0), said.get(1));
+                // An image of another shape may read as one of this shape, with another meaning.
+                let same = |made: &String| self.types.as_ref().is_some_and(|t| t.contains(made.as_str()));
+                if composites.iter().all(same) {
+                    return Ok(base.unwrap_or_else(|| c.type_name.clone()));
+                }
+                self.is_text(rel, c);
+                Ok("text".to_owned())
             }
             Err(e) if e.as_db_error().is_some() => {
                 client.batch_execute("ROLLBACK TO SAVEPOINT coffer_type").await.sql("cannot roll back")?;
-                self.warnings.push(format!(
-                    "column {} of {} is text here: its type {} is gone or has changed",
-                    c.name,
-                    rel.qualified(),
-                    c.type_name
-                ));
+                self.is_text(rel, c);
                 Ok("text".to_owned())
             }
             Err(e) => Err(sql::sql_error(e, "cannot look for a type")),
         }
+    }
+
+    fn is_text(&mut self, rel: &Relation, c: &Column) {
+        self.warnings.push(format!(
+            "column {} of {} is text here: its type {} is gone or has changed",
+            c.name,
+            rel.qualified(),
+            c.type_name
+        ));
     }
 
     async fn index(&mut self, client: &SqlClient, indexes: Option<Vec<IndexDefinition>>) -> Result<()> {

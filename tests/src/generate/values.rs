@@ -200,7 +200,7 @@ impl Kind {
             Self::Timestamptz => format!("2024-02-29 12:00:{n:02}.5+00"),
             Self::Bytea => format!("\\x00{n:02x}"),
             Self::Bits => format!("{:05b}", n % 32),
-            Self::Bool => (n.is_multiple_of(2)).to_string(),
+            Self::Bool => n.is_multiple_of(2).to_string(),
             _ => n.to_string(),
         })
     }
