@@ -114,6 +114,11 @@ impl Alarms {
         }
     }
 
+    /// Whether an alarm that is of no tenant stands.
+    pub fn stands(&self, code: &'static str, scope: &str) -> bool {
+        self.lock().contains_key(&(code, scope.to_owned(), None))
+    }
+
     /// Those that stand, by code and scope.
     pub fn standing(&self) -> Vec<Alarm> {
         self.lock().values().cloned().collect()
@@ -135,6 +140,7 @@ mod tests {
         assert!(!a.raise(GAP, "shop", "two"));
         assert!(a.raise(GAP, "crm", "three"));
         assert_eq!(a.standing().len(), 2);
+        assert!(a.stands(GAP, "crm") && !a.stands(GAP, "7"));
         assert_eq!(a.standing()[1].message, "two");
         assert!(a.raise_for(GAP, "shop", "7", "four"));
         a.clear(GAP, "shop");

@@ -1,10 +1,10 @@
-//! A proxy in front of a PostgreSQL server whose network stalls for sessions that get much.
+//! A proxy in front of a PostgreSQL server whose network stalls for sessions that get much, or that leads elsewhere.
 
 use crate::free_port;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// A session that has got more than this gets nothing while the network stalls.
@@ -12,6 +12,9 @@ const MUCH: usize = 4 << 20;
 
 #[derive(Default)]
 struct State {
+    to: AtomicU16,
+    /// Clients of before.
+    clients: Mutex<Vec<TcpStream>>,
     hold: AtomicBool,
     stop: AtomicBool,
 }
@@ -26,7 +29,7 @@ impl Stall {
     pub fn start(to: u16) -> Self {
         let port = free_port();
         let listener = TcpListener::bind(("127.0.0.1", port)).expect("a free port");
-        let state = Arc::new(State::default());
+        let state = Arc::new(State { to: to.into(), ..State::default() });
         let shared = state.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -36,11 +39,19 @@ impl Stall {
                 let state = shared.clone();
                 std::thread::spawn(move || {
                     // An error is a connection that ended.
-                    let _ = serve(client, to, &state);
+                    let _ = serve(client, &state);
                 });
             }
         });
         Self { port, state }
+    }
+
+    /// Ends every session; new ones reach another server, as when an address is moved.
+    pub fn lead_to(&self, port: u16) {
+        self.state.to.store(port, Ordering::SeqCst);
+        for c in self.state.clients.lock().expect("no panic").drain(..) {
+            let _ = c.shutdown(Shutdown::Both);
+        }
     }
 
     /// Lets the network stall, or go on.
@@ -57,8 +68,9 @@ impl Drop for Stall {
     }
 }
 
-fn serve(mut client: TcpStream, to: u16, state: &Arc<State>) -> io::Result<()> {
-    let mut server = TcpStream::connect(("127.0.0.1", to))?;
+fn serve(mut client: TcpStream, state: &Arc<State>) -> io::Result<()> {
+    state.clients.lock().expect("no panic").push(client.try_clone()?);
+    let mut server = TcpStream::connect(("127.0.0.1", state.to.load(Ordering::SeqCst)))?;
     let gone = Arc::new(AtomicBool::new(false));
     let answers = {
         let (mut from, mut to) = (server.try_clone()?, client.try_clone()?);

@@ -5,6 +5,7 @@ use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Scratch};
+use coffer_tests::stall::Stall;
 use coffer_tests::truth::{self, Truth, Watched};
 use coffer_tests::wait_for;
 use serde_json::Value;
@@ -209,9 +210,26 @@ fn the_old_primary_is_left(agent: &Agent, old: &Cluster) {
     assert_eq!(old.psql("shop", told), before);
 }
 
+/// An address that leads to the standby before it is promoted ends no agent that streamed.
+fn the_address_is_moved_early(agent: &mut Agent, from: &Cluster, to: &Cluster) {
+    let address = Stall::start(from.port);
+    point_at(agent, &format!("postgres://coffer_agent@127.0.0.1:{}/shop", address.port));
+    agent.start();
+    durable(from);
+    address.lead_to(to.port);
+    let alarm = wait_for("an alarm", 60, || {
+        agent.alarms("source_down").into_iter().find(|a| a.to_string().contains("standby"))
+    });
+    assert!(alarm["message"].as_str().is_some_and(|m| m.ends_with("trying again")), "{alarm}");
+    address.lead_to(from.port);
+    wait_for("the alarm to end", 60, || agent.alarms("source_down").is_empty().then_some(()));
+    assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+}
+
 /// Another promotion, with the agent away and a slot made by hand, too late.
 async fn a_slot_that_is_ahead(agent: &mut Agent, from: &Cluster, truths: &[&Truth]) {
     let third = Cluster::standby_of(from, "");
+    the_address_is_moved_early(agent, from, &third);
     from.stop("fast");
     third.promote();
     write(&third, 4);
@@ -310,7 +328,14 @@ fn the_slot_falls_behind(major: u32) {
         pad(&cluster, 8);
         cluster.psql("shop", "CHECKPOINT");
         assert_eq!(state(), "lost");
+        // The alarm stands again in an agent that finds the gap recorded, and no base after it.
+        agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-horizon=abort".into())];
         agent.start();
+        assert_eq!(agent.wait_end(60), None, "killed by a signal");
+        agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-horizon@1=sleep(2000)".into())];
+        agent.start();
+        let alarm = wait_for("the alarm", 60, || agent.alarms("gap").into_iter().next());
+        assert!(alarm["message"].as_str().is_some_and(|m| m.contains("2 tables have no base since a gap")), "{alarm}");
         let listed = spans(&mut agent, 1, 2);
         assert_eq!(listed["gaps"][0]["reason"], "slot_lost", "{listed}");
         assert!(agent.log().contains("\"alarm\":\"gap\""), "{}", agent.log());

@@ -259,6 +259,15 @@ impl BaseTaker {
         }
     }
 
+    /// The alarm of a gap stands until every table has its base, also when the agent that raised it is gone.
+    fn alarm_of_lost(&self, missing: &[catalog::Rule]) {
+        let n = self.seen.lost(missing);
+        if n > 0 && !self.ctx.alarms.stands(alarms::GAP, &self.ctx.source) {
+            let message = format!("{n} tables have no base since a gap or a promotion; new bases follow");
+            self.ctx.alarms.raise(alarms::GAP, &self.ctx.source, message);
+        }
+    }
+
     /// One job for every table that lacks a base. False: some table has to be tried again soon.
     async fn take_missing(&mut self) -> Result<bool> {
         self.asked = false;
@@ -278,6 +287,7 @@ impl BaseTaker {
         if missing.is_empty() {
             return Ok(true);
         }
+        self.alarm_of_lost(&missing);
         let names: Vec<String> = missing.iter().map(catalog::Rule::qualified).collect();
         tracing::info!(tables = missing.len(), "taking bases of {}", names.join(", "));
         self.ctx.status.set_snapshotting(true);

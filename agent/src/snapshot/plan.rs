@@ -12,6 +12,8 @@ use uuid::Uuid;
 pub struct Seen {
     /// By table, the registration that its newest base was taken for, and the base's cut.
     covered: HashMap<u32, (u64, Lsn)>,
+    /// Tables that had a base before the last break and have none since.
+    lost: BTreeSet<u32>,
     /// By table, where rows of it that could not be attributed were shipped: a base has to lie after that.
     doubtful: HashMap<u32, Lsn>,
     /// Objects with rows that could not be attributed, of which it is not known yet which tables they are from.
@@ -41,6 +43,7 @@ impl Seen {
         self.next = r.n + 1;
         match &r.body {
             Body::Base(b) => {
+                self.lost.retain(|relid| !b.tables.iter().any(|t| t.relid == *relid));
                 self.covered.extend(b.tables.iter().map(|t| (t.relid, (t.registered_xid, t.cut_lsn))));
                 self.roles.extend(b.roles.iter().map(|o| (o.tenant, o.clone())));
                 if let Some(r) = &b.large_objects_read {
@@ -55,7 +58,7 @@ impl Seen {
             // What lies before is closed: everything is read anew. (After a promotion only what the old timeline
             // archived beyond it would have to be; which rows that were, no table says.)
             Body::Gap { .. } | Body::Timeline { .. } => {
-                self.covered.clear();
+                self.lost.extend(self.covered.drain().map(|(relid, _)| relid));
                 self.doubtful.clear();
                 self.unread.clear();
                 self.ships.clear();
@@ -81,6 +84,11 @@ impl Seen {
 
     pub fn breaks(&self) -> u64 {
         self.breaks
+    }
+
+    /// How many of these had a base before the last gap or promotion, and have none since.
+    pub fn lost(&self, missing: &[Rule]) -> usize {
+        missing.iter().filter(|r| self.lost.contains(&r.relid)).count()
     }
 
     /// Tables whose registration no base was taken for, or that rows which could not be attributed came from since.
@@ -201,6 +209,10 @@ mod tests {
         s.record(&record(3, 20, Body::Gap { reason: "slot_lost".into() }), None);
         assert_eq!(missing(&s), [1, 2]);
         assert_eq!(s.breaks(), 1);
+        let lost = |s: &Seen| s.lost(&[rule(1, 100), rule(2, 100), rule(3, 100)]);
+        assert_eq!(lost(&s), 2);
+        s.record(&record(4, 20, base(&[(2, 100)])), None);
+        assert_eq!(lost(&s), 1);
     }
 
     #[test]
