@@ -9,6 +9,13 @@ AS $$
     SELECT b.oid FROM b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype <> 'd'
 $$;
 
+-- A type, at the bottom of its domains, by a name that means the same under every search_path.
+CREATE FUNCTION coffer._type_name(type oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT format('%I.%I', n.nspname, t.typname) FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace WHERE t.oid = coffer._base_type(type)
+$$;
+
 -- The text of an expression of a type as its output function writes it, or NULL: so the stream and the bases write it, and
 -- so tenants are called. The cast to text does the same, but for types that have one of their own: bool, char(n), inet.
 CREATE FUNCTION coffer._text_of(expression text, type oid) RETURNS text
@@ -16,7 +23,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT CASE WHEN EXISTS (SELECT FROM pg_cast c WHERE c.castsource = coffer._base_type(type) AND c.casttarget = 'text'::regtype AND c.castmethod = 'f')
                 THEN format('CASE WHEN %1$s IS NOT NULL THEN pg_catalog.format(''%%s'', %1$s) END', expression)
-                ELSE format('%s::text', expression) END
+                ELSE format('%s::pg_catalog.text', expression) END
 $$;
 
 -- The same for a column, by name.
@@ -184,13 +191,17 @@ BEGIN
          FROM unnest(coffer._column_names(r.parent, r.parent_attnums), coffer._column_names(rel, r.path_attnums)) WITH ORDINALITY u (p, c, ord)));
 END $$;
 
--- Whether a text is a value of a type.
+-- Whether a text is what the server writes for a value of a type. A tenant is its text: '007' is none of integer, though
+-- there is a number that is equal to it.
 CREATE FUNCTION coffer._fits(value text, type oid) RETURNS bool
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp SET datestyle = 'ISO, MDY' SET timezone = 'UTC'
+SET intervalstyle = postgres SET extra_float_digits = 3 SET bytea_output = hex SET lc_monetary = 'C'
 AS $$
+DECLARE
+    written  text;
 BEGIN
-    EXECUTE format('SELECT %L::%s', value, format_type(type, -1));
-    RETURN true;
+    EXECUTE format('SELECT %s', coffer._text_of(format('%L::%s', value, coffer._type_name(type)), type)) INTO written;
+    RETURN written COLLATE "C" = value;
 EXCEPTION WHEN data_exception THEN
     RETURN false;
 END $$;
@@ -225,8 +236,7 @@ BEGIN
     ),
     types AS MATERIALIZED (
         SELECT t.*, coffer._fits($3, t.type) AS fits, coffer._key_family(t.type, t.coll) IS NOT NULL AS is_exact,
-               -- Without its length: character is character(1), bpchar is of any.
-               format_type(t.type, -1) AS name
+               coffer._type_name(t.type) AS name
         FROM (SELECT DISTINCT e.atttypid, e.attcollation FROM ends e WHERE e.attname IS NOT NULL) t (type, coll)
     )
     SELECT e.relid, replace(e.condition, E'\x01',
@@ -257,7 +267,7 @@ AS $$
            format('SELECT %s FROM %s p WHERE %s',
                   (SELECT string_agg(coffer._column_text('p', r.parent, x::name), ', ' ORDER BY ord) FROM unnest(o.names) WITH ORDINALITY u (x, ord)),
                   coffer._from(r.parent),
-                  (SELECT string_agg(format('p.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY ord)
+                  (SELECT string_agg(format('p.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, coffer._type_name(a.atttypid)), ' AND ' ORDER BY ord)
                    FROM unnest(r.parent_attnums) WITH ORDINALITY u (n, ord) JOIN pg_attribute a ON a.attrelid = r.parent AND a.attnum = u.n)),
            i.leaves, i.indexes
     FROM coffer.rules r
@@ -298,7 +308,7 @@ AS $$
     WITH RECURSIVE down (relid, depth, condition) AS (
         -- The control character stands for the row's name.
         SELECT r.relid, 1,
-               (SELECT string_agg(format(E'\x01.%I OPERATOR(pg_catalog.=) $%s::%s', c, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY u.ord)
+               (SELECT string_agg(format(E'\x01.%I OPERATOR(pg_catalog.=) $%s::%s', c, u.ord, coffer._type_name(a.atttypid)), ' AND ' ORDER BY u.ord)
                 FROM unnest(r.parent_attnums, coffer._column_names(r.relid, r.path_attnums)) WITH ORDINALITY u (n, c, ord)
                 JOIN pg_attribute a ON a.attrelid = root AND a.attnum = u.n)
         FROM coffer.rules r WHERE r.parent = root AND r.parent_attnums = key_attnums
@@ -315,7 +325,7 @@ AS $$
            format('UPDATE %s t SET %I = t.%2$I WHERE %s', coffer._from(d.relid), (coffer._column_names(d.relid, r.path_attnums))[1],
                   replace(d.condition, E'\x01', 't')),
            CASE WHEN EXISTS (SELECT FROM coffer.rules b WHERE b.parent = d.relid)
-                THEN format('SELECT pg_catalog.count(*)::text FROM (SELECT FROM %s t WHERE %s FOR UPDATE OF t) x', coffer._from(d.relid),
+                THEN format('SELECT pg_catalog.count(*)::pg_catalog.text FROM (SELECT FROM %s t WHERE %s FOR UPDATE OF t) x', coffer._from(d.relid),
                             replace(d.condition, E'\x01', 't')) END
     FROM down d JOIN coffer.rules r ON r.relid = d.relid JOIN pg_class c ON c.oid = d.relid
     ORDER BY d.depth, d.relid
@@ -443,8 +453,8 @@ END $$;
 CREATE FUNCTION coffer._hold_parent(root oid, key_attnums int2[]) RETURNS TABLE (owner oid, hold text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT c.relowner, format('SELECT ''''::text FROM %s t WHERE %s FOR UPDATE OF t', coffer._from(root),
-        (SELECT string_agg(format('t.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, format_type(a.atttypid, NULL)), ' AND ' ORDER BY u.ord)
+    SELECT c.relowner, format('SELECT ''''::pg_catalog.text FROM %s t WHERE %s FOR UPDATE OF t', coffer._from(root),
+        (SELECT string_agg(format('t.%I OPERATOR(pg_catalog.=) $%s::%s', a.attname, u.ord, coffer._type_name(a.atttypid)), ' AND ' ORDER BY u.ord)
          FROM unnest(key_attnums) WITH ORDINALITY u (n, ord) JOIN pg_attribute a ON a.attrelid = root AND a.attnum = u.n))
     FROM pg_class c WHERE c.oid = root
 $$;

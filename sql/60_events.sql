@@ -123,6 +123,8 @@ BEGIN
         SELECT m.relid FROM coffer.rule_relations m
         WHERE m.root = $1 AND NOT EXISTS (SELECT FROM coffer._tree($1) t WHERE t.relid = m.relid)
     LOOP
+        -- A partition below one that is detached with it is that one's by now.
+        CONTINUE WHEN NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.root = $1 AND m.relid = gone);
         IF EXISTS (SELECT FROM pg_class c WHERE c.oid = gone) THEN
             PERFORM coffer._restore_identity(gone);
             PERFORM coffer._consider(gone, 'CREATE TABLE', col);

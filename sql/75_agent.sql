@@ -82,7 +82,8 @@ END $$;
 
 -- The same for a table whose rows do not say whose they are: asked for each row.
 CREATE FUNCTION coffer._fence_path() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp SET datestyle = 'ISO, MDY' SET timezone = 'UTC'
+SET intervalstyle = postgres SET extra_float_digits = 3 SET bytea_output = hex SET lc_monetary = 'C'
 AS $$
 DECLARE
     root   oid := coffer._root(TG_RELID);

@@ -21,7 +21,8 @@ REVOKE ALL ON ALL TABLES IN SCHEMA coffer FROM PUBLIC;
 GRANT USAGE ON SCHEMA coffer TO PUBLIC;
 
 -- The server asks for these when it clones a trigger to a new partition, of whoever creates the partition.
-GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fill(), coffer._fence() TO PUBLIC;
+GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fill(), coffer._path(), coffer._session(), coffer._parent(), coffer._fence(),
+    coffer._fence_path() TO PUBLIC;
 -- Views call these with the rights of whoever reads them.
 GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) TO PUBLIC;
 

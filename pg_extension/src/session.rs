@@ -32,15 +32,24 @@ fn plans() -> Rc<Plans> {
         return p;
     }
     let Some(owner) = catalog::owner() else { pgrx::error!("the extension pg_coffer is not fully installed here") };
+    // Run under the session's search_path: no name in them may mean anything else.
     let plan = |statement: &str, n| Plan::new(statement.as_bytes(), n, owner);
     let plans = Rc::new(Plans {
-        whose: plan("SELECT s.tenant FROM coffer.session_rows s WHERE s.relid = $1::oid AND s.key = $2", 2),
+        whose: plan(
+            "SELECT s.tenant FROM coffer.session_rows s WHERE s.relid OPERATOR(pg_catalog.=) $1::pg_catalog.oid \
+             AND s.key OPERATOR(pg_catalog.=) $2",
+            2,
+        ),
         put: plan(
-            "INSERT INTO coffer.session_rows AS s (relid, key, tenant) VALUES ($1::oid, $2, $3) \
+            "INSERT INTO coffer.session_rows AS s (relid, key, tenant) VALUES ($1::pg_catalog.oid, $2, $3) \
              ON CONFLICT (relid, key) DO UPDATE SET tenant = excluded.tenant",
             3,
         ),
-        remove: plan("DELETE FROM coffer.session_rows s WHERE s.relid = $1::oid AND s.key = $2", 2),
+        remove: plan(
+            "DELETE FROM coffer.session_rows s WHERE s.relid OPERATOR(pg_catalog.=) $1::pg_catalog.oid \
+             AND s.key OPERATOR(pg_catalog.=) $2",
+            2,
+        ),
     });
     PLANS.set(Some(plans.clone()));
     plans

@@ -42,6 +42,25 @@ pub fn pin() -> Option<i32> {
     }
 }
 
+/// Makes names mean what they mean in `pg_catalog`, inside a transaction; the same comes back.
+pub fn pin_search_path() -> i32 {
+    // SAFETY: as in `pin`.
+    unsafe {
+        let level = pg_sys::NewGUCNestLevel();
+        pg_sys::set_config_option(
+            c"search_path".as_ptr(),
+            c"pg_catalog, pg_temp".as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+        level
+    }
+}
+
 /// Gives back what [`pin`] saved.
 pub fn unpin(level: Option<i32>) {
     if let Some(level) = level {

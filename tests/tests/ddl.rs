@@ -196,6 +196,10 @@ fn partitions_of_another_name(major: u32) {
     let triggers =
         "SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal AND tgname ~* 'coffer' AND tgrelid = 'u_11'::regclass";
     assert_ne!(cluster.psql("shop", triggers), "0");
+    // What is below a partition that went is that one's now.
+    let detached = "SELECT count(*) FROM coffer._findings('u_1'::regclass) UNION ALL SELECT count(*) FROM coffer._findings('w_1'::regclass)
+        UNION ALL SELECT count(*) FROM coffer.rule_relations m WHERE m.relid = 'u_11'::regclass AND m.root = 'u_1'::regclass";
+    assert_eq!(cluster.psql("shop", detached), "0\n0\n1");
     cluster.script(
         "shop",
         "DROP TABLE below_1; ALTER TABLE u ATTACH PARTITION u_1 FOR VALUES FROM (0) TO (10);

@@ -2,6 +2,7 @@
 
 use crate::catalog;
 use crate::invalidation::News;
+use crate::settings;
 use crate::spi::{Plan, Value};
 use pgrx::pg_sys;
 use std::cell::OnceCell;
@@ -228,7 +229,11 @@ fn ask(statement: &str, parameters: &[Vec<u8>]) -> Vec<Vec<Value>> {
     let Some(owner) = catalog::owner() else {
         pgrx::error!("the extension pg_coffer is not fully installed here");
     };
-    Plan::new(statement.as_bytes(), parameters.len(), owner).all(parameters)
+    // With the rights of the extension's owner, so not under a search_path that is the session's.
+    let level = settings::pin_search_path();
+    let rows = Plan::new(statement.as_bytes(), parameters.len(), owner).all(parameters);
+    settings::unpin(Some(level));
+    rows
 }
 
 fn list(v: Value) -> Vec<Vec<u8>> {

@@ -109,25 +109,28 @@ pub async fn only(client: &SqlClient, table: &mut LiveTable, keys: &[RowKey], te
 /// live row: it would be taken for one too many.
 async fn as_the_server_writes_it(client: &SqlClient, column: &Column, value: &str) -> Result<()> {
     let (name, type_name) = (&column.name, &column.type_name);
-    let asked = client.simple_query(&format!("SELECT {}::{type_name}", literal(value))).await;
-    let rows = asked.map_err(|e| {
+    let w = written(client, column, value).await.map_err(|e| {
         let what = format!("--where-key: {} is no value of {name} ({type_name})", literal(value));
         match e.code() {
             Some(c) if c.code().starts_with("22") => Error::usage(what),
             _ => crate::sql::sql_error(e, what),
         }
     })?;
-    let written = rows.iter().find_map(|m| match m {
-        SimpleQueryMessage::Row(r) => Some(r.get(0).unwrap_or_default()),
+    if w == value {
+        return Ok(());
+    }
+    Err(Error::usage(format!("--where-key: {} is not how {name} ({type_name}) is written", literal(value)))
+        .hint(format!("as the server writes it: {w}")))
+}
+
+/// A value of a column's type as the server writes it.
+async fn written(client: &SqlClient, column: &Column, value: &str) -> Result<String, tokio_postgres::Error> {
+    let rows = client.simple_query(&format!("SELECT {}::{}", literal(value), column.type_name)).await?;
+    let text = rows.iter().find_map(|m| match m {
+        SimpleQueryMessage::Row(r) => Some(r.get(0).unwrap_or_default().to_owned()),
         _ => None,
     });
-    match written {
-        Some(w) if w != value => {
-            Err(Error::usage(format!("--where-key: {} is not how {name} ({type_name}) is written", literal(value)))
-                .hint(format!("as the server writes it: {w}")))
-        }
-        _ => Ok(()),
-    }
+    Ok(text.unwrap_or_default())
 }
 
 /// True where the column's text is the literal's.
@@ -188,14 +191,15 @@ async fn condition(client: &SqlClient, rule: &Rule, relation: &Relation, tenant:
     }
     let value = literal(&tenant.key);
     // A key that the column's type does not take is no row's tenant.
-    if let Err(e) = client.simple_query(&format!("SELECT {value}::{}", column.type_name)).await {
-        return match e.code() {
+    match written(client, column, &tenant.key).await {
+        // The tenant is the text: '007' is not the tenant of a row with the number 7.
+        Ok(w) if EXACT_TYPES.contains(&column.type_oid) && w != tenant.key => Ok(None),
+        Ok(_) => Ok(Some(equals(column, &value))),
+        Err(e) => match e.code() {
             Some(c) if c.code().starts_with("22") => Ok(None),
             _ => Err(crate::sql::sql_error(e, format!("cannot compare the tenant column of {}", rule.qualified()))),
-        };
+        },
     }
-    // The tenant is the text.
-    Ok(Some(equals(column, &value)))
 }
 
 /// The tenant's live rows of one table, sorted. `memory`: bytes for the sort.
