@@ -285,6 +285,9 @@ struct Demux {
     after_batch: bool,
     /// After an error: everything is ignored until the session ends.
     broken: bool,
+    /// After a flush: the log may go on from another position or on another timeline, and what was reached says nothing
+    /// until a session does.
+    resting: bool,
 }
 
 impl Demux {
@@ -306,6 +309,7 @@ impl Demux {
             last_item: Instant::now(),
             after_batch: false,
             broken: false,
+            resting: false,
         }
     }
 
@@ -331,6 +335,7 @@ impl Demux {
     fn input(&mut self, input: Input) {
         match input {
             Input::Data(bytes) => {
+                self.resting = false;
                 if !self.broken
                     && let Err(e) = self.data(&bytes)
                 {
@@ -343,6 +348,7 @@ impl Demux {
             }
             Input::Position { upto, urgent } => {
                 // Inside a transaction the server does not say more than the transaction before it.
+                self.resting = false;
                 if !self.broken && self.open.is_none() {
                     self.reach(upto);
                     if urgent {
@@ -370,6 +376,7 @@ impl Demux {
                 if self.reached > self.handed {
                     self.hand_on(ShipItem::Idle(self.reached));
                 }
+                self.resting = true;
                 let _ = answer.send(());
             }
             Input::Jump(to) => {
@@ -667,7 +674,7 @@ impl Demux {
     }
 
     fn tick_idle(&mut self) {
-        if self.open.is_some() || self.broken || !self.batch.is_empty() {
+        if self.open.is_some() || self.broken || self.resting || !self.batch.is_empty() {
             return;
         }
         if self.flow.undurable.load(Ordering::Relaxed) > 0 {
@@ -909,6 +916,29 @@ mod tests {
         rig.demux.freeze();
         assert!(rig.items.try_recv().is_err());
         assert_eq!(rig.flow.held_bytes(), 0);
+    }
+
+    #[test]
+    fn nothing_is_said_between_a_flush_and_the_next_session() {
+        let mut rig = rig(64 << 20);
+        let mut s = Vec::new();
+        relation(&mut s, 7);
+        put_begin(&mut s, &begin(200));
+        run(&mut s, "a", 7, 1);
+        commit(&mut s, 200, 1);
+        rig.demux.input(Input::Data(s.into()));
+        let (tx, _rx) = oneshot::channel();
+        rig.demux.input(Input::Flush(tx));
+        assert!(matches!(rig.items.try_recv(), Ok(ShipItem::Batch(_))));
+        rig.flow.item_durable();
+        // Long ago, and somebody waits: at this position another timeline may begin.
+        rig.flow.want(Lsn(200));
+        rig.demux.handed = Lsn(100);
+        rig.demux.tick_idle();
+        assert!(rig.items.try_recv().is_err(), "an idle record of what may be another history by now");
+        rig.demux.input(Input::Position { upto: Lsn(300), urgent: false });
+        rig.demux.tick_idle();
+        assert!(matches!(rig.items.try_recv(), Ok(ShipItem::Idle(Lsn(300)))));
     }
 
     #[test]
