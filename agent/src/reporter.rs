@@ -278,8 +278,8 @@ impl Reporter {
 pub(crate) async fn require_same_system(ctx: &AgentContext, client: &SqlClient) -> Result<()> {
     let row = client
         .query_one(
-            "SELECT s.system_identifier, pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) \
-             FROM pg_catalog.pg_control_system() s",
+            "SELECT s.system_identifier, pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), \
+                (pg_catalog.pg_current_wal_flush_lsn() - '0/0')::int8 FROM pg_catalog.pg_control_system() s",
             &[],
         )
         .await
@@ -288,7 +288,14 @@ pub(crate) async fn require_same_system(ctx: &AgentContext, client: &SqlClient) 
     if theirs != ours {
         return Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")));
     }
-    same_timeline(ctx, row.get(1))
+    same_timeline(ctx, row.get(1))?;
+    // One that was put back to an earlier state would take what is durable for its own commits to come.
+    let (flushed, durable) = (Lsn(row.get::<_, i64>(2).cast_unsigned()), ctx.status.durable().0);
+    if flushed < durable {
+        let what = format!("the server's log ends at {flushed}, and was archived up to {durable}: it was put back");
+        return Err(Error::new(Kind::Refused, what).code("went_back"));
+    }
+    Ok(())
 }
 
 /// `file`: the server's newest file of the log, whose name begins with the timeline.
