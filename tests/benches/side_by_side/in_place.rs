@@ -20,7 +20,7 @@ pub fn run() -> Figure {
     for n in 0..=REPETITIONS {
         damage(&cluster);
         let begun = Instant::now();
-        let done = agent.json(&["restore", "--tenant", "1", "--to", name, "--mode", "in-place", "--confirm"]);
+        let done = agent.json(&restored::in_place("1", name));
         let ours = begun.elapsed().as_secs_f64();
         let updated: u64 =
             done["tables"].as_array().expect("tables").iter().filter_map(|t| t["updated"].as_u64()).sum();
