@@ -2,6 +2,7 @@
 
 pub mod accounts;
 pub mod alarms;
+pub mod allocator;
 pub mod archive;
 pub mod batch;
 pub mod catalog;

@@ -9,6 +9,7 @@ use coffer::error::{Context, Error, Kind, Result};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    coffer::allocator::bound();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
