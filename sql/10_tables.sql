@@ -22,7 +22,7 @@ CREATE TABLE coffer.rules (
     types           jsonb NOT NULL DEFAULT '{}',     -- what the enums and composites of its columns looked like
     path_attnums    int2[],                          -- of a rule with a parent: the columns that lead to it,
     parent_attnums  int2[],                          -- the parent's columns that they lead to,
-    path_constraint oid                              -- and the foreign key that says so; 0: it is gone
+    path_guarded    bool                             -- and whether a foreign key says so, see coffer._guard
 ) WITH (user_catalog_table = true);
 
 CREATE TABLE coffer.schema_rules (
@@ -30,8 +30,12 @@ CREATE TABLE coffer.schema_rules (
     class           int2 NOT NULL,
     tenant          text NOT NULL,
     registered_xid  xid8 NOT NULL,
-    registered_at   timestamptz NOT NULL
+    registered_at   timestamptz NOT NULL,
+    -- pg_upgrade gives schemas other OIDs: a rule is followed as coffer._schema_rules says.
+    schema          name NOT NULL,
+    system_id       int8 NOT NULL                    -- of the cluster that the OID was noted in
 ) WITH (user_catalog_table = true);
+CREATE INDEX schema_rules_schema ON coffer.schema_rules (schema);
 
 -- The key that authenticates the extension's messages in the log. Nobody but the owner may read it.
 CREATE TABLE coffer.secret (

@@ -22,6 +22,36 @@ BEGIN
     RETURN n - 1;
 END $$;
 
+-- The rules of schemas that are followed, by the OIDs that the schemas have. In the cluster where a rule was written its schema is
+-- the one with the OID and the name that were noted; behind pg_upgrade, the one of the name. In a schema that has only the one or
+-- only the other, nobody knows whose the rows are: the output plugin, which follows the rules in the same way, calls them unresolved.
+CREATE VIEW coffer._schema_rules AS
+SELECT n.oid AS nspid, s.class, s.tenant, s.registered_xid, s.registered_at, s.nspid AS noted
+FROM coffer.schema_rules s JOIN pg_catalog.pg_namespace n ON n.nspname = s.schema
+WHERE n.oid = s.nspid OR s.system_id <> coffer._system_id();
+COMMENT ON VIEW coffer._schema_rules IS 'The rules of schemas that are in force, for the extension itself.';
+
+-- Behind pg_upgrade: notes the OIDs that the schemas have by now, so that they can be renamed and dropped.
+CREATE FUNCTION coffer._adopt_schemas() RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    before  coffer.schema_rules[];
+BEGIN
+    IF NOT EXISTS (SELECT FROM coffer.schema_rules s WHERE s.system_id <> coffer._system_id()) THEN
+        RETURN;
+    END IF;
+    LOCK TABLE coffer.schema_rules IN SHARE ROW EXCLUSIVE MODE;
+    -- All go before the first comes back: two schemas may have changed their OIDs with each other.
+    before := ARRAY(SELECT s FROM coffer.schema_rules s WHERE s.system_id <> coffer._system_id());
+    DELETE FROM coffer.schema_rules s WHERE s.system_id <> coffer._system_id();
+    INSERT INTO coffer.schema_rules (nspid, class, tenant, registered_xid, registered_at, schema, system_id)
+    SELECT n.oid, b.class, b.tenant, b.registered_xid, b.registered_at, b.schema, coffer._system_id()
+    FROM unnest(before) b JOIN pg_namespace n ON n.nspname = b.schema;
+    PERFORM coffer._invalidate(c.oid) FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.relkind IN ('r', 'p');
+    PERFORM coffer._audit('adopt_schemas', NULL, (SELECT jsonb_agg(b.schema) FROM unnest(before) b));
+END $$;
+
 -- The table whose rule governs a relation: the root of its partition tree, or itself.
 CREATE FUNCTION coffer._root(rel oid) RETURNS oid
 LANGUAGE sql STABLE
@@ -77,7 +107,7 @@ BEGIN
         'name', CASE WHEN fresh THEN (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                                       WHERE c.oid = root) END,
         -- Only this tenant is concerned by what happens to the table.
-        'tenant', (SELECT s.tenant FROM pg_class c JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
+        'tenant', (SELECT s.tenant FROM pg_class c JOIN coffer._schema_rules s ON s.nspid = c.relnamespace
                    WHERE c.oid = root AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = root)))));
     IF fresh THEN
         -- No base follows, which would bring its definitions.

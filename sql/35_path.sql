@@ -124,6 +124,21 @@ $$;
 -- A way to the tenant: by which columns to which of the parent's. constraint_oid 0: by no foreign key any more.
 CREATE TYPE coffer._way AS (parent oid, constraint_oid oid, attnums int2[], parent_attnums int2[], reason text);
 
+-- The foreign key that guards a way, if there is one; among several, one that is checked late. Found by what it says, since
+-- its OID is another one behind pg_upgrade.
+CREATE FUNCTION coffer._guard(rel oid, parent oid, attnums int2[], parent_attnums int2[]) RETURNS oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT k.oid FROM pg_constraint k
+    WHERE k.conrelid = $1 AND k.confrelid = $2 AND k.contype = 'f' AND k.conkey = $3 AND k.confkey = $4
+    ORDER BY k.condeferrable DESC, k.oid LIMIT 1
+$$;
+
+-- Whether a rule relies on a foreign key that is gone.
+CREATE FUNCTION coffer._lost_guard(r coffer.rules) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT coalesce($1.path_guarded AND coffer._guard($1.relid, $1.parent, $1.path_attnums, $1.parent_attnums) IS NULL, false) $$;
+
 -- The best of them: NOT NULL before nullable, short before long. NULL when there is none.
 CREATE FUNCTION coffer._plan_path(rel oid, only_parent oid) RETURNS coffer._way
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
@@ -361,7 +376,8 @@ AS $$
       -- Behind a constraint that is checked late a row can outlive its parent, and find another; behind others only when
       -- the statement that deletes the parent puts another in its place.
       AND (v.what NOT IN ('gone', 'replaced') OR (v.what = 'gone') = EXISTS (
-            SELECT FROM coffer.rules r LEFT JOIN pg_constraint k ON k.oid = r.path_constraint
+            SELECT FROM coffer.rules r LEFT JOIN pg_constraint k
+                ON r.path_guarded AND k.oid = coffer._guard(r.relid, r.parent, r.path_attnums, r.parent_attnums)
             WHERE r.parent = root AND coalesce(k.condeferrable, true)))
 $$;
 

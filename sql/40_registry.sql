@@ -87,9 +87,9 @@ BEGIN
     now_r.types := coffer._types(root);
     IF now_r.strategy = 2 THEN
         now_r.parent := way.parent; now_r.path_attnums := way.attnums; now_r.parent_attnums := way.parent_attnums;
-        now_r.path_constraint := way.constraint_oid; now_r.reason := concat_ws('; ', way.reason, p.reason);
+        now_r.path_guarded := way.constraint_oid <> 0; now_r.reason := concat_ws('; ', way.reason, p.reason);
     ELSE
-        now_r.parent := 0; now_r.path_attnums := NULL; now_r.parent_attnums := NULL; now_r.path_constraint := NULL;
+        now_r.parent := 0; now_r.path_attnums := NULL; now_r.parent_attnums := NULL; now_r.path_guarded := NULL;
         IF now_r.strategy = 3 THEN
             now_r.reason := concat_ws('; ', 'a row''s tenant is what the session''s setting coffer.tenant said when it was inserted; every change writes a tag', p.reason);
         END IF;
@@ -263,7 +263,7 @@ BEGIN
     IF coffer._root(rel) <> rel THEN
         PERFORM coffer._require_table(rel);
     END IF;
-    IF EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel) THEN
+    IF EXISTS (SELECT FROM coffer._schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel) THEN
         RAISE EXCEPTION '% lies in a schema that belongs to one tenant', rel USING ERRCODE = 'feature_not_supported',
             HINT = 'Every table of such a schema is covered in this version; move the table to another schema.';
     END IF;
@@ -317,7 +317,7 @@ BEGIN
     IF coffer._forget(rel) THEN
         PERFORM coffer._changed(rel, 'remove');
         PERFORM coffer._audit('remove_table', rel::text);
-        IF EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel) THEN
+        IF EXISTS (SELECT FROM coffer._schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel) THEN
             PERFORM coffer._consider(rel, 'ALTER TABLE');
         END IF;
         RETURN QUERY SELECT rel, coffer._strategy_name(before.strategy), before.tenant_column, nullif(before.parent, 0)::regclass,
@@ -333,7 +333,7 @@ BEGIN
     END IF;
     RAISE EXCEPTION '% is neither covered nor excluded by a rule of its own', rel USING ERRCODE = 'undefined_object',
         HINT = CASE WHEN coffer._root(rel) <> rel THEN format('Name the partitioned table: %s.', coffer._root(rel)::regclass)
-                    WHEN EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel)
+                    WHEN EXISTS (SELECT FROM coffer._schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid WHERE c.oid = rel)
                     THEN 'It is covered with its schema; see coffer.remove_schema().'
                     ELSE 'See coffer.coverage.' END;
 END $$;
@@ -358,10 +358,22 @@ DECLARE
 BEGIN
     SELECT * INTO p FROM coffer._plan(rel, NULL);
     PERFORM coffer._apply_identity(rel, p.identity, p.key_index);
-    UPDATE coffer.rule_relations m SET tenant = s.tenant FROM pg_class c JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
+    UPDATE coffer.rule_relations m SET tenant = s.tenant FROM pg_class c JOIN coffer._schema_rules s ON s.nspid = c.relnamespace
     WHERE m.relid = rel AND c.oid = rel;
     PERFORM coffer._invalidate(t.relid) FROM coffer._tree(rel) t;
     RETURN p.reason;
+END $$;
+
+-- Says whose a schema is, in the place of whatever was said of its OID or of its name.
+CREATE FUNCTION coffer._write_schema_rule(nsp oid, of_schema name, class int2, tenant text) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    PERFORM coffer._adopt_schemas();
+    -- User catalog tables know no ON CONFLICT.
+    DELETE FROM coffer.schema_rules s WHERE s.nspid = nsp OR s.schema = of_schema;
+    INSERT INTO coffer.schema_rules (nspid, class, tenant, registered_xid, registered_at, schema, system_id)
+    VALUES (nsp, $3, $4, pg_current_xact_id(), now(), of_schema, coffer._system_id());
 END $$;
 
 CREATE FUNCTION coffer._add_schema(of_schema name, of_tenant text, of_class text)
@@ -386,10 +398,7 @@ BEGIN
     FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
         PERFORM coffer._lock_to_cover(rel, NULL);
     END LOOP;
-    -- User catalog tables know no ON CONFLICT.
-    DELETE FROM coffer.schema_rules s WHERE s.nspid = nsp;
-    INSERT INTO coffer.schema_rules (nspid, class, tenant, registered_xid, registered_at)
-    VALUES (nsp, class_no, of_tenant, pg_current_xact_id(), now());
+    PERFORM coffer._write_schema_rule(nsp, of_schema, class_no, of_tenant);
     DELETE FROM coffer.exclusions e USING pg_class c WHERE c.oid = e.relid AND c.relnamespace = nsp;
     FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
         relation := rel; strategy := 'schema'; tenant_column := NULL; parent := NULL; class := of_class;
@@ -420,7 +429,7 @@ BEGIN
     FOR nsp IN
         SELECT n.nspname FROM pg_namespace n
         WHERE n.nspname LIKE $1 AND n.oid >= 16384 AND n.nspname <> 'coffer' AND NOT starts_with(n.nspname, 'pg_')
-          AND NOT EXISTS (SELECT FROM coffer.schema_rules s WHERE s.nspid = n.oid)
+          AND NOT EXISTS (SELECT FROM coffer._schema_rules s WHERE s.nspid = n.oid)
         ORDER BY n.nspname
     LOOP
         RETURN QUERY SELECT * FROM coffer.add_schema(nsp, nsp::text);
@@ -440,14 +449,16 @@ DECLARE
     rel   oid;
     m     oid;
 BEGIN
-    SELECT * INTO rule FROM coffer.schema_rules s WHERE s.nspid = nsp;
+    PERFORM coffer._adopt_schemas();
+    -- One that is not followed ends by either of the names.
+    SELECT * INTO rule FROM coffer.schema_rules s WHERE s.nspid = nsp OR s.schema = $1 ORDER BY s.schema = $1 DESC LIMIT 1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'schema % has no rule', coalesce(quote_ident($1), 'NULL') USING ERRCODE = 'undefined_object';
     END IF;
     FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
         PERFORM coffer._lock(rel, 'ACCESS EXCLUSIVE');
     END LOOP;
-    DELETE FROM coffer.schema_rules s WHERE s.nspid = nsp;
+    DELETE FROM coffer.schema_rules s WHERE s.nspid = rule.nspid;
     FOR rel IN SELECT t FROM coffer._schema_tables(nsp) t LOOP
         FOR m IN SELECT relid FROM coffer.rule_relations WHERE root = rel LOOP
             PERFORM coffer._restore_identity(m);

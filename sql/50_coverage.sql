@@ -34,7 +34,7 @@ SELECT c.oid::regclass AS relation,
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN coffer.rules r ON r.relid = c.oid
-LEFT JOIN coffer.schema_rules s ON s.nspid = c.relnamespace AND r.relid IS NULL
+LEFT JOIN coffer._schema_rules s ON s.nspid = c.relnamespace AND r.relid IS NULL
 LEFT JOIN coffer.rule_relations m ON m.relid = c.oid
 LEFT JOIN coffer.exclusions e ON e.relid = c.oid
 LEFT JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid AND d.objsubid = 0

@@ -69,7 +69,7 @@ BEGIN
         FROM (SELECT c.relid, ' WHERE ' || c.condition
               FROM coffer._tenant_conditions(ARRAY(SELECT u.relid FROM coffer.rules u WHERE u.strategy IN (0, 1, 2, 3, 4)), '"the row"', of_tenant) c
               UNION ALL
-              SELECT x.oid, '' FROM coffer.schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) x (oid) WHERE s.tenant = of_tenant) t (relid, condition));
+              SELECT x.oid, '' FROM coffer._schema_rules s CROSS JOIN LATERAL coffer._schema_tables(s.nspid) x (oid) WHERE s.tenant = of_tenant) t (relid, condition));
 END $$;
 
 CREATE FUNCTION coffer.snapshot(tenant text)

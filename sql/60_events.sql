@@ -64,7 +64,7 @@ AS $$
     FROM coffer.rules r WHERE r.relid = $1 AND r.parent <> 0 AND NOT coffer._parent_intact(r.parent)
     UNION ALL
     SELECT 'its foreign key is gone', false
-    FROM coffer.rules r WHERE r.relid = $1 AND r.path_constraint <> 0 AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.oid = r.path_constraint)
+    FROM coffer.rules r WHERE r.relid = $1 AND coffer._lost_guard(r)
     UNION ALL
     SELECT 'a type of its columns changed its meaning', true
     FROM coffer.rules r WHERE r.relid = $1 AND NOT coffer._types_compatible(r.types, coffer._types($1))
@@ -78,8 +78,8 @@ DECLARE
     r  coffer.rules;
 BEGIN
     SELECT * INTO r FROM coffer.rules u WHERE u.relid = root;
-    IF r.path_constraint = 0 OR EXISTS (SELECT FROM pg_constraint k WHERE k.oid = r.path_constraint) THEN
-        RETURN (r.parent, r.path_constraint, r.path_attnums, r.parent_attnums, split_part(r.reason, '; ', 1))::coffer._way;
+    IF NOT coffer._lost_guard(r) THEN
+        RETURN (r.parent, CASE WHEN r.path_guarded THEN coffer._guard(root, r.parent, r.path_attnums, r.parent_attnums) ELSE 0 END, r.path_attnums, r.parent_attnums, split_part(r.reason, '; ', 1))::coffer._way;
     END IF;
     RETURN coffer._plan_path(root, NULL);
 END $$;
@@ -189,7 +189,7 @@ BEGIN
         RETURN;
     END IF;
     SELECT * INTO had FROM coffer.rule_relations m WHERE m.relid = rel;
-    SELECT s.tenant INTO whose FROM coffer.schema_rules s WHERE s.nspid = c.relnamespace;
+    SELECT s.tenant INTO whose FROM coffer._schema_rules s WHERE s.nspid = c.relnamespace;
     IF FOUND THEN
         -- From one tenant's schema into another's its rows change hands without a change of theirs.
         IF had.relid IS NULL OR had.tenant IS DISTINCT FROM whose OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
@@ -255,13 +255,26 @@ CREATE FUNCTION coffer._in_tenants_schema(class oid, object oid, schema text) RE
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT EXISTS (
-        SELECT FROM coffer.schema_rules s WHERE s.nspid = coalesce(
+        SELECT FROM coffer._schema_rules s WHERE s.nspid = coalesce(
             (SELECT n.oid FROM pg_namespace n WHERE n.nspname = schema),
             (SELECT c.relnamespace FROM pg_class c WHERE c.oid = CASE class
                 WHEN 'pg_policy'::regclass THEN (SELECT p.polrelid FROM pg_policy p WHERE p.oid = object)
                 WHEN 'pg_rewrite'::regclass THEN (SELECT r.ev_class FROM pg_rewrite r WHERE r.oid = object)
                 WHEN 'pg_trigger'::regclass THEN (SELECT g.tgrelid FROM pg_trigger g WHERE g.oid = object) END)))
 $$;
+
+-- Before ALTER SCHEMA: afterwards the names that were noted of schemas are those from before. A rule that does not fit its schema
+-- already is not made to fit by whatever comes now.
+CREATE FUNCTION coffer._before_schema_altered() RETURNS event_trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM coffer.schema_rules) THEN
+        PERFORM coffer._adopt_schemas();
+        PERFORM set_config('coffer.unfit_schemas', ARRAY(SELECT s.nspid FROM coffer.schema_rules s
+            WHERE NOT EXISTS (SELECT FROM coffer._schema_rules r WHERE r.noted = s.nspid))::text, true);
+    END IF;
+END $$;
 
 -- After ALTER SCHEMA: a schema without a rule that has a name now which a pattern fits belongs to the tenant of that name,
 -- like a new one; one that has a rule keeps it, whatever its name. Returns the covered tables in it, whose names changed.
@@ -271,6 +284,11 @@ AS $$
 DECLARE
     found_by  record;
 BEGIN
+    UPDATE coffer.schema_rules s SET schema = n.nspname FROM pg_namespace n
+    WHERE n.oid = nsp AND s.nspid = nsp AND s.schema <> n.nspname AND nsp <> ALL (coalesce(nullif(current_setting('coffer.unfit_schemas', true), ''), '{}')::oid[]);
+    IF FOUND THEN
+        PERFORM coffer._invalidate(c.oid) FROM pg_class c WHERE c.relnamespace = nsp AND c.relkind IN ('r', 'p');
+    END IF;
     SELECT n.nspname AS name, coffer._class_name(p.class) AS class INTO found_by
     FROM pg_namespace n JOIN coffer.schema_patterns p ON n.nspname LIKE p.pattern
     WHERE n.oid = nsp AND NOT EXISTS (SELECT FROM coffer.schema_rules s WHERE s.nspid = nsp)
@@ -313,6 +331,7 @@ BEGIN
     IF coffer._at_work() THEN
         RETURN;
     END IF;
+    PERFORM coffer._adopt_schemas();
     FOR cmd IN
         SELECT DISTINCT d.classid = 'pg_namespace'::regclass AS is_schema, d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
                d.object_type IN ('table', 'table column', 'index', 'trigger', 'table constraint', 'policy', 'rule', 'statistics object', 'sequence') AS relevant,
@@ -324,8 +343,7 @@ BEGIN
     LOOP
         BEGIN
             IF cmd.object_type = 'schema' AND cmd.command_tag = 'CREATE SCHEMA' THEN
-                INSERT INTO coffer.schema_rules (nspid, class, tenant, registered_xid, registered_at)
-                SELECT n.oid, p.class, n.nspname, pg_current_xact_id(), now()
+                PERFORM coffer._write_schema_rule(n.oid, n.nspname, p.class, n.nspname::text)
                 FROM pg_namespace n JOIN coffer.schema_patterns p ON n.nspname LIKE p.pattern
                 WHERE n.oid = cmd.objid ORDER BY length(p.pattern) DESC LIMIT 1;
                 IF FOUND THEN
@@ -341,7 +359,7 @@ BEGIN
                 -- Of the tables of a tenant's schema no rule has kept what their types looked like: each change counts, but for
                 -- one of a domain, whose values stay what they are.
                 FOR rel IN SELECT DISTINCT m.root FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.root
-                           JOIN coffer.schema_rules s ON s.nspid = c.relnamespace
+                           JOIN coffer._schema_rules s ON s.nspid = c.relnamespace
                            WHERE cmd.command_tag <> 'CREATE TYPE' AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = m.root)
                              AND coffer._types(m.root) ? cmd.type::text LOOP
                     IF (SELECT y.typtype <> 'd' FROM pg_type y WHERE y.oid = cmd.type) THEN
@@ -459,7 +477,7 @@ BEGIN
     DELETE FROM coffer.exclusions e USING pg_event_trigger_dropped_objects() d
     WHERE d.classid = 'pg_class'::regclass AND d.objsubid = 0 AND e.relid = d.objid;
     DELETE FROM coffer.schema_rules s USING pg_event_trigger_dropped_objects() d
-    WHERE d.classid = 'pg_namespace'::regclass AND s.nspid = d.objid;
+    WHERE d.classid = 'pg_namespace'::regclass AND s.schema = d.object_name AND (s.nspid = d.objid OR s.system_id <> coffer._system_id());
 
     -- A table that lost a partition; one that lost the index behind its replica identity, which the server lets go
     -- without a word; one that lost a tag trigger.
@@ -472,7 +490,7 @@ BEGIN
                OR c.relreplident = 'd' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
         UNION
         SELECT r.relid FROM coffer.rules r
-        WHERE r.path_constraint <> 0 AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.oid = r.path_constraint)
+        WHERE coffer._lost_guard(r)
         UNION
         SELECT coffer._root(c.oid)
         FROM pg_event_trigger_dropped_objects() d

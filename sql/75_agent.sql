@@ -16,7 +16,7 @@ AS $$
            (SELECT k.sorted::text[] FROM coffer._keys(c.oid) k
             WHERE k.index_oid = CASE WHEN m.own_identity = 'f' THEN 0 ELSE m.key_index END),
            s.tenant, c.relkind, c.relkind = 'p', NULL, '{}'
-    FROM coffer.schema_rules s
+    FROM coffer._schema_rules s
     JOIN pg_namespace n ON n.oid = s.nspid
     CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t (oid)
     JOIN pg_class c ON c.oid = t.oid
@@ -122,7 +122,7 @@ DECLARE
     calls   text := '_fence';
     f       record;
 BEGIN
-    IF tenant_column IS NULL AND EXISTS (SELECT FROM coffer.schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid
+    IF tenant_column IS NULL AND EXISTS (SELECT FROM coffer._schema_rules s JOIN pg_class c ON c.relnamespace = s.nspid
                                          WHERE c.oid = rel AND s.tenant = $3) THEN
         -- Every row of a tenant's schema is the tenant's.
         is_old := ''; is_new := ''; either := '';

@@ -43,7 +43,7 @@ BEGIN
                           WHEN 'R' THEN 'only in sessions that replicate' ELSE 'missing' END,
         CASE WHEN e.evtenabled IS NULL THEN 'DROP EXTENSION pg_coffer CASCADE; CREATE EXTENSION pg_coffer; -- and cover the tables again'
              WHEN e.evtenabled <> 'A' THEN format('ALTER EVENT TRIGGER %I ENABLE ALWAYS', w.name) END
-        FROM (VALUES ('coffer_ddl'), ('coffer_drop'), ('coffer_rewrite')) w (name)
+        FROM (VALUES ('coffer_ddl'), ('coffer_drop'), ('coffer_rewrite'), ('coffer_schema')) w (name)
         LEFT JOIN pg_event_trigger e ON e.evtname = w.name
         ORDER BY w.name;
 END $$;
@@ -122,9 +122,20 @@ BEGIN
         GROUP BY r.relid ORDER BY r.relid::regclass::text COLLATE "C";
     RETURN QUERY SELECT format('table %s', t::regclass), false, string_agg(f.finding, '; '),
         format('SELECT * FROM coffer.add_schema(%L, %L, %L);', n.nspname, s.tenant, coffer._class_name(s.class))
-        FROM coffer.schema_rules s JOIN pg_namespace n ON n.oid = s.nspid
+        FROM coffer._schema_rules s JOIN pg_namespace n ON n.oid = s.nspid
         CROSS JOIN LATERAL coffer._schema_tables(s.nspid) t CROSS JOIN LATERAL coffer._findings(t) f
         GROUP BY t, n.nspname, s.tenant, s.class ORDER BY t::regclass::text COLLATE "C";
+    RETURN QUERY SELECT format('schema %I', s.schema), false,
+        format('belongs to tenant %s, but %s: no row is taken for the tenant''s by this rule', s.tenant,
+               CASE WHEN n.oid IS NULL THEN 'there is none of this name any more'
+                    ELSE 'is not the schema that this was said of: that one was renamed or dropped while event triggers were off' END),
+        format('SELECT * FROM coffer.%s;', CASE WHEN n.oid IS NULL THEN format('remove_schema(%L)', s.schema)
+               ELSE format('add_schema(%L, %L, %L)', s.schema, s.tenant, coffer._class_name(s.class)) END)
+            || coalesce((SELECT format(' -- or, if it was renamed: SELECT * FROM coffer.add_schema(%L, %L, %L);', o.nspname, s.tenant, coffer._class_name(s.class))
+                         FROM pg_namespace o WHERE o.oid = s.nspid AND s.system_id = coffer._system_id()), '')
+        FROM coffer.schema_rules s LEFT JOIN pg_namespace n ON n.nspname = s.schema
+        WHERE NOT EXISTS (SELECT FROM coffer._schema_rules r WHERE r.noted = s.nspid)
+        ORDER BY s.schema COLLATE "C";
     -- What an application's trigger does after ours is not in the tag.
     RETURN QUERY SELECT format('table %s', g.tgrelid::regclass), false,
         format('trigger %I fires after the tag triggers and may change the tenant unseen', g.tgname),

@@ -24,7 +24,7 @@ GRANT USAGE ON SCHEMA coffer TO PUBLIC;
 GRANT EXECUTE ON FUNCTION coffer._tag(), coffer._fill(), coffer._path(), coffer._session(), coffer._parent(), coffer._fence(),
     coffer._fence_path() TO PUBLIC;
 -- Views call these with the rights of whoever reads them.
-GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION coffer._strategy_name(int2), coffer._class_name(int2), coffer._system_id() TO PUBLIC;
 
 GRANT SELECT ON coffer.coverage, coffer.tenants, coffer.jobs, coffer.audit_log, coffer.status, coffer.restore_points,
     coffer.tenant_roles, coffer.backups, coffer.recovery_window, coffer.policies, coffer.holds, coffer.verifications,
@@ -50,6 +50,8 @@ INSERT INTO coffer.secret (mac_key) VALUES (coffer._random(16));
 CREATE EVENT TRIGGER coffer_ddl ON ddl_command_end EXECUTE FUNCTION coffer._on_ddl();
 CREATE EVENT TRIGGER coffer_drop ON sql_drop EXECUTE FUNCTION coffer._on_drop();
 CREATE EVENT TRIGGER coffer_rewrite ON table_rewrite EXECUTE FUNCTION coffer._on_rewrite();
+CREATE EVENT TRIGGER coffer_schema ON ddl_command_start WHEN TAG IN ('ALTER SCHEMA') EXECUTE FUNCTION coffer._before_schema_altered();
 ALTER EVENT TRIGGER coffer_ddl ENABLE ALWAYS;
 ALTER EVENT TRIGGER coffer_drop ENABLE ALWAYS;
 ALTER EVENT TRIGGER coffer_rewrite ENABLE ALWAYS;
+ALTER EVENT TRIGGER coffer_schema ENABLE ALWAYS;

@@ -1,5 +1,6 @@
 //! The small functions that SQL cannot do by itself. The extension's SQL calls them; nobody else may (see sql/).
 
+use crate::catalog;
 use crate::wal_message;
 use pgrx::prelude::*;
 use rand::TryRng;
@@ -70,3 +71,19 @@ fn _random(n: i32) -> Vec<u8> {
     }
     bytes
 }
+
+/// Which cluster this is: a number that `pg_upgrade` changes and nothing else does that keeps the data.
+#[pg_extern(sql = false)]
+fn _system_id() -> i64 {
+    catalog::system_id()
+}
+
+// Before everything that is not plpgsql: a view calls it.
+extension_sql!(
+    r#"
+CREATE FUNCTION coffer._system_id() RETURNS int8
+    STABLE PARALLEL SAFE LANGUAGE c AS 'MODULE_PATHNAME', '_system_id_wrapper';
+"#,
+    name = "system_id",
+    requires = ["tables"],
+);

@@ -59,27 +59,50 @@ impl Column {
     }
 }
 
-/// The first row of `table`, by its OID key if one is given.
-fn first_row<R>(
-    table: &CStr,
-    key: Option<(&CStr, pg_sys::Oid)>,
-    read: impl FnOnce(&Column) -> R,
-) -> Option<(pg_sys::Oid, R)> {
+/// The value of an index's only column.
+struct Key<'a> {
+    index: &'a CStr,
+    /// The column's number in the table.
+    attnum: i16,
+    equals: u32,
+    value: pg_sys::Datum,
+}
+
+impl<'a> Key<'a> {
+    /// An OID, the table's first column.
+    fn oid(index: &'a CStr, oid: pg_sys::Oid) -> Self {
+        Self { index, attnum: 1, equals: pg_sys::F_OIDEQ, value: pg_sys::Datum::from(oid) }
+    }
+}
+
+/// The first row of `table`, by its key if one is given.
+fn first_row<R>(table: &CStr, key: Option<&Key<'_>>, read: impl FnOnce(&Column) -> R) -> Option<(pg_sys::Oid, R)> {
+    let mut read = Some(read);
+    let mut first = None;
+    let relid = each_row(table, key, |row| {
+        first = read.take().map(|r| r(row));
+        false
+    })?;
+    first.map(|r| (relid, r))
+}
+
+/// Reads the rows of `table`, those with the key if one is given, as long as `read` wants more. The answer is the table.
+fn each_row(table: &CStr, key: Option<&Key<'_>>, mut read: impl FnMut(&Column) -> bool) -> Option<pg_sys::Oid> {
     let namespace = namespace()?;
     let relid = relation_named(namespace, table)?;
-    let index = key.and_then(|(index, _)| relation_named(namespace, index));
+    let index = key.and_then(|k| relation_named(namespace, k.index));
     // SAFETY: the scan and the relation are closed in order; an error in between ends the transaction, which closes
     // them as well. The scan key lives until the scan ends.
     unsafe {
         let relation = pg_sys::table_open(relid, pg_sys::AccessShareLock as i32);
         let mut scan_key = pg_sys::ScanKeyData::default();
-        if let Some((_, oid)) = key {
+        if let Some(key) = key {
             pg_sys::ScanKeyInit(
                 &mut scan_key,
-                1,
+                key.attnum,
                 pg_sys::BTEqualStrategyNumber as u16,
-                pg_sys::F_OIDEQ.into(),
-                pg_sys::Datum::from(oid),
+                key.equals.into(),
+                key.value,
             );
         }
         let scan = pg_sys::systable_beginscan(
@@ -90,17 +113,21 @@ fn first_row<R>(
             i32::from(key.is_some()),
             &mut scan_key,
         );
-        let tuple = pg_sys::systable_getnext(scan);
-        let row = if tuple.is_null() { None } else { Some(read(&Column { tuple, desc: (*relation).rd_att })) };
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() || !read(&Column { tuple, desc: (*relation).rd_att }) {
+                break;
+            }
+        }
         pg_sys::systable_endscan(scan);
         pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
-        row.map(|r| (relid, r))
+        Some(relid)
     }
 }
 
 /// The rule of a table; `Err` when it says something that this version does not know.
 pub fn rule(relid: pg_sys::Oid) -> Option<Result<Rule, String>> {
-    let (_, rule) = first_row(c"rules", Some((c"rules_pkey", relid)), |row| {
+    let (_, rule) = first_row(c"rules", Some(&Key::oid(c"rules_pkey", relid)), |row| {
         let number = |attnum| row.get(attnum).map_or(-1, |d| d.value() as i16);
         let strategy = u8::try_from(number(2)).ok().and_then(Strategy::from_u8);
         let class = u8::try_from(number(3)).ok().and_then(Class::from_u8);
@@ -112,17 +139,85 @@ pub fn rule(relid: pg_sys::Oid) -> Option<Result<Rule, String>> {
     Some(rule)
 }
 
-/// The rule of a schema.
-pub fn schema_rule(namespace: pg_sys::Oid) -> Option<SchemaRule> {
-    let (_, rule) = first_row(c"schema_rules", Some((c"schema_rules_pkey", namespace)), |row| SchemaRule {
-        class: row
-            .get(2)
-            .and_then(|d| u8::try_from(d.value() as i16).ok())
-            .and_then(Class::from_u8)
-            .unwrap_or(Class::Data),
-        tenant: row.bytes(3).and_then(|b| Encoding::of_database().to_utf8_string(&b)),
+/// A row of `coffer.schema_rules` and what it was noted of.
+struct Noted {
+    rule: SchemaRule,
+    oid: pg_sys::Oid,
+    name: Vec<u8>,
+    /// In this cluster: its OID counts.
+    here: bool,
+}
+
+impl Noted {
+    fn of(row: &Column) -> Self {
+        let rule = SchemaRule {
+            class: row
+                .get(2)
+                .and_then(|d| u8::try_from(d.value() as i16).ok())
+                .and_then(Class::from_u8)
+                .unwrap_or(Class::Data),
+            tenant: row.bytes(3).and_then(|b| Encoding::of_database().to_utf8_string(&b)),
+        };
+        // SAFETY: the column is of type name.
+        let name = row.get(6).map(|d| unsafe { tuple::name_bytes(&*d.cast_mut_ptr::<pg_sys::NameData>()) }.to_vec());
+        Self {
+            rule,
+            oid: row.get(1).map_or(pg_sys::InvalidOid, |d| pg_sys::Oid::from(d.value() as u32)),
+            name: name.unwrap_or_default(),
+            here: row.get(7).is_some_and(|d| d.value() as i64 == system_id()),
+        }
+    }
+}
+
+/// The rule of a schema, as `coffer._schema_rules` has it; `Err` when one may be of this schema and may not: that one of its rows
+/// belongs to the tenant nobody can say then.
+pub fn schema_rule(namespace: pg_sys::Oid) -> Option<Result<SchemaRule, String>> {
+    // SAFETY: a system cache look-up; the answer is a copy that ends with NUL.
+    let name = unsafe {
+        let name = pg_sys::get_namespace_name(namespace);
+        if name.is_null() {
+            return None;
+        }
+        CStr::from_ptr(name).to_owned()
+    };
+    let by_oid = first_row(c"schema_rules", Some(&Key::oid(c"schema_rules_pkey", namespace)), Noted::of);
+    if let Some((_, noted)) = by_oid
+        && noted.here
+    {
+        return Some(if noted.name == name.to_bytes() {
+            Ok(noted.rule)
+        } else {
+            let was = String::from_utf8_lossy(&noted.name).into_owned();
+            Err(format!("the rule of its schema is of a schema \"{was}\""))
+        });
+    }
+    let mut padded = pg_sys::NameData::default();
+    for (to, from) in padded.data.iter_mut().zip(name.to_bytes()) {
+        *to = *from as std::ffi::c_char;
+    }
+    let key = Key {
+        index: c"schema_rules_schema",
+        attnum: 6,
+        equals: pg_sys::F_NAMEEQ,
+        value: pg_sys::Datum::from(&raw const padded),
+    };
+    let mut found: Option<Result<SchemaRule, String>> = None;
+    each_row(c"schema_rules", Some(&key), |row| {
+        let noted = Noted::of(row);
+        if noted.here && noted.oid != namespace {
+            found = Some(Err("the rule of its schema is of another schema that had the same name".into()));
+            return false;
+        }
+        found = Some(Ok(noted.rule));
+        true
     })?;
-    Some(rule)
+    found
+}
+
+/// Which cluster this is.
+pub fn system_id() -> i64 {
+    // SAFETY: reads a variable of the process.
+    unsafe { pg_sys::GetSystemIdentifier() as i64 }
 }
 
 /// Who owns the extension's tables.

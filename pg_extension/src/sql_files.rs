@@ -7,7 +7,7 @@
 use pgrx::extension_sql_file;
 
 extension_sql_file!("../../sql/10_tables.sql", name = "tables", bootstrap);
-extension_sql_file!("../../sql/20_names.sql", name = "names", requires = ["tables"]);
+extension_sql_file!("../../sql/20_names.sql", name = "names", requires = ["tables", "system_id"]);
 extension_sql_file!("../../sql/30_strategy.sql", name = "strategy", requires = ["names"]);
 extension_sql_file!("../../sql/35_path.sql", name = "path", requires = ["strategy"]);
 extension_sql_file!("../../sql/40_registry.sql", name = "registry", requires = ["path"]);

@@ -90,6 +90,26 @@ impl Cluster {
         this
     }
 
+    /// What `pg_upgrade` makes of `old`, which is stopped for good.
+    pub fn upgrade_of(old: &Self, major: u32) -> Self {
+        let mut initdb = vec!["--locale=C", "-E", "UTF8"];
+        if major >= 18 {
+            // As the old one has it.
+            initdb.push("--no-data-checksums");
+        }
+        let this = Self::start_with(major, "", &initdb);
+        this.stop("fast");
+        old.stop("fast");
+        let mut c = as_postgres(&this.bin.join("pg_upgrade"));
+        c.arg("-b").arg(&old.bin).arg("-B").arg(&this.bin).arg("-d").arg(old.data()).arg("-D").arg(this.data());
+        c.args(["-U", "postgres", "--no-sync", "-p", &old.port.to_string(), "-P", &this.port.to_string()]);
+        // It writes where it stands.
+        c.current_dir(&this.dir);
+        run(c);
+        this.up();
+        this
+    }
+
     /// Lines behind those of postgresql.conf, for the next start.
     pub fn configure(&self, conf: &str) {
         let file = self.data().join("postgresql.conf");

@@ -61,4 +61,5 @@ mod side;
 mod spelling;
 mod thread;
 mod types;
+mod upgrade;
 mod validation;

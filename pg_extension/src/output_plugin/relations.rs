@@ -184,10 +184,10 @@ unsafe fn rule_of(root: pg_sys::Relation) -> Option<(Strategy, Class, Found)> {
     match catalog::rule(relid) {
         Some(Ok(rule)) => Some((rule.strategy, rule.class, Found::Rule(rule))),
         Some(Err(what)) => Some((Strategy::Shared, Class::Data, Found::Broken(what))),
-        None => {
-            let rule = catalog::schema_rule(namespace)?;
-            Some((Strategy::Schema, rule.class, Found::Schema(rule.tenant)))
-        }
+        None => Some(match catalog::schema_rule(namespace)? {
+            Ok(rule) => (Strategy::Schema, rule.class, Found::Schema(rule.tenant)),
+            Err(what) => (Strategy::Schema, Class::Data, Found::Broken(what)),
+        }),
     }
 }
 
