@@ -26,6 +26,15 @@ AS $$
                 ELSE format('%s::pg_catalog.text', expression) END
 $$;
 
+-- Whether that text is the same under whatever settings.
+CREATE FUNCTION coffer._is_fixed(type oid) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT t.typtype = 'e' OR t.oid = ANY (ARRAY['int2', 'int4', 'int8', 'numeric', 'oid', 'text', 'varchar', 'bpchar', 'name', '"char"', 'uuid', 'bool',
+                                                 'inet', 'cidr', 'macaddr', 'macaddr8']::regtype[])
+    FROM pg_type t WHERE t.oid = coffer._base_type(type)
+$$;
+
 -- The same for a column, by name.
 CREATE FUNCTION coffer._column_text(row_name text, rel oid, col name) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp

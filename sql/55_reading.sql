@@ -75,6 +75,8 @@ END $$;
 CREATE FUNCTION coffer.snapshot(tenant text)
 RETURNS TABLE (relation text, row_data jsonb, snapshot pg_snapshot, lsn pg_lsn)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET row_security = off SET search_path = pg_catalog, coffer, pg_temp
+-- A tenant is its text: not the caller's, but the one that is archived.
+SET datestyle = 'ISO, MDY' SET timezone = 'UTC' SET intervalstyle = postgres SET extra_float_digits = 3 SET bytea_output = hex SET lc_monetary = 'C'
 AS $$
 DECLARE
     query  text;
@@ -89,4 +91,4 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION coffer.snapshot IS
-'All rows of one tenant as they are now, all as of one snapshot, from every covered table; shared tables are not the tenant''s.';
+'All rows of one tenant as they are now, all as of one snapshot, from every covered table; shared tables are not the tenant''s. Values look the same whatever the caller''s settings are; times are in UTC.';

@@ -336,6 +336,7 @@ BEGIN
         SELECT DISTINCT d.classid = 'pg_namespace'::regclass AS is_schema, d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
                d.object_type IN ('table', 'table column', 'index', 'trigger', 'table constraint', 'policy', 'rule', 'statistics object', 'sequence') AS relevant,
                CASE d.classid WHEN 'pg_type'::regclass THEN d.objid
+                    WHEN 'pg_constraint'::regclass THEN (SELECT nullif(k.contypid, 0) FROM pg_constraint k WHERE k.oid = d.objid)
                     WHEN 'pg_class'::regclass THEN (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid AND c.relkind = 'c') END AS type
         FROM pg_event_trigger_ddl_commands() d
         WHERE d.objid IS NOT NULL AND coalesce(d.schema_name, '') !~ '^pg_temp' AND d.schema_name IS DISTINCT FROM 'coffer'
@@ -460,15 +461,18 @@ BEGIN
     END IF;
 
     -- Parts of covered tables that go without a word of the table: a policy, a trigger, what went with a type or a function. An
-    -- index does not say whose it was. ALTER TABLE is heard of by itself.
+    -- index lies in its table's schema and does not say more of it; statistics lie anywhere. ALTER TABLE is heard of by itself.
     SELECT array_agg(DISTINCT m.root) INTO parts
     FROM pg_event_trigger_dropped_objects() d
     JOIN pg_namespace n ON n.nspname = d.address_names[1]
     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = d.address_names[2]
     JOIN coffer.rule_relations m ON m.relid = c.oid
     WHERE TG_TAG LIKE 'DROP %' AND d.object_type IN ('table column', 'table constraint', 'default value', 'trigger', 'policy', 'rule');
-    IF parts IS NOT NULL OR TG_TAG = 'DROP INDEX' AND EXISTS (
-        SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.object_type = 'index' AND d.original AND NOT d.is_temporary) THEN
+    IF parts IS NOT NULL OR TG_TAG LIKE 'DROP %' AND TG_TAG <> 'DROP TABLE' AND EXISTS (
+        SELECT FROM pg_event_trigger_dropped_objects() d
+        WHERE NOT d.is_temporary AND d.object_type IN ('index', 'statistics object') AND EXISTS (
+            SELECT FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE d.object_type <> 'index' OR n.nspname = d.schema_name)) THEN
         PERFORM coffer._mark('ddl', json_build_object('tag', TG_TAG, 'objects', coalesce(parts, '{}')::int8[], 'relations',
             ARRAY(SELECT DISTINCT t.relid::int8 FROM unnest(parts) u (root) CROSS JOIN LATERAL coffer._tree(u.root) t)));
     ELSIF dropped IS NULL AND EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d WHERE d.original AND coffer._in_tenants_schema(0, 0, d.schema_name)) THEN

@@ -80,7 +80,8 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- The same for a table whose rows do not say whose they are: asked for each row.
+-- The same for a table whose rows do not say whose they are, or say it in a text that the writer's settings decide: asked for
+-- each row, under settings of our own.
 CREATE FUNCTION coffer._fence_path() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp SET datestyle = 'ISO, MDY' SET timezone = 'UTC'
 SET intervalstyle = postgres SET extra_float_digits = 3 SET bytea_output = hex SET lc_monetary = 'C'
@@ -130,6 +131,8 @@ BEGIN
         is_old := ''; is_new := ''; either := ''; calls := '_fence_path';
     ELSIF NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel AND r.tenant_column = $2) THEN
         RAISE EXCEPTION '% is not covered by column %', rel, quote_ident(tenant_column) USING ERRCODE = 'undefined_object';
+    ELSIF NOT (SELECT coffer._is_fixed(a.atttypid) FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = $2) THEN
+        is_old := ''; is_new := ''; either := ''; calls := '_fence_path';
     END IF;
     FOR f IN
         SELECT * FROM (VALUES ('ins', 'INSERT', is_new), ('upd', 'UPDATE', either), ('del', 'DELETE', is_old)) v (suffix, event, condition)
