@@ -90,14 +90,9 @@ impl Cluster {
         this
     }
 
-    /// What `pg_upgrade` makes of `old`, which is stopped for good.
-    pub fn upgrade_of(old: &Self, major: u32) -> Self {
-        let mut initdb = vec!["--locale=C", "-E", "UTF8"];
-        if major >= 18 {
-            // As the old one has it.
-            initdb.push("--no-data-checksums");
-        }
-        let this = Self::start_with(major, "", &initdb);
+    /// What `pg_upgrade` makes of `old`, which is stopped for good: a cluster of the same version.
+    pub fn upgrade_of(old: &Self) -> Self {
+        let this = Self::start(old.major);
         this.stop("fast");
         old.stop("fast");
         let mut c = as_postgres(&this.bin.join("pg_upgrade"));

@@ -38,7 +38,7 @@ fn rules_follow_names(major: u32) {
          SELECT coffer.add_table('below', parent => 'b');
          INSERT INTO a VALUES (1, 1); INSERT INTO b VALUES (2, 1);",
     );
-    let new = Cluster::upgrade_of(&old, major);
+    let new = Cluster::upgrade_of(&old);
     let sql = |s: &str| new.psql("shop", s);
     let exchanged = "SELECT count(*) > 10 FROM coffer.schema_rules s JOIN pg_namespace n ON n.oid = s.nspid WHERE n.nspname <> s.schema";
     assert_eq!(
