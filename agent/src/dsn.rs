@@ -80,6 +80,30 @@ impl fmt::Display for Host {
     }
 }
 
+/// A server, as it was met.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    pub host: Host,
+    pub system_identifier: u64,
+    pub timeline: u32,
+    /// When its postmaster started, in microseconds since 1970-01-01 UTC. No two servers share it, whatever leads to them.
+    pub started_us: i64,
+}
+
+impl Server {
+    /// Whether it is the same process, by whatever address.
+    pub fn is(&self, other: &Self) -> bool {
+        (self.system_identifier, self.timeline, self.started_us)
+            == (other.system_identifier, other.timeline, other.started_us)
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (system {}, timeline {})", self.host, self.system_identifier, self.timeline)
+    }
+}
+
 /// A parsed connection string with every default filled in.
 #[derive(Clone)]
 pub struct Dsn {
@@ -96,6 +120,10 @@ pub struct Dsn {
     /// For one attempt at one host; `None`: no limit.
     pub connect_timeout: Option<Duration>,
     pub options: Option<String>,
+    /// Sessions are with this server, or are not.
+    server: Option<Server>,
+    /// A restart of it does not matter.
+    may_restart: bool,
     password: Option<SecretString>,
     passfile: Option<PathBuf>,
     /// Given by name, so that a missing or unreadable file is worth a warning.
@@ -236,6 +264,8 @@ impl Dsn {
             application_name: take("application_name").or(fallback).unwrap_or_else(|| "coffer".to_owned()),
             connect_timeout,
             options: take("options"),
+            server: None,
+            may_restart: false,
             password: take("password").map(SecretString::from),
             passfile_named: passfile.is_some(),
             passfile: passfile.or_else(|| around.home.as_ref().map(|h| h.join(".pgpass"))),
@@ -252,6 +282,43 @@ impl Dsn {
     #[must_use]
     pub fn with_application_name(&self, name: &str) -> Self {
         Self { application_name: name.to_owned(), ..self.clone() }
+    }
+
+    /// Sessions with this server only.
+    #[must_use]
+    pub fn with_server(&self, server: &Server) -> Self {
+        Self { hosts: vec![server.host.clone()], server: Some(server.clone()), ..self.clone() }
+    }
+
+    /// The same server, restarted or not: for work that sees for itself what a restart took away.
+    #[must_use]
+    pub fn across_restarts(&self) -> Self {
+        Self { may_restart: true, ..self.clone() }
+    }
+
+    /// The server that sessions have to be with.
+    pub fn server(&self) -> Option<&Server> {
+        self.server.as_ref()
+    }
+
+    /// Refuses another server than the one that is meant.
+    pub fn require(&self, met: &Server) -> Result<()> {
+        let Some(meant) = &self.server else { return Ok(()) };
+        let same = match self.may_restart {
+            true => (met.system_identifier, met.timeline) == (meant.system_identifier, meant.timeline),
+            false => met.is(meant),
+        };
+        if same {
+            return Ok(());
+        }
+        let how = if (met.system_identifier, met.timeline) == (meant.system_identifier, meant.timeline) {
+            ", and has been started anew or is another one"
+        } else {
+            ""
+        };
+        Err(Error::new(Kind::Unreachable, format!("the server {met} is not the one of the stream, {meant}{how}"))
+            .code("other_server")
+            .hint("it is tried again; of several hosts in [source.NAME] url, the one that the log follows is taken"))
     }
 
     /// The password for a host: the given one, else the password file's.

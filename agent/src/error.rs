@@ -156,6 +156,13 @@ impl Error {
         self
     }
 
+    /// The same kind, code and hint with other words.
+    #[must_use]
+    pub fn saying(mut self, message: impl Into<String>) -> Self {
+        (self.0.message, self.0.source) = (message.into(), None);
+        self
+    }
+
     /// Whether it carries this code.
     pub fn is_code(&self, code: &str) -> bool {
         self.0.code == code

@@ -24,6 +24,7 @@ pub mod large_objects;
 pub mod lease;
 pub mod merge;
 pub mod opened;
+pub mod primary;
 pub mod prune;
 pub mod replication;
 pub mod reporter;

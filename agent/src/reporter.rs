@@ -8,7 +8,7 @@
 use crate::alarms;
 use crate::clock::rfc3339;
 use crate::demux::Flow;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::keyring::TenantEntry;
 use crate::replication::sink::Durable;
 use crate::restore::in_place;
@@ -38,8 +38,7 @@ const TENANTS_AT_ONCE: usize = 500;
 /// The clock before the position: `now()` is when the statement began.
 const LOOK: &str = "SELECT (extract(epoch FROM now()) * 1000000)::bigint, \
     pg_catalog.pg_current_wal_insert_lsn()::text, current_setting('wal_block_size')::bigint, coffer._agent_waiting(), \
-    s.wal_status, pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_insert_lsn(), s.confirmed_flush_lsn)::bigint, \
-    pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) \
+    s.wal_status, pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_insert_lsn(), s.confirmed_flush_lsn)::bigint \
     FROM (VALUES (1)) one LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = $1";
 const UNCOVERED: &str = "SELECT relation::text FROM coffer.coverage \
     WHERE NOT covered AND strategy IS DISTINCT FROM 'excluded' ORDER BY 1";
@@ -86,11 +85,12 @@ impl Reporter {
 
     /// Never returns; drop it to end it.
     pub async fn run(mut self) {
-        let dsn = self.ctx.dsn.with_application_name("coffer reporter");
+        let ctx = self.ctx.clone();
+        let connect = async || sql::connect(&ctx.source_dsn().await?.with_application_name("coffer reporter")).await;
         let mut failures = 0;
         loop {
             let began = Instant::now();
-            let failed = match sql::connect(&dsn).await {
+            let failed = match connect().await {
                 Ok(client) => match self.session(&client).await {
                     Ok(()) => return,
                     Err(e) => e,
@@ -116,7 +116,6 @@ impl Reporter {
 
     async fn session(&mut self, client: &SqlClient) -> Result<()> {
         client.commit_locally().await?;
-        require_same_system(&self.ctx, client).await?;
         let look = client.prepare(LOOK).await.sql("cannot read the source's state")?;
         self.last_report = None;
         self.look(client, &look).await?;
@@ -171,12 +170,13 @@ impl Reporter {
         let row = client.query_one(look, &[&self.ctx.slot]).await.sql("cannot read the source's state")?;
         let time_us: i64 = row.get(0);
         let end: Lsn = row.get::<_, &str>(1).parse().map_err(Error::other)?;
-        same_timeline(&self.ctx, row.get(6))?;
-        self.anchors.add(before_page_header(end, row.get::<_, i64>(2)), time_us);
+        self.ctx.require_followed(client)?;
+        let at = before_page_header(end, row.get::<_, i64>(2));
+        self.anchors.add_if(at, time_us, || self.ctx.follows(client));
         self.ctx.status.set_source_clock(time_us - asked_us);
         let waiting: bool = row.get(3);
         if waiting {
-            self.flow.want(before_page_header(end, row.get::<_, i64>(2)));
+            self.flow.want(at);
             // It may be durable already, and only not known there.
             if !self.waiting {
                 self.last_report = None;
@@ -198,6 +198,7 @@ impl Reporter {
     }
 
     async fn report(&mut self, client: &SqlClient) -> Result<()> {
+        self.ctx.require_followed(client)?;
         let (lsn, time_us) = self.ctx.status.durable();
         let lsn_text = lsn.to_string();
         let time = rfc3339(time_us);
@@ -216,7 +217,7 @@ impl Reporter {
     async fn leftover_fences(&mut self, client: &SqlClient) -> Result<()> {
         while self.fences.try_join_next().is_some() {}
         if self.fences.is_empty() && in_place::any_fence(client).await? {
-            let dsn = self.ctx.dsn.clone();
+            let dsn = self.ctx.source_dsn().await?;
             self.fences.spawn(async move {
                 if let Err(e) = in_place::remove_leftover_fences(&dsn).await {
                     tracing::info!("fences that a restore left behind are still there: {e}");
@@ -270,42 +271,6 @@ impl Reporter {
             self.rpo_told = c.execute("SELECT pg_catalog.pg_notify('coffer_alarm', $1)", &[&message]).await.is_ok();
         }
     }
-}
-
-/// Another cluster at the same address must not be told that what it commits is durable, nor have its jobs done; no more must
-/// a server that a promotion left behind, or one whose promotion the log does not know of yet: its positions mean
-/// something else.
-pub(crate) async fn require_same_system(ctx: &AgentContext, client: &SqlClient) -> Result<()> {
-    let row = client
-        .query_one(
-            "SELECT s.system_identifier, pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), \
-                (pg_catalog.pg_current_wal_flush_lsn() - '0/0')::int8 FROM pg_catalog.pg_control_system() s",
-            &[],
-        )
-        .await
-        .sql("cannot ask which system the source is")?;
-    let (theirs, ours) = (row.get::<_, i64>(0).cast_unsigned(), ctx.system().0);
-    if theirs != ours {
-        return Err(Error::new(Kind::Refused, format!("the server is system {theirs}, the log is of system {ours}")));
-    }
-    same_timeline(ctx, row.get(1))?;
-    // One that was put back to an earlier state would take what is durable for its own commits to come.
-    let (flushed, durable) = (Lsn(row.get::<_, i64>(2).cast_unsigned()), ctx.status.durable().0);
-    if flushed < durable {
-        let what = format!("the server's log ends at {flushed}, and was archived up to {durable}: it was put back");
-        return Err(Error::new(Kind::Refused, what).code("went_back"));
-    }
-    Ok(())
-}
-
-/// `file`: the server's newest file of the log, whose name begins with the timeline.
-fn same_timeline(ctx: &AgentContext, file: &str) -> Result<()> {
-    let theirs = file.get(..8).and_then(|t| u32::from_str_radix(t, 16).ok());
-    let ours = ctx.system().1;
-    if theirs == Some(ours) {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Refused, format!("the server writes {file}, the log is on timeline {ours}")))
 }
 
 /// The insert position may stand behind a page header that no record has reached; no record ends between the page's

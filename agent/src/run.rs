@@ -6,13 +6,16 @@ use crate::alarms::Alarms;
 use crate::clock::{SharedClock, SystemClock};
 use crate::config::Config;
 use crate::dial;
-use crate::dsn::Dsn;
+use crate::dsn::{Dsn, Server};
 use crate::error::{Context, Error, Kind, Result};
 use crate::keyring::Keyring;
-use crate::repository::{Access, Log, LogRecord, Repository};
+use crate::primary::{Followed, Found};
+use crate::replication::client::Switch;
+use crate::repository::{Access, Body, Log, LogRecord, Repository};
 use crate::seal_pool::SealPool;
 use crate::ship::Durable;
 use crate::source;
+use crate::sql::SqlClient;
 use crate::status::{self, AgentStatus, SourceStatus};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -38,6 +41,9 @@ pub struct MemoryShares {
 /// A comparison with less would go to the disk with every few rows.
 const LEAST_CHECK: usize = 8 << 20;
 
+/// How long a session waits for the stream to meet its server.
+const SERVER_WAIT: Duration = Duration::from_secs(10);
+
 impl MemoryShares {
     /// The shares of one of `sources` sources.
     pub fn of(memory: u64, sources: usize) -> Self {
@@ -48,10 +54,39 @@ impl MemoryShares {
 }
 
 /// The server that a source's stream comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct System {
     pub system_identifier: u64,
     pub timeline: u32,
+    /// Where timelines before were left: what the log says of that, or all that the server knows.
+    pub history: Vec<Switch>,
+    /// The server itself, once the stream has met it.
+    pub server: Option<Server>,
+}
+
+impl System {
+    pub(crate) fn of(found: &Found) -> Self {
+        Self {
+            system_identifier: found.server.system_identifier,
+            timeline: found.server.timeline,
+            history: found.history.clone(),
+            server: Some(found.server.clone()),
+        }
+    }
+
+    fn of_log(log: &Log) -> Self {
+        let Some(last) = log.last() else { return Self::default() };
+        let left = |r: &Arc<LogRecord>| match r.body {
+            Body::Timeline { from, at, .. } => Some(Switch { timeline: from, at }),
+            _ => None,
+        };
+        Self {
+            system_identifier: last.system_identifier,
+            timeline: last.timeline,
+            history: log.records().iter().filter_map(left).collect(),
+            server: None,
+        }
+    }
 }
 
 /// What everything that works for one source shares.
@@ -80,8 +115,61 @@ pub struct AgentContext {
 impl AgentContext {
     /// System identifier and timeline of the server, as last checked.
     pub fn system(&self) -> (u64, u32) {
-        let s = *self.system.read().unwrap_or_else(PoisonError::into_inner);
+        let s = self.system.read().unwrap_or_else(PoisonError::into_inner);
         (s.system_identifier, s.timeline)
+    }
+
+    fn server(&self) -> Option<Server> {
+        self.system.read().unwrap_or_else(PoisonError::into_inner).server.clone()
+    }
+
+    /// Where sessions beside the stream go: to the very server that it comes from, and to no other one that the connection
+    /// string names. A stream that has not met its server yet is waited for, for a while.
+    pub async fn source_dsn(&self) -> Result<Dsn> {
+        let until = tokio::time::Instant::now() + SERVER_WAIT;
+        loop {
+            if let Some(s) = self.server() {
+                return Ok(self.dsn.with_server(&s));
+            }
+            if tokio::time::Instant::now() >= until {
+                let what = "the stream has not found the server that the log follows yet";
+                return Err(Error::new(Kind::Unreachable, what));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Whether a session is with the server that the log follows now.
+    pub fn follows(&self, session: &SqlClient) -> bool {
+        matches!((session.server(), self.server()), (Some(a), Some(b)) if a.is(&b))
+    }
+
+    /// An error when a session is with a server that the log has left.
+    pub fn require_followed(&self, session: &SqlClient) -> Result<()> {
+        if self.follows(session) {
+            return Ok(());
+        }
+        let name = |s: Option<&Server>| s.map_or_else(|| "nobody".to_owned(), ToString::to_string);
+        let what = format!(
+            "the session is with {}, and the log follows {}",
+            name(session.server()),
+            name(self.server().as_ref())
+        );
+        Err(Error::new(Kind::Unreachable, what).code("other_server"))
+    }
+
+    /// What a server has to be like to be followed.
+    pub(crate) async fn followed(&self) -> Result<Followed> {
+        let log = self.log.lock().await;
+        let last = log.last().ok_or_else(|| Error::other("the log is empty"))?;
+        let switches = self.system.read().unwrap_or_else(PoisonError::into_inner).history.clone();
+        Ok(Followed {
+            source: self.source.clone(),
+            system_identifier: last.system_identifier,
+            timeline: last.timeline,
+            switches,
+            durable: last.upto_lsn,
+        })
     }
 
     pub(crate) fn set_system(&self, s: System) {
@@ -132,10 +220,9 @@ pub async fn run(config: Config) -> Result<()> {
         let Some(mut log) = signals.before(Log::open(&repo, source_uid, None)).await? else { return Ok(()) };
         keyring.require(log.records().iter().flat_map(|r| r.objects()).map(|o| o.key()))?;
         let status = SourceStatus::new(name, &source.slot_name(name));
-        let mut system = System::default();
+        let system = System::of_log(&log);
         if let Some(last) = log.last() {
             status.set_durable(last.upto_lsn, last.upto_time_us);
-            system = System { system_identifier: last.system_identifier, timeline: last.timeline };
         }
         // The newest record is all that a writer needs; bases read the log on their own.
         log.forget_records();

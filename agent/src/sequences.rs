@@ -7,8 +7,7 @@
 //! Each reading carries a position that was read behind the values: whatever they count happened at or before it. So a
 //! target that is not before the position may use them.
 
-use crate::error::{Error, Kind, Result};
-use crate::reporter;
+use crate::error::{Error, Result};
 use crate::repository::model::{SequenceState, SequencesAt};
 use crate::run::AgentContext;
 use crate::sql::{self, SqlClient, SqlContext};
@@ -61,8 +60,12 @@ impl SequenceNotes {
         std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn add(&self, reading: SequencesAt) {
+    /// `holds`: whether it still counts, asked when no [`Self::forget`] can come in between.
+    fn add(&self, reading: SequencesAt, holds: impl FnOnce() -> bool) {
         let mut w = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if !holds() {
+            return;
+        }
         w.push(reading);
         if w.len() > MOST {
             let all = std::mem::take(&mut *w);
@@ -71,7 +74,7 @@ impl SequenceNotes {
     }
 
     /// What waits is of a server that may be another one now.
-    fn forget(&self) {
+    pub fn forget(&self) {
         self.ready.store(false, Ordering::Release);
         self.take();
     }
@@ -96,10 +99,10 @@ fn thinned(all: Vec<SequencesAt>) -> Vec<SequencesAt> {
 
 /// Reads the sequences for as long as it is polled; drop it to end it.
 pub async fn watch(ctx: Arc<AgentContext>, notes: Arc<SequenceNotes>) {
-    let dsn = ctx.dsn.with_application_name("coffer sequences");
     let mut told = false;
+    let connect = async || sql::connect(&ctx.source_dsn().await?.with_application_name("coffer sequences")).await;
     loop {
-        let failed = match sql::connect(&dsn).await {
+        let failed = match connect().await {
             Ok(client) => session(&ctx, &client, &notes, &mut told).await,
             Err(e) => e,
         };
@@ -117,13 +120,17 @@ async fn session(ctx: &AgentContext, client: &SqlClient, notes: &SequenceNotes, 
     loop {
         let began = Instant::now();
         // Asked before it begins, a reading counts; asked from here on, it takes another.
-        match reading(ctx, client, &mut known).await {
+        // What another server counts is not the source's.
+        if let Err(e) = ctx.require_followed(client) {
+            return e;
+        }
+        match reading(client, &mut known).await {
             Ok(Some(r)) => {
                 *told = false;
-                notes.add(r);
+                notes.add(r, || ctx.follows(client));
             }
             Ok(None) => *told = false,
-            Err(e) if client.is_closed() || e.kind() == Kind::Refused => return e,
+            Err(e) if client.is_closed() => return e,
             // A sequence was locked or dropped meanwhile.
             Err(e) => tracing::debug!("the sequences could not be read this time: {e}"),
         }
@@ -140,15 +147,7 @@ async fn session(ctx: &AgentContext, client: &SqlClient, notes: &SequenceNotes, 
 }
 
 /// The sequences that changed since `known`; `None` when none did.
-async fn reading(
-    ctx: &AgentContext,
-    client: &SqlClient,
-    known: &mut HashMap<String, (i64, bool)>,
-) -> Result<Option<SequencesAt>> {
-    if known.is_empty() {
-        // What another server at the same address counts is not the source's.
-        reporter::require_same_system(ctx, client).await?;
-    }
+async fn reading(client: &SqlClient, known: &mut HashMap<String, (i64, bool)>) -> Result<Option<SequencesAt>> {
     let mut now = all(client).await?;
     let before = std::mem::take(known);
     known.extend(now.states.iter().map(|s| (s.name.clone(), (s.last_value, s.is_called))));
@@ -184,12 +183,14 @@ mod tests {
     async fn what_waits_is_bounded_and_a_record_does_not_wait_for_a_session_that_is_away() {
         let notes = SequenceNotes::default();
         for n in 0..5000 {
-            notes.add(at(n, &[("a", n as i64)]));
+            notes.add(at(n, &[("a", n as i64)]), || true);
         }
         notes.freshen().await;
         let taken = notes.take();
         assert!(taken.len() <= MOST, "{}", taken.len());
         assert_eq!(taken.last(), Some(&at(4999, &[("a", 4999)])));
+        assert!(notes.take().is_empty());
+        notes.add(at(1, &[("a", 1)]), || false);
         assert!(notes.take().is_empty());
     }
 }

@@ -30,7 +30,7 @@ use crate::keyring::TenantEntry;
 use crate::replication::sink;
 use crate::repository::model::{Ship, TxnIndex};
 use crate::repository::{Body, Draft, Log, LogRecord, ObjectRef, Repository, paths};
-use crate::run::AgentContext;
+use crate::run::{AgentContext, System};
 use crate::seal_pool::SealPool;
 use crate::sequences::SequenceNotes;
 use crate::spool::SpoolReader;
@@ -72,7 +72,15 @@ impl Anchors {
 
     /// Adds a pair. Pairs come in the order in which they were read.
     pub fn add(&self, lsn: Lsn, time_us: i64) {
+        self.add_if(lsn, time_us, || true);
+    }
+
+    /// The same, if the pair still counts: asked when no [`Self::clear`] can come in between.
+    pub fn add_if(&self, lsn: Lsn, time_us: i64, holds: impl FnOnce() -> bool) {
         let mut a = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !holds() {
+            return;
+        }
         if a.back().is_some_and(|(l, _)| *l > lsn) {
             // Another timeline: what was read before says nothing about it.
             a.clear();
@@ -445,8 +453,28 @@ impl AgentContext {
     /// Appends a record to the log. An append that was cut short is settled by reading the log again: if our record is
     /// there, it counts.
     pub async fn append(&self, from_lsn: Lsn, upto_lsn: Lsn, upto_time_us: i64, body: Body) -> Result<Arc<LogRecord>> {
+        self.append_on(None, from_lsn, upto_lsn, upto_time_us, body).await
+    }
+
+    /// The same of another server, which is the one that is followed from there on: whoever waits for the log meanwhile
+    /// writes behind this record.
+    pub(crate) async fn append_on(
+        &self,
+        to: Option<System>,
+        from_lsn: Lsn,
+        upto_lsn: Lsn,
+        upto_time_us: i64,
+        body: Body,
+    ) -> Result<Arc<LogRecord>> {
         let mut log = self.log.lock().await;
-        let (system_identifier, timeline) = self.system();
+        let (system_identifier, timeline) =
+            to.as_ref().map_or_else(|| self.system(), |s| (s.system_identifier, s.timeline));
+        let followed = |r: Arc<LogRecord>| {
+            if let Some(s) = to.clone() {
+                self.set_system(s);
+            }
+            Ok(r)
+        };
         let draft =
             Draft { system_identifier, timeline, slot: self.slot.clone(), from_lsn, upto_lsn, upto_time_us, body };
         let mut wait = RETRY.0;
@@ -454,7 +482,7 @@ impl AgentContext {
             let e = match log.append(draft.clone()).await {
                 Ok(r) => {
                     self.alarms.clear(alarms::SHIP_FAILED, &self.source);
-                    return Ok(r);
+                    return followed(r);
                 }
                 Err(e) if e.kind() == Kind::Fenced => return Err(e),
                 Err(e) => e,
@@ -479,7 +507,7 @@ impl AgentContext {
             let head = again.last().cloned();
             *log = again;
             match head {
-                Some(r) if r.n == n && r.writer == writer && r.upto_lsn == upto_lsn => return Ok(r),
+                Some(r) if r.n == n && r.writer == writer && r.upto_lsn == upto_lsn => return followed(r),
                 Some(r) if r.n >= n => {
                     return Err(Error::new(
                         Kind::Fenced,

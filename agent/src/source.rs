@@ -11,6 +11,7 @@ use crate::demux::{self, Flow, Intake, Limits, ShipItem};
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::jobs;
+use crate::primary::{self, Found};
 use crate::replication::client::{Identity, ReplicationClient};
 use crate::replication::sink::Durable;
 use crate::replication::stream::{self, Pace, Phase};
@@ -97,11 +98,11 @@ pub async fn run(ctx: Arc<AgentContext>, pool: Arc<SealPool>) -> Result<()> {
         tokio::spawn(verify::rounds::watch(ctx.clone(), mirror.clone(), Look::Live)),
         tokio::spawn(verify::rounds::watch(ctx.clone(), mirror.clone(), Look::Drill)),
         tokio::spawn(verify::scrub::watch(ctx.clone(), mirror.clone())),
-        tokio::spawn(sequences::watch(ctx.clone(), sequences)),
+        tokio::spawn(sequences::watch(ctx.clone(), sequences.clone())),
     ];
     let mut served = tokio::spawn(jobs::run(ctx.clone(), flow, mirror));
     let mut bases = tokio::spawn(take_bases(ctx.clone()));
-    let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, durable: durable_tx };
+    let source = Source { ctx: ctx.clone(), anchors, intake, items: items_tx, sequences, durable: durable_tx };
     let ended = |r: Result<Result<()>, tokio::task::JoinError>| match r {
         Ok(Ok(())) => Err(Error::other("the shipping of changes has stopped")),
         Ok(Err(e)) => Err(e),
@@ -190,15 +191,8 @@ async fn begin(ctx: &Arc<AgentContext>, anchors: &Anchors) -> Result<Option<Lsn>
 
 /// Raises the alarm for what trying again may mend; gives back what it cannot. `streamed`: there was a stream before.
 fn report_down(ctx: &AgentContext, e: Error, streamed: bool) -> Result<()> {
-    // A slot in use is another agent, or the server has not noticed yet that our last connection is gone.
-    let again = match e.kind() {
-        Kind::Unreachable | Kind::Other | Kind::Verification | Kind::NotFound => true,
-        Kind::Fenced => e.is_code("slot_in_use"),
-        // The address leads to the server that is about to be promoted.
-        Kind::Refused => streamed && e.is_code("standby"),
-        _ => false,
-    };
-    if !again {
+    // The address may lead to the server that is about to be promoted.
+    if !primary::may_pass(&e) && !(streamed && e.is_code("standby")) {
         return Err(e);
     }
     ctx.status.set_state("broken");
@@ -208,10 +202,9 @@ fn report_down(ctx: &AgentContext, e: Error, streamed: bool) -> Result<()> {
 
 /// Takes over or creates the slot and writes the log's first record.
 async fn first_record(ctx: &AgentContext) -> Result<()> {
-    let mut client = ReplicationClient::connect(&ctx.dsn).await?;
-    let identity = client.identify().await?;
-    refuse_standby(ctx, &client)?;
-    ctx.set_system(System { system_identifier: identity.system_identifier, timeline: identity.timeline });
+    let found = primary::find(&ctx.dsn, None).await?;
+    ctx.set_system(System::of(&found));
+    let Found { mut client, identity, .. } = found;
     // Read before the slot exists: every commit after its consistent point is later.
     let before = source_now(&mut client).await?;
     let from = match slot(&mut client, &ctx.slot, &identity).await? {
@@ -234,6 +227,7 @@ struct Source {
     anchors: Arc<Anchors>,
     intake: Intake,
     items: mpsc::UnboundedSender<ShipItem>,
+    sequences: Arc<SequenceNotes>,
     /// What the server is told; the shipper's as well.
     durable: watch::Sender<Durable>,
 }
@@ -300,11 +294,12 @@ impl Source {
     /// Connects, checks, streams. `Ok` when the agent was told to stop and everything complete was shipped.
     async fn session(&self, resume: Lsn) -> Result<()> {
         let ctx = &self.ctx;
-        let mut client = ReplicationClient::connect(&ctx.dsn).await?;
-        let resume = self.check(&mut client, resume).await?;
+        let mut found = primary::find(&ctx.dsn, Some(&ctx.followed().await?)).await?;
+        let resume = self.check(&mut found, resume).await?;
+        let Found { mut client, server, .. } = found;
         let timeout = setting_ms(&mut client, "wal_sender_timeout").await?;
         client.start(&ctx.slot, resume, &[("format", "frames")]).await?;
-        tracing::info!(source = ctx.source, tls = client.is_tls(), "streaming from {resume}");
+        tracing::info!(source = ctx.source, server = %server.host, tls = client.is_tls(), "streaming from {resume}");
         ctx.alarms.clear(alarms::SOURCE_DOWN, &ctx.source);
         ctx.status.set_state("streaming");
         let (phase_tx, phase) = watch::channel(Phase::Stream);
@@ -341,54 +336,21 @@ impl Source {
         }
     }
 
-    /// Compares the server with the log and writes down what differs. Where to stream from.
-    async fn check(&self, client: &mut ReplicationClient, resume: Lsn) -> Result<Lsn> {
+    /// Writes down what the server has other than the log, and compares what that leaves. Where to stream from.
+    async fn check(&self, found: &mut Found, resume: Lsn) -> Result<Lsn> {
         let ctx = &self.ctx;
-        let identity = client.identify().await?;
-        let last = ctx.log.lock().await.last().cloned().ok_or_else(|| Error::other("the log is empty"))?;
-        if identity.system_identifier != last.system_identifier {
-            return Err(Error::new(
-                Kind::Refused,
-                format!(
-                    "the server {} is system {}, the log of source {} is of system {}",
-                    ctx.dsn, identity.system_identifier, ctx.source, last.system_identifier
-                ),
-            )
-            .code("other_system")
-            .hint("the connection string leads to another cluster; a new cluster is a new [source.NAME]"));
-        }
-        refuse_standby(ctx, client)?;
-        if identity.timeline < last.timeline {
-            return Err(Error::new(
-                Kind::Fenced,
-                format!("the server is on timeline {}, the log on {}", identity.timeline, last.timeline),
-            )
-            .code("old_timeline")
-            .hint("this server was left behind by a promotion: point the source at the new primary"));
-        }
-        let system = System { system_identifier: identity.system_identifier, timeline: identity.timeline };
+        let (_, timeline) = ctx.system();
         let mut resume = resume;
-        if identity.timeline > last.timeline {
-            resume = self.switch(client, &last, system).await?;
+        if found.identity.timeline > timeline {
+            resume = self.switch(timeline, found).await?;
         }
-        ctx.set_system(system);
         let durable = ctx.log.lock().await.upto_lsn().unwrap_or(resume);
-        if identity.flushed < durable {
-            return Err(Error::new(
-                Kind::Refused,
-                format!(
-                    "the server's log ends at {} on timeline {}, and was archived up to {durable}: the server was put \
-                     back to an earlier state, and would use the same positions for other changes",
-                    identity.flushed, identity.timeline
-                ),
-            )
-            .code("went_back")
-            .hint(
-                "a new history is a new [source.NAME]; only recovery to a point in time, with nothing written before it \
-                 ends, gives the server a timeline that this log can follow",
-            ));
+        if found.identity.flushed < durable {
+            return Err(primary::went_back(&found.server.host, &found.identity, durable));
         }
-        let found = slot(client, &ctx.slot, &identity).await?;
+        ctx.set_system(System::of(found));
+        let Found { client, identity, .. } = found;
+        let found = slot(client, &ctx.slot, identity).await?;
         match found {
             Some(s) if s.is_lost() => {
                 let why = s.invalidated.unwrap_or_else(|| "wal_removed".to_owned());
@@ -407,24 +369,12 @@ impl Source {
     }
 
     /// Another timeline: everything read so far becomes durable, then the log says where it was left.
-    async fn switch(
-        &self,
-        client: &mut ReplicationClient,
-        last: &crate::repository::LogRecord,
-        to: System,
-    ) -> Result<Lsn> {
+    async fn switch(&self, from: u32, to: &Found) -> Result<Lsn> {
         let ctx = &self.ctx;
         self.intake.flush().await?;
         self.barrier().await?;
-        let history = client.timeline_history(to.timeline).await?;
-        let left = history.iter().find(|s| s.timeline == last.timeline).ok_or_else(|| {
-            Error::new(
-                Kind::Refused,
-                format!("timeline {} does not descend from the log's timeline {}", to.timeline, last.timeline),
-            )
-            .code("other_history")
-            .hint("the server was restored from elsewhere; a new history is a new [source.NAME]")
-        })?;
+        let left = to.history.iter().find(|s| s.timeline == from);
+        let left = left.ok_or_else(|| Error::other(format!("nobody knows where timeline {from} was left")))?;
         let (upto, time) = {
             let log = ctx.log.lock().await;
             let r = log.last().ok_or_else(|| Error::other("the log is empty"))?;
@@ -442,17 +392,18 @@ impl Source {
                 format!(
                     "the source was promoted to timeline {} at {}, and {} bytes that were archived beyond it are an \
                      abandoned branch; new bases follow",
-                    to.timeline,
+                    to.server.timeline,
                     left.at,
                     upto.0 - left.at.0
                 ),
             );
         }
-        ctx.set_system(to);
+        let body = Body::Timeline { from, to: to.server.timeline, at: left.at };
+        let record = ctx.append_on(Some(System::of(to)), at, at, time, body).await?;
+        // What was read beside the stream until here is the old server's.
         self.anchors.clear();
-        let body = Body::Timeline { from: last.timeline, to: to.timeline, at: left.at };
-        let record = ctx.append(at, at, time, body).await?;
-        tracing::warn!(source = ctx.source, "timeline {} follows {} at {}", to.timeline, last.timeline, left.at);
+        self.sequences.forget();
+        tracing::warn!(source = ctx.source, "timeline {} follows {from} at {}", to.server.timeline, left.at);
         ctx.publish(record);
         self.intake.jump(at)?;
         Ok(at)
@@ -485,19 +436,6 @@ impl Source {
         self.intake.jump(upto)?;
         Ok(upto)
     }
-}
-
-/// Later versions decode on a standby. Bases need a primary, and a marker, so nothing is begun there.
-fn refuse_standby(ctx: &AgentContext, client: &ReplicationClient) -> Result<()> {
-    if !client.is_standby() {
-        return Ok(());
-    }
-    Err(Error::new(
-        Kind::Refused,
-        format!("the server {} is a standby: tenants are backed up from the primary", ctx.dsn),
-    )
-    .code("standby")
-    .hint("let [source.NAME] url name the primary; with several hosts in it, add target_session_attrs=primary"))
 }
 
 fn slot_at_risk(ctx: &AgentContext) {

@@ -4,7 +4,7 @@
 //! The pinned output settings are those of the output plugin, so that a base and the stream render a value alike.
 
 use crate::dial::{self, Transport};
-use crate::dsn::{ChannelBinding, Dsn, Host, SessionTarget};
+use crate::dsn::{ChannelBinding, Dsn, Host, Server, SessionTarget};
 use crate::error::{Error, Kind, Result};
 use secrecy::ExposeSecret;
 use std::future::{Ready, ready};
@@ -55,9 +55,16 @@ pub struct SqlClient {
     client: tokio_postgres::Client,
     task: JoinHandle<()>,
     is_tls: bool,
+    /// Where one was asked for.
+    server: Option<Server>,
 }
 
 impl SqlClient {
+    /// The server that the session is with, where a certain one was asked for.
+    pub fn server(&self) -> Option<&Server> {
+        self.server.as_ref()
+    }
+
     /// Whether the session is encrypted.
     pub fn is_tls(&self) -> bool {
         self.is_tls
@@ -100,7 +107,7 @@ impl Drop for SqlClient {
     }
 }
 
-/// Opens a session at the first host that will do.
+/// Opens a session at the first host that will do; with the server that the connection string means, where it means one.
 pub async fn connect(dsn: &Dsn) -> Result<SqlClient> {
     connect_to(dsn, None).await
 }
@@ -181,7 +188,7 @@ async fn connect_host(
             }
         }
     });
-    let client = SqlClient { client, task, is_tls };
+    let mut client = SqlClient { client, task, is_tls, server: None };
     for settings in first.into_iter().chain([PINNED]) {
         client.batch_execute(settings).await.map_err(|e| sql_error(e, "cannot set up the session"))?;
     }
@@ -198,7 +205,38 @@ async fn connect_host(
             return Err(Error::new(Kind::Unreachable, format!("{host} is a standby, and a primary is asked for")));
         }
     }
+    if dsn.server().is_some() {
+        let met = identify(&client, host).await?;
+        dsn.require(&met)?;
+        client.server = Some(met);
+    }
     Ok(client)
+}
+
+/// Who the server is. A session stays with it, and it stays what it is, for as long as the session lives.
+async fn identify(client: &SqlClient, host: &Host) -> Result<Server> {
+    let row = client
+        .query_one(
+            "SELECT s.system_identifier, \
+                (EXTRACT(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8, \
+                CASE WHEN NOT pg_catalog.pg_is_in_recovery() \
+                    THEN pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) END \
+             FROM pg_catalog.pg_control_system() s",
+            &[],
+        )
+        .await
+        .sql("cannot ask which server this is")?;
+    // The name of the newest file of the log begins with the timeline; a standby has none of its own.
+    let file: Option<&str> = row.get(2);
+    let timeline = file.and_then(|f| u32::from_str_radix(f.get(..8)?, 16).ok());
+    let timeline = timeline
+        .ok_or_else(|| Error::new(Kind::Unreachable, format!("{host} is a standby, and a primary is asked for")))?;
+    Ok(Server {
+        host: host.clone(),
+        system_identifier: row.get::<_, i64>(0).cast_unsigned(),
+        timeline,
+        started_us: row.get(1),
+    })
 }
 
 /// Our error for one of tokio-postgres: the server's own words, its detail and hint, and a kind that tells a server

@@ -1,5 +1,6 @@
-//! Other timelines: a standby that takes over, with and without the slot; a server that was put back; a slot that fell too
-//! far behind. What was durable before and what comes after is restored exactly, and what lies between is refused.
+//! Other timelines: a standby that takes over, with and without the slot; a primary that comes back beside it; two standbys
+//! that do; a server that was put back; a slot that fell too far behind. What was durable before and what comes after is
+//! restored exactly, and what lies between is refused.
 
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::block_on;
@@ -14,6 +15,8 @@ use std::process::Command;
 
 on_majors! {
     a_standby_takes_over: a_standby_takes_over;
+    an_old_primary_comes_back: an_old_primary_comes_back;
+    promoted_apart: promoted_apart;
     the_slot_falls_behind: the_slot_falls_behind;
     the_server_is_put_back: the_server_is_put_back;
 }
@@ -131,11 +134,7 @@ fn a_standby_takes_over(major: u32) {
         write(&first, 1);
         let before = take(&first, "before").await;
         durable(&first);
-        let end = first.psql("shop", "SELECT pg_current_wal_insert_lsn()");
-        wait_for("the standby", 60, || {
-            let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
-            (second.psql("postgres", &sql) == "t").then_some(())
-        });
+        caught_up(&first, &second);
         second.stop("fast");
 
         // What the standby never gets, archived all the same: a little, then more than follows after the promotion.
@@ -208,6 +207,140 @@ fn the_old_primary_is_left(agent: &Agent, old: &Cluster) {
     let log = twin.log();
     assert!(log.contains("the server is on timeline 1, the log on 2"), "{log}");
     assert_eq!(old.psql("shop", told), before);
+}
+
+/// Waits until a standby has everything up to now.
+fn caught_up(primary: &Cluster, standby: &Cluster) {
+    let end = primary.psql("shop", "SELECT pg_current_wal_insert_lsn()");
+    wait_for("the standby", 60, || {
+        let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
+        (standby.psql("postgres", &sql) == "t").then_some(())
+    });
+}
+
+/// A job of the first tenant that has to end well.
+fn job(cluster: &Cluster, call: &str) {
+    let id = cluster.psql("shop", &format!("SELECT coffer.{call}('1')"));
+    assert_eq!(cluster.psql("shop", &format!("SELECT state FROM coffer.wait({id}, '1min')")), "done");
+}
+
+/// The primary of before comes back, and takes writes: it is the first host, and nothing is read there or told to it, not by
+/// an agent that runs and not by one that is started.
+fn an_old_primary_comes_back(major: u32) {
+    block_on(async {
+        let first = Cluster::start(major);
+        prepare(&first);
+        first.psql("shop", "CREATE TABLE late (owner int NOT NULL, id int NOT NULL, PRIMARY KEY (owner, id))");
+        let second = Cluster::standby_of(&first, "");
+        let mut agent = Agent::new(&Setup { source_url: of_these(&[&first, &second]), ..Setup::of(&first, "shop") });
+        agent.start();
+        restored::wait_windows(&mut agent, &TENANTS);
+        let before = take(&first, "before").await;
+        durable(&first);
+        caught_up(&first, &second);
+        first.kill9();
+        second.promote();
+        spans(&mut agent, 1, 2);
+        durable(&second);
+
+        first.up();
+        write(&first, 7);
+        first.psql("shop", "INSERT INTO late SELECT t, 70 + i FROM generate_series(1, 2) t, generate_series(1, 5) i");
+        let told = "SELECT durable_lsn, reported_at FROM coffer.agent_state";
+        let nothing = first.psql("shop", told);
+        // Every session but the stream is opened again.
+        let sessions = "FROM pg_stat_activity WHERE usename = 'coffer_agent' AND backend_type = 'client backend'";
+        second.psql("shop", &format!("SELECT count(pg_terminate_backend(pid)) {sessions}"));
+        second.psql("shop", "INSERT INTO late SELECT t, i FROM generate_series(1, 2) t, generate_series(1, 5) i");
+        second.psql("shop", "SELECT * FROM coffer.add_table('late', 'owner')");
+        wait_for("a base of the new table", 60, || {
+            let log = agent.log();
+            let (_, after) = log.split_once("taking bases of public.late\"")?;
+            after.contains("bases are recorded").then_some(())
+        });
+        write(&second, 2);
+        job(&second, "backup");
+        let tables: Vec<Watched> = watched().into_iter().chain([Watched::new("late", "owner")]).collect();
+        let after = truth::take(&mut second.connect("shop").await, &tables, "after").await;
+        assert_eq!(agent.ended(), None, "{}", agent.log());
+        assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+
+        agent.start();
+        write(&second, 3);
+        let last = truth::take(&mut second.connect("shop").await, &tables, "last").await;
+        durable(&second);
+        exact(&agent, &second, &[&before]).await;
+        let ddl = format!("{DDL} CREATE TABLE late (owner int NOT NULL, id int NOT NULL, PRIMARY KEY (owner, id));");
+        let scratch = Scratch::new(&second, &ddl).await;
+        for truth in [&after, &last] {
+            for tenant in TENANTS {
+                assert_eq!(scratch.check(&agent, truth, &tables, tenant).await, Vec::<String>::new(), "{}", truth.name);
+            }
+        }
+        drop(scratch);
+        job(&second, "verify");
+        spans(&mut agent, 1, 2);
+        assert_eq!(first.psql("shop", told), nothing);
+        assert_eq!(first.psql("shop", &format!("SELECT count(*) {sessions}")), "0");
+
+        // With the new primary away the old one is no way out: the agent waits, and says who is what.
+        second.stop("fast");
+        let alarm = wait_for("the alarm", 60, || {
+            agent.alarms("source_down").into_iter().find(|a| a.to_string().contains("timeline 1, the log on 2"))
+        });
+        let message = alarm["message"].as_str().unwrap_or_default().to_owned();
+        assert!([&first, &second].iter().all(|c| message.contains(&format!(":{}", c.port))), "{message}");
+        second.up();
+        durable(&second);
+        assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+    });
+}
+
+/// Two standbys that were promoted without knowing of each other are both on timeline 2: the log follows one of them.
+fn promoted_apart(major: u32) {
+    block_on(async {
+        let first = Cluster::start(major);
+        prepare(&first);
+        let second = Cluster::standby_of(&first, "");
+        let third = Cluster::standby_of(&first, "");
+        let mut agent = Agent::new(&Setup { source_url: of_these(&[&first, &second]), ..Setup::of(&first, "shop") });
+        agent.start();
+        restored::wait_windows(&mut agent, &TENANTS);
+        third.stop("fast");
+        write(&first, 1);
+        let before = take(&first, "before").await;
+        durable(&first);
+        caught_up(&first, &second);
+        first.stop("fast");
+        second.promote();
+        spans(&mut agent, 1, 2);
+        write(&second, 2);
+        durable(&second);
+        assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+
+        third.up();
+        third.promote();
+        write(&third, 7);
+        let far =
+            "SELECT count(pg_logical_emit_message(false, 'pad', repeat('x', 1000000))) FROM generate_series(1, 8)";
+        third.psql("shop", far);
+        let further =
+            format!("SELECT pg_current_wal_flush_lsn() > '{}'", second.psql("shop", "SELECT pg_current_wal_lsn()"));
+        assert_eq!(third.psql("shop", &further), "t");
+        point_at(&agent, &of_these(&[&third]));
+        agent.start();
+        assert_eq!(agent.wait_end(60), Some(10), "{}", agent.log());
+        assert!(agent.log().contains("promoted apart from each other"), "{}", agent.log());
+        assert_eq!(third.psql("postgres", "SELECT count(*) FROM pg_replication_slots"), "0");
+
+        point_at(&agent, &of_these(&[&third, &second]));
+        agent.start();
+        write(&second, 3);
+        let after = take(&second, "after").await;
+        exact(&agent, &second, &[&before, &after]).await;
+        spans(&mut agent, 1, 2);
+        assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+    });
 }
 
 /// An address that leads to the standby before it is promoted ends no agent that streamed.

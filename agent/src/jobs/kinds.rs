@@ -6,6 +6,7 @@ use super::step::Step;
 use crate::catalog::{Catalog, Entry};
 use crate::commands::verify::{self, VerifyArgs};
 use crate::demux::Flow;
+use crate::dsn::Dsn;
 use crate::error::{Error, Kind, Result};
 use crate::keyring::TenantEntry;
 use crate::opened::{Opened, scratch};
@@ -35,34 +36,29 @@ pub struct Done {
 /// What every kind needs.
 pub(super) struct Work<'a> {
     pub ctx: &'a Arc<AgentContext>,
+    /// The server that the job's row is on.
+    pub dsn: &'a Dsn,
     pub flow: &'a Flow,
     pub mirror: &'a Mirror,
     pub job: &'a Claimed,
     pub step: &'a Step,
 }
 
-/// Carries a job out.
-pub async fn carry_out(
-    ctx: &Arc<AgentContext>,
-    flow: &Flow,
-    mirror: &Mirror,
-    job: &Claimed,
-    step: &Step,
-) -> Result<Done> {
-    let work = Work { ctx, flow, mirror, job, step };
-    let result = match job.kind.as_str() {
-        "backup" => work.backup().await?,
-        "restore" => work.restore().await?,
-        "verify" => return work.verify().await,
-        "hold" => work.hold().await?,
-        "release" => work.release().await?,
-        "policy" => work.policy().await?,
-        other => return Err(Error::new(Kind::Refused, format!("this agent knows no job of kind '{other}'"))),
-    };
-    Ok(Done { result, error: None })
-}
-
 impl Work<'_> {
+    /// Carries the job out.
+    pub(super) async fn carry_out(&self) -> Result<Done> {
+        let result = match self.job.kind.as_str() {
+            "backup" => self.backup().await?,
+            "restore" => self.restore().await?,
+            "verify" => return self.verify().await,
+            "hold" => self.hold().await?,
+            "release" => self.release().await?,
+            "policy" => self.policy().await?,
+            other => return Err(Error::new(Kind::Refused, format!("this agent knows no job of kind '{other}'"))),
+        };
+        Ok(Done { result, error: None })
+    }
+
     pub(super) fn opened(&self) -> Opened {
         Opened { keyring: self.ctx.keyring.clone(), repo: self.ctx.repo.clone(), from: None }
     }
@@ -94,10 +90,10 @@ impl Work<'_> {
         let to = self.job.text("target").unwrap_or_default().parse();
         let to = to.map_err(|e: String| Error::usage(format!("the target: {e}")))?;
         let place = match self.job.text("mode") {
-            Some("in-place") => Place::InPlace(Box::new(self.ctx.dsn.clone())),
+            Some("in-place") => Place::InPlace(Box::new(self.dsn.across_restarts())),
             // Who asked can read it.
             Some("schema") => Place::Schema {
-                dsn: Box::new(self.ctx.dsn.clone()),
+                dsn: Box::new(self.dsn.across_restarts()),
                 name: None,
                 readers: vec![self.job.requested_by.clone()],
             },
@@ -139,7 +135,7 @@ impl Work<'_> {
 
     /// What an earlier attempt at this restore committed. What remained to be done after the commit is done.
     async fn restored(&self) -> Result<Option<Value>> {
-        let client = sql::connect(&self.ctx.dsn.with_application_name("coffer jobs")).await?;
+        let client = sql::connect(&self.dsn.across_restarts()).await?;
         let Some(mut done) = self.job.of_job().committed(&client).await? else { return Ok(None) };
         tracing::info!(source = self.ctx.source, job = self.job.job, "was done before");
         if let Some(undo) = done.result["undo"].as_str() {

@@ -14,7 +14,6 @@ use crate::crypto::sha256;
 use crate::error::{Context, Kind, Result};
 use crate::history::History;
 use crate::keyring::TenantEntry;
-use crate::reporter;
 use crate::repository::Body;
 use crate::run::AgentContext;
 use crate::sql::{self, SqlClient, SqlContext};
@@ -117,9 +116,8 @@ impl Mirror {
 
     async fn session(&self) -> Result<()> {
         let mut records = self.ctx.durable.subscribe();
-        let client = sql::connect(&self.ctx.dsn.with_application_name("coffer mirror")).await?;
+        let client = sql::connect(&self.ctx.source_dsn().await?.with_application_name("coffer mirror")).await?;
         client.commit_locally().await?;
-        reporter::require_same_system(&self.ctx, &client).await?;
         let mut known = Known::default();
         let mut history = self.history().await?;
         let (mut is_stale, mut is_new) = (false, true);
@@ -128,6 +126,7 @@ impl Mirror {
                 history = self.history().await?;
                 is_new = true;
             }
+            self.ctx.require_followed(&client)?;
             self.round(&client, &mut history, &mut known, std::mem::take(&mut is_new)).await?;
             self.failures.store(0, Ordering::Relaxed);
             self.ctx.alarms.clear(alarms::VIEWS_FAILED, &self.ctx.source);

@@ -18,13 +18,14 @@ pub use mirror::Mirror;
 
 use crate::alarms;
 use crate::demux::Flow;
+use crate::dsn::Dsn;
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
-use crate::reporter;
 use crate::run::AgentContext;
-use crate::sql::{self, SqlContext};
+use crate::sql::{self, SqlClient, SqlContext};
 use claim::{Claimed, Verdict};
 use futures::FutureExt;
+use kinds::Work;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -130,20 +131,20 @@ impl Lane {
 
     /// `Ok` when the agent stops.
     async fn session(&self) -> Result<()> {
-        let dsn = self.ctx.dsn.with_application_name("coffer jobs");
+        let dsn = self.ctx.source_dsn().await?.with_application_name("coffer jobs");
         let (client, notified) = sql::connect_listening(&dsn).await?;
         let mut woken = Woken { notified, heard: None };
         client.commit_locally().await?;
-        reporter::require_same_system(&self.ctx, &client).await?;
         client.batch_execute("LISTEN coffer_jobs").await.sql("cannot listen for jobs")?;
         claim::begin(&client).await?;
         if !self.broke_off.load(Ordering::Relaxed) {
             self.ctx.alarms.clear(alarms::JOBS_FAILED, &self.ctx.source);
         }
         while !self.ctx.is_stopping() {
+            self.ctx.require_followed(&client)?;
             if let Some(job) = claim::next(&client, self.kinds, &self.ctx).await? {
                 // A session that broke meanwhile shows at the next claim.
-                self.work(&client, &mut woken, &job).await?;
+                self.work((&dsn, &client), &mut woken, &job).await?;
                 if self.broke_off.swap(false, Ordering::Relaxed) {
                     self.ctx.alarms.clear(alarms::JOBS_FAILED, &self.ctx.source);
                 }
@@ -163,11 +164,12 @@ impl Lane {
     }
 
     /// Carries a job out, and says so.
-    async fn work(&self, client: &sql::SqlClient, woken: &mut Woken, job: &Claimed) -> Result<()> {
+    async fn work(&self, (dsn, client): (&Dsn, &SqlClient), woken: &mut Woken, job: &Claimed) -> Result<()> {
         tracing::info!(source = self.ctx.source, job = job.job, kind = job.kind, "begun, attempt {}", job.attempt);
         failpoints::hit(failpoints::JOB_AFTER_CLAIM)?;
         let step = Step::default();
-        let done = kinds::carry_out(&self.ctx, &self.flow, &self.mirror, job, &step);
+        let work = Work { ctx: &self.ctx, dsn, flow: &self.flow, mirror: &self.mirror, job, step: &step };
+        let done = work.carry_out();
         tokio::pin!(done);
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

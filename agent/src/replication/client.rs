@@ -53,26 +53,33 @@ impl ReplicationClient {
     pub async fn connect(dsn: &Dsn) -> Result<Self> {
         let mut last = None;
         for host in &dsn.hosts {
-            for security in dial::attempts(dsn.sslmode, host) {
-                let attempt = Self::connect_host(dsn, host, *security);
-                let got = match dsn.connect_timeout {
-                    // The startup too: a server that accepts and then says nothing is as dead.
-                    Some(t) => tokio::time::timeout(t * 2, attempt).await.unwrap_or_else(|_| {
-                        Err(Error::new(Kind::Unreachable, format!("{host} does not finish the startup in time")))
-                    }),
-                    None => attempt.await,
-                };
-                match got {
-                    Ok(c) => return Ok(c),
-                    Err(e) if e.kind() == Kind::Unreachable => {
-                        last = Some(e);
-                        break;
-                    }
-                    Err(e) => last = Some(e),
-                }
+            match Self::connect_at(dsn, host).await {
+                Ok(c) => return Ok(c),
+                Err(e) => last = Some(e),
             }
         }
         Err(last.unwrap_or_else(|| Error::usage("the connection string names no host")))
+    }
+
+    /// The same to this host.
+    pub async fn connect_at(dsn: &Dsn, host: &Host) -> Result<Self> {
+        let mut last = None;
+        for security in dial::attempts(dsn.sslmode, host) {
+            let attempt = Self::connect_host(dsn, host, *security);
+            let got = match dsn.connect_timeout {
+                // The startup too: a server that accepts and then says nothing is as dead.
+                Some(t) => tokio::time::timeout(t * 2, attempt).await.unwrap_or_else(|_| {
+                    Err(Error::new(Kind::Unreachable, format!("{host} does not finish the startup in time")))
+                }),
+                None => attempt.await,
+            };
+            match got {
+                Ok(c) => return Ok(c),
+                Err(e) if e.kind() == Kind::Unreachable => return Err(e),
+                Err(e) => last = Some(e),
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::usage("there is no way to connect")))
     }
 
     async fn connect_host(dsn: &Dsn, host: &Host, security: Security) -> Result<Self> {

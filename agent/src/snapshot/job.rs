@@ -67,7 +67,8 @@ pub struct Finished {
 
 /// Reads the tables.
 pub async fn read_tables(ctx: &AgentContext, rules: Vec<Rule>, progress: &Arc<BaseProgress>) -> Result<ReadTables> {
-    let dsn = ctx.dsn.with_application_name("coffer base");
+    // One server for all sessions of the job: rows of another one under this one's marker would be wrong rows.
+    let dsn = ctx.source_dsn().await?.with_application_name("coffer base");
     let session = sql::connect(&dsn).await?;
     refuse_standby(&session).await?;
     progress.phase(Phase::WaitingForTransactions);
@@ -498,13 +499,18 @@ pub async fn dump(ctx: &AgentContext, client: &SqlClient, cut: Lsn) -> Result<Ob
         key_version: key.id.version,
     };
     let path = paths::schema(ctx.source_uid, cut, header.object);
-    let (repo, rt, dsn) = (ctx.repo.clone(), ctx.rt.clone(), ctx.dsn.with_application_name("coffer schema"));
-    tokio::task::spawn_blocking(move || {
+    let dsn = ctx.source_dsn().await?.with_application_name("coffer schema");
+    let (repo, rt) = (ctx.repo.clone(), ctx.rt.clone());
+    let dumped = tokio::task::spawn_blocking(move || {
         repo.seal_to(rt, path, &header, &key, |sealer| {
             schema_dump::dump_schema(&dsn, version, &encoding, sealer)?;
             Ok(0)
         })
     })
     .await
-    .map_err(|e| Error::other(format!("the schema dump broke off: {e}")))?
+    .map_err(|e| Error::other(format!("the schema dump broke off: {e}")))??;
+    // pg_dump asks nobody who it is; what it read counts if the session beside it did not move.
+    client.batch_execute("SELECT 1").await.sql("the server went away while its definitions were dumped")?;
+    ctx.require_followed(client)?;
+    Ok(dumped)
 }

@@ -22,12 +22,20 @@ impl BaseTaker {
         let mut last = None;
         let ctx = self.ctx.clone();
         let ended = end_after(&ctx, session);
+        let mut look = tokio::time::interval(SESSION_CHECK);
         tokio::pin!(ended);
         loop {
             let d = tokio::select! {
                 d = self.durable.recv() => d,
                 at = &mut ended, if last.is_none() => {
                     last = Some(at);
+                    continue;
+                }
+                _ = look.tick() => {
+                    // A server that was left goes on, and its log is nobody's.
+                    if !session.is_closed() && !ctx.follows(session) {
+                        return Err(again("the stream comes from another server than the one that has the marker of a base"));
+                    }
                     continue;
                 }
                 () = ctx.stopped() => return Err(Error::other("the agent is stopping").code("stopping")),
@@ -58,7 +66,8 @@ async fn end_after(ctx: &AgentContext, session: &SqlClient) -> Lsn {
         if !session.is_closed() {
             continue;
         }
-        let Ok(client) = sql::connect(&ctx.dsn).await else { continue };
+        let Ok(dsn) = ctx.source_dsn().await else { continue };
+        let Ok(client) = sql::connect(&dsn).await else { continue };
         let row = client.query_one("SELECT pg_catalog.pg_current_wal_insert_lsn()::text", &[]).await;
         if let Some(at) = row.ok().and_then(|r| r.get::<_, &str>(0).parse().ok()) {
             return at;

@@ -26,7 +26,7 @@ use crate::run::AgentContext;
 use crate::ship::Durable;
 use crate::snapshot::plan::Seen;
 use crate::snapshot::progress::{BaseProgress, Phase};
-use crate::sql::{self, SqlContext};
+use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, Relation, TenantKind};
 use std::collections::BTreeSet;
@@ -76,7 +76,7 @@ pub struct BaseTaker {
     /// A base was taken of a table that refers to some.
     objects_due: bool,
     /// They are being read, which may take long: bases do not wait for it.
-    objects: Option<JoinHandle<Result<(Reading, Lease)>>>,
+    objects: Option<JoinHandle<Result<(Reading, Lease, u64)>>>,
 }
 
 impl BaseTaker {
@@ -271,8 +271,10 @@ impl BaseTaker {
     /// One job for every table that lacks a base. False: some table has to be tried again soon.
     async fn take_missing(&mut self) -> Result<bool> {
         self.asked = false;
+        // Before the first session is opened: what is read of a server that was left meanwhile is not recorded.
+        let breaks = self.seen.breaks();
         let rules = {
-            let client = sql::connect(&self.ctx.dsn).await?;
+            let client = self.session().await?;
             let row = client
                 .query_one("SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text", &[])
                 .await
@@ -292,7 +294,7 @@ impl BaseTaker {
         tracing::info!(tables = missing.len(), "taking bases of {}", names.join(", "));
         self.ctx.status.set_snapshotting(true);
         self.progress.begin(names);
-        let (job, breaks) = (Uuid::new_v4(), self.seen.breaks());
+        let job = Uuid::new_v4();
         let wanted: Vec<PendingTable> = missing
             .iter()
             .map(|r| PendingTable { relid: r.relid, name: r.qualified(), owner: r.owner(&self.ctx) })
@@ -328,13 +330,13 @@ impl BaseTaker {
             };
             if done.base.schema.is_some() {
                 // The definitions were read behind the cut: a change between the two is in them, and was not at the cut.
-                let client = sql::connect(&self.ctx.dsn).await?;
+                let client = self.session().await?;
                 self.wait_for_marker(&client).await?;
                 done.base.schema.take_if(|_| self.definitions_at.is_some_and(|at| at > cut));
             }
             self.new_definitions |= done.base.schema.is_none();
             let relids: BTreeSet<u32> = done.base.tables.iter().map(|t| t.relid).collect();
-            self.record(done.base, Some(breaks)).await?;
+            self.record(done.base, breaks).await?;
             let refers = |r: &LargeObjectsRead| r.columns.iter().any(|c| relids.contains(&c.relid));
             if self.seen.large_objects().is_some_and(refers) {
                 (self.objects_due, self.objects_after) = (true, Instant::now());
@@ -359,7 +361,8 @@ impl BaseTaker {
         if self.ctx.system().0 == 0 || self.definitions_after > Instant::now() {
             return Ok(());
         }
-        let client = sql::connect(&self.ctx.dsn).await?;
+        let breaks = self.seen.breaks();
+        let client = self.session().await?;
         let intent = Lease::intent(&self.ctx.repo, self.ctx.source_uid).await?;
         for _ in 0..DUMPS {
             tokio::time::sleep(DEFINITIONS_REST).await;
@@ -389,7 +392,7 @@ impl BaseTaker {
                 // Ships bring the sequences, at positions of their own.
                 ..Base::default()
             };
-            self.record(base, None).await?;
+            self.record(base, breaks).await?;
             break;
         }
         intent.release().await;
@@ -399,7 +402,7 @@ impl BaseTaker {
     /// The roles of tenants as objects; `all` or only those that differ from what is archived. And where they were read.
     async fn roles(&mut self, all: bool) -> Result<(Lsn, Vec<ObjectRef>)> {
         self.roles_after = Instant::now() + ROLES;
-        let client = sql::connect(&self.ctx.dsn).await?;
+        let client = self.session().await?;
         let read = accounts::read(&client, self.ctx.config.accounts.passwords).await?;
         let at = read.0;
         Ok((at, accounts::archive(&self.ctx, read, self.seen.roles(), all).await?))
@@ -418,6 +421,7 @@ impl BaseTaker {
         if self.ctx.system().0 == 0 || self.roles_after > Instant::now() {
             return Ok(());
         }
+        let breaks = self.seen.breaks();
         let (cut_lsn, roles) = match self.roles(false).await {
             Ok(r) => r,
             Err(e) => {
@@ -430,7 +434,7 @@ impl BaseTaker {
             return Ok(());
         }
         tracing::info!(tenants = roles.len(), "roles of tenants changed");
-        self.record(Base { job: Uuid::new_v4(), cut_lsn, roles, ..Base::default() }, None).await
+        self.record(Base { job: Uuid::new_v4(), cut_lsn, roles, ..Base::default() }, breaks).await
     }
 
     /// Large objects are read when the registry names other columns than those that were read last, when a table that
@@ -440,14 +444,17 @@ impl BaseTaker {
             let read = task.await.unwrap_or_else(|e| Err(Error::other(format!("their reading broke off: {e}"))));
             self.objects_after = Instant::now() + ROLES;
             match read {
-                Ok((r, intent)) => {
+                Ok((r, intent, breaks)) => {
                     self.ctx.alarms.clear(alarms::LARGE_OBJECTS_FAILED, &self.ctx.source);
                     tracing::info!(objects = r.objects.len(), at = %r.read.lsn, "large objects are read");
                     let (cut_lsn, large_objects) = (r.read.lsn, r.objects);
                     let large_objects_read = Some(Box::new(r.read));
                     let job = Uuid::new_v4();
                     let base = Base { job, cut_lsn, large_objects, large_objects_read, ..Base::default() };
-                    self.record(base, None).await?;
+                    // Of a server that was left meanwhile they are read anew.
+                    self.objects_due = true;
+                    self.record(base, breaks).await?;
+                    self.objects_due = false;
                     intent.release().await;
                     return Ok(());
                 }
@@ -467,7 +474,8 @@ impl BaseTaker {
         if self.ctx.system().0 == 0 || self.objects.is_some() || self.objects_after > Instant::now() {
             return Ok(());
         }
-        let client = sql::connect(&self.ctx.dsn).await?;
+        let breaks = self.seen.breaks();
+        let client = self.session().await?;
         let now: Vec<_> = large_objects::columns(&client).await?.into_iter().map(|(c, _)| c).collect();
         let due = match self.seen.large_objects() {
             None => !now.is_empty(),
@@ -483,7 +491,7 @@ impl BaseTaker {
             self.objects = Some(tokio::spawn(async move {
                 // Reading takes as long as it takes; what is uploaded meanwhile is named by the record at its end.
                 let intent = Lease::intent(&ctx.repo, ctx.source_uid).await?;
-                Ok((large_objects::read_large_objects(&ctx).await?, intent))
+                Ok((large_objects::read_large_objects(&ctx).await?, intent, breaks))
             }));
         } else {
             self.objects_after = Instant::now() + ROLES;
@@ -491,8 +499,13 @@ impl BaseTaker {
         Ok(())
     }
 
-    /// Appends the record, unless the log broke off since the job began.
-    async fn record(&mut self, base: Base, breaks: Option<u64>) -> Result<()> {
+    /// A session with the server that the stream comes from.
+    async fn session(&self) -> Result<SqlClient> {
+        sql::connect(&self.ctx.source_dsn().await?).await
+    }
+
+    /// Appends the record, unless the log broke off since `breaks` of it were counted, before anything was read.
+    async fn record(&mut self, base: Base, breaks: u64) -> Result<()> {
         let (tables, fulls, cut, job) = (base.tables.len(), base.fulls.len(), base.cut_lsn, base.job);
         let log = self.ctx.log.clone();
         loop {
@@ -507,7 +520,7 @@ impl BaseTaker {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 continue;
             }
-            if breaks.is_some_and(|b| self.seen.breaks() != b) {
+            if self.seen.breaks() != breaks {
                 return Err(Error::new(Kind::Fenced, "the log broke off while the base was taken: it is taken again")
                     .code("base_again"));
             }

@@ -81,10 +81,11 @@ async fn once(validation: &Validation<'_>, tenant: &TenantEntry) -> Result<Compa
 /// Compares a tenant for the running agent, and tells what was found.
 pub async fn check(ctx: &AgentContext, mirror: &Mirror, tenant: &TenantEntry, watch: Watch) -> Result<Compared> {
     let opened = Opened { keyring: ctx.keyring.clone(), repo: ctx.repo.clone(), from: None };
+    let dsn = ctx.source_dsn().await?;
     let validation = Validation {
         opened: &opened,
         source: (&ctx.source, ctx.source_uid),
-        dsn: &ctx.dsn,
+        dsn: &dsn,
         scratch: scratch(&ctx.config)?,
         memory: ctx.memory.check,
         watch,

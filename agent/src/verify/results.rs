@@ -95,7 +95,7 @@ impl Results<'_> {
     pub async fn notify(&self, message: &str) {
         let cut = (0..=message.len().min(NOTIFY_BYTES)).rev().find(|n| message.is_char_boundary(*n)).unwrap_or(0);
         let said = async {
-            let client = sql::connect(&self.ctx.dsn.with_application_name("coffer alarm")).await?;
+            let client = sql::connect(&self.ctx.source_dsn().await?.with_application_name("coffer alarm")).await?;
             client
                 .execute("SELECT pg_catalog.pg_notify('coffer_alarm', $1)", &[&&message[..cut]])
                 .await
