@@ -135,6 +135,7 @@ async fn open_unlimited(dsn: &Dsn, host: &Host, security: Security) -> Result<Tr
     }
     .map_err(unreachable)?;
     tcp.set_nodelay(true).map_err(unreachable)?;
+    keep_alive(&tcp, dsn).map_err(unreachable)?;
     if security == Security::Plain {
         return Ok(Transport { io: Io::Tcp(tcp), channel_binding: None });
     }
@@ -166,6 +167,29 @@ async fn open_unlimited(dsn: &Dsn, host: &Host, security: Security) -> Result<Tr
         _ => tls.get_ref().1.peer_certificates().and_then(|c| end_point(c.first()?)),
     };
     Ok(Transport { io: Io::Tls(Box::new(tls)), channel_binding })
+}
+
+/// A link that is dead without a word ends the connection.
+fn keep_alive(tcp: &TcpStream, dsn: &Dsn) -> std::io::Result<()> {
+    let socket = socket2::SockRef::from(tcp);
+    if dsn.keepalive.is_on {
+        let mut probes = socket2::TcpKeepalive::new();
+        if let Some(t) = dsn.keepalive.idle {
+            probes = probes.with_time(t);
+        }
+        if let Some(t) = dsn.keepalive.interval {
+            probes = probes.with_interval(t);
+        }
+        if let Some(n) = dsn.keepalive.count {
+            probes = probes.with_retries(n);
+        }
+        socket.set_tcp_keepalive(&probes)?;
+    }
+    #[cfg(target_os = "linux")]
+    if let Some(t) = dsn.user_timeout() {
+        socket.set_tcp_user_timeout(Some(t))?;
+    }
+    Ok(())
 }
 
 fn tls_config(dsn: &Dsn) -> Result<ClientConfig> {
@@ -347,6 +371,24 @@ mod tests {
         assert_eq!(end_point(&rsa(12)).unwrap().len(), 48);
         assert_eq!(end_point(&rsa(13)).unwrap().len(), 64);
         assert_eq!(end_point(&cert(&[0x2b, 0x65, 0x70])), None);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn the_kernel_is_told_when_a_link_is_dead() {
+        let server = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let port = server.local_addr().unwrap().port();
+        let dsn = Dsn::parse(&format!("host=127.0.0.1 port={port} sslmode=disable user=u keepalives_count=4")).unwrap();
+        for dsn in [dsn.clone(), dsn.sending_little()] {
+            let t = open(&dsn, &dsn.hosts[0], Security::Plain).await.unwrap();
+            let Io::Tcp(tcp) = &t.io else { panic!("not TCP") };
+            let s = socket2::SockRef::from(tcp);
+            assert!(s.keepalive().unwrap());
+            let times = (s.tcp_keepalive_time().unwrap(), s.tcp_keepalive_interval().unwrap());
+            assert_eq!(times, (std::time::Duration::from_secs(30), std::time::Duration::from_secs(10)));
+            assert_eq!(s.tcp_keepalive_retries().unwrap(), 4);
+            assert_eq!(s.tcp_user_timeout().unwrap(), dsn.user_timeout());
+        }
     }
 
     #[test]

@@ -80,6 +80,29 @@ impl fmt::Display for Host {
     }
 }
 
+/// When a connection that nobody hears of is given up: `keepalives` and its kin. Of the times that are not given, the
+/// operating system's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keepalive {
+    pub is_on: bool,
+    pub idle: Option<Duration>,
+    pub interval: Option<Duration>,
+    pub count: Option<u32>,
+}
+
+/// Without parameters a link that is dead is noticed within a minute. libpq leaves that to the operating system, whose two
+/// hours would be two hours without a backup.
+pub const DEFAULT_KEEPALIVE: Keepalive = Keepalive {
+    is_on: true,
+    idle: Some(Duration::from_secs(30)),
+    interval: Some(Duration::from_secs(10)),
+    count: Some(3),
+};
+
+/// For sessions that send little. What was sent and is not acknowledged keeps the kernel from probing; and a server that takes
+/// no more for a minute while much is sent to it may only be busy.
+const DEFAULT_USER_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// A server, as it was met.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
@@ -120,6 +143,10 @@ pub struct Dsn {
     /// For one attempt at one host; `None`: no limit.
     pub connect_timeout: Option<Duration>,
     pub options: Option<String>,
+    pub keepalive: Keepalive,
+    /// As given; zero: the operating system's.
+    tcp_user_timeout: Option<Duration>,
+    sends_little: bool,
     /// Sessions are with this server, or are not.
     server: Option<Server>,
     /// A restart of it does not matter.
@@ -158,6 +185,11 @@ const PARAMETERS: &[(&str, Option<&str>)] = &[
     ("fallback_application_name", None),
     ("connect_timeout", Some("PGCONNECT_TIMEOUT")),
     ("options", Some("PGOPTIONS")),
+    ("keepalives", None),
+    ("keepalives_idle", None),
+    ("keepalives_interval", None),
+    ("keepalives_count", None),
+    ("tcp_user_timeout", None),
     ("client_encoding", None),
     ("gssencmode", Some("PGGSSENCMODE")),
 ];
@@ -239,6 +271,8 @@ impl Dsn {
                 Err(_) => return Err(bad_value("connect_timeout", &t, "seconds")),
             },
         };
+        let keepalive = keepalive(&mut take)?;
+        let tcp_user_timeout = number("tcp_user_timeout", take("tcp_user_timeout"))?;
         if let Some(e) = take("client_encoding")
             && !matches!(e.to_ascii_uppercase().as_str(), "UTF8" | "UTF-8" | "AUTO")
         {
@@ -264,6 +298,9 @@ impl Dsn {
             application_name: take("application_name").or(fallback).unwrap_or_else(|| "coffer".to_owned()),
             connect_timeout,
             options: take("options"),
+            keepalive,
+            tcp_user_timeout: tcp_user_timeout.map(|ms| Duration::from_millis(ms.into())),
+            sends_little: false,
             server: None,
             may_restart: false,
             password: take("password").map(SecretString::from),
@@ -284,16 +321,34 @@ impl Dsn {
         Self { application_name: name.to_owned(), ..self.clone() }
     }
 
+    /// One host of several.
+    #[must_use]
+    pub fn with_host(&self, host: &Host) -> Self {
+        Self { hosts: vec![host.clone()], ..self.clone() }
+    }
+
     /// Sessions with this server only.
     #[must_use]
     pub fn with_server(&self, server: &Server) -> Self {
-        Self { hosts: vec![server.host.clone()], server: Some(server.clone()), ..self.clone() }
+        Self { server: Some(server.clone()), ..self.with_host(&server.host) }
     }
 
     /// The same server, restarted or not: for work that sees for itself what a restart took away.
     #[must_use]
     pub fn across_restarts(&self) -> Self {
         Self { may_restart: true, ..self.clone() }
+    }
+
+    /// For sessions that send no more than statements.
+    #[must_use]
+    pub fn sending_little(&self) -> Self {
+        Self { sends_little: true, ..self.clone() }
+    }
+
+    /// How long what was sent may stay unacknowledged; `None`: as the operating system says.
+    pub fn user_timeout(&self) -> Option<Duration> {
+        let default = self.sends_little.then_some(DEFAULT_USER_TIMEOUT);
+        self.tcp_user_timeout.or(default).filter(|t| !t.is_zero())
     }
 
     /// The server that sessions have to be with.
@@ -380,6 +435,32 @@ fn ssl_mode(s: &str) -> Result<SslMode> {
         "verify-ca" => SslMode::VerifyCa,
         "verify-full" => SslMode::VerifyFull,
         o => return Err(bad_value("sslmode", o, "disable, allow, prefer, require, verify-ca, verify-full")),
+    })
+}
+
+/// A parameter that is a number; what is negative counts as zero, as libpq has it.
+fn number(name: &str, value: Option<String>) -> Result<Option<u32>> {
+    let Some(text) = value else { return Ok(None) };
+    let n = text.trim().parse::<i32>().map_err(|_| bad_value(name, &text, "a number"))?;
+    Ok(Some(u32::try_from(n).unwrap_or(0)))
+}
+
+fn keepalive(take: &mut impl FnMut(&str) -> Option<String>) -> Result<Keepalive> {
+    let mut of = |name: &str| number(name, take(name));
+    let default = DEFAULT_KEEPALIVE;
+    // Zero is the operating system's.
+    let seconds = |given: Option<u32>, default| match given {
+        None => default,
+        Some(n) => (n > 0).then(|| Duration::from_secs(n.into())),
+    };
+    Ok(Keepalive {
+        is_on: of("keepalives")? != Some(0),
+        idle: seconds(of("keepalives_idle")?, default.idle),
+        interval: seconds(of("keepalives_interval")?, default.interval),
+        count: match of("keepalives_count")? {
+            None => default.count,
+            n => n.filter(|n| *n > 0),
+        },
     })
 }
 
@@ -653,6 +734,20 @@ mod tests {
     }
 
     #[test]
+    fn dead_links_are_noticed_unless_the_string_says_otherwise() {
+        let d = parse("host=a").unwrap();
+        assert_eq!((d.keepalive, d.user_timeout()), (DEFAULT_KEEPALIVE, None));
+        assert_eq!(d.sending_little().user_timeout(), Some(Duration::from_secs(60)));
+        let d =
+            parse("host=a keepalives_idle=5 keepalives_interval=0 keepalives_count=7 tcp_user_timeout=1500").unwrap();
+        let wanted = Keepalive { is_on: true, idle: Some(Duration::from_secs(5)), interval: None, count: Some(7) };
+        assert_eq!((d.keepalive, d.user_timeout()), (wanted, Some(Duration::from_millis(1500))));
+        let d = parse("postgres://a/b?keepalives=0&tcp_user_timeout=0").unwrap();
+        assert!(!d.keepalive.is_on);
+        assert_eq!(d.sending_little().user_timeout(), None);
+    }
+
+    #[test]
     fn what_is_not_understood_is_refused() {
         for bad in [
             "host=a sslmode=maybe",
@@ -666,6 +761,8 @@ mod tests {
             "postgres://[::1/x",
             "postgres://a/%zz",
             "host=a connect_timeout=soon",
+            "host=a keepalives_idle=soon",
+            "host=a tcp_user_timeout=1s",
             "host=a sslmode=verify-full",
             "host=a sslrootcert=system sslmode=require",
             "host=a client_encoding=LATIN1",

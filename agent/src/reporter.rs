@@ -86,7 +86,9 @@ impl Reporter {
     /// Never returns; drop it to end it.
     pub async fn run(mut self) {
         let ctx = self.ctx.clone();
-        let connect = async || sql::connect(&ctx.source_dsn().await?.with_application_name("coffer reporter")).await;
+        let connect = async || {
+            sql::connect(&ctx.source_dsn().await?.with_application_name("coffer reporter").sending_little()).await
+        };
         let mut failures = 0;
         loop {
             let began = Instant::now();

@@ -17,6 +17,7 @@ use crate::ship::Durable;
 use crate::source;
 use crate::sql::SqlClient;
 use crate::status::{self, AgentStatus, SourceStatus};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::{Mutex, broadcast, watch};
@@ -110,6 +111,8 @@ pub struct AgentContext {
     /// True when the agent is stopping.
     pub stop: watch::Receiver<bool>,
     pub(crate) system: RwLock<System>,
+    /// The slot was last seen as one that standbys keep up.
+    pub(crate) is_failover_slot: AtomicBool,
 }
 
 impl AgentContext {
@@ -243,6 +246,7 @@ pub async fn run(config: Config) -> Result<()> {
             status,
             stop: stop.clone(),
             system: RwLock::new(system),
+            is_failover_slot: AtomicBool::new(false),
         }));
     }
 

@@ -26,6 +26,8 @@ pub fn dump_schema(dsn: &Dsn, server_version: u32, encoding: &str, out: &mut dyn
     command.args(["--format=custom", "--schema-only", "--no-password", LOCK_WAIT]);
     command.arg(format!("--encoding={encoding}"));
     connection_environment(&mut command, dsn)?;
+    // No variable of the environment says this. It sends no more than statements.
+    command.arg(format!("--dbname={}", keepalives(&dsn.sending_little())));
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -175,6 +177,20 @@ pub fn connection_environment(command: &mut Command, dsn: &Dsn) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Keywords for libpq.
+fn keepalives(dsn: &Dsn) -> String {
+    let k = &dsn.keepalive;
+    let seconds = |t: Option<std::time::Duration>| t.map_or(0, |t| t.as_secs());
+    format!(
+        "keepalives={} keepalives_idle={} keepalives_interval={} keepalives_count={} tcp_user_timeout={}",
+        u8::from(k.is_on),
+        seconds(k.idle),
+        seconds(k.interval),
+        k.count.unwrap_or(0),
+        dsn.user_timeout().map_or(0, |t| t.as_millis())
+    )
 }
 
 #[cfg(test)]

@@ -100,7 +100,9 @@ fn thinned(all: Vec<SequencesAt>) -> Vec<SequencesAt> {
 /// Reads the sequences for as long as it is polled; drop it to end it.
 pub async fn watch(ctx: Arc<AgentContext>, notes: Arc<SequenceNotes>) {
     let mut told = false;
-    let connect = async || sql::connect(&ctx.source_dsn().await?.with_application_name("coffer sequences")).await;
+    let connect = async || {
+        sql::connect(&ctx.source_dsn().await?.with_application_name("coffer sequences").sending_little()).await
+    };
     loop {
         let failed = match connect().await {
             Ok(client) => session(&ctx, &client, &notes, &mut told).await,

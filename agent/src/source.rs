@@ -26,6 +26,7 @@ use crate::spool::Spool;
 use crate::verify::{self, rounds::Look};
 use coffer_wire::Lsn;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -50,6 +51,7 @@ struct Slot {
     wal_status: String,
     invalidated: Option<String>,
     confirmed: Lsn,
+    failover: bool,
 }
 
 /// Runs one source until the agent stops. `Err` only for what trying again cannot mend.
@@ -207,7 +209,9 @@ async fn first_record(ctx: &AgentContext) -> Result<()> {
     let Found { mut client, identity, .. } = found;
     // Read before the slot exists: every commit after its consistent point is later.
     let before = source_now(&mut client).await?;
-    let from = match slot(&mut client, &ctx.slot, &identity).await? {
+    let found = slot(&mut client, &ctx.slot, &identity).await?;
+    note_failover(ctx, found.as_ref());
+    let from = match found {
         Some(s) if s.is_lost() => recreate(ctx, &mut client).await?,
         // Made by hand, or by an agent that was killed before it wrote the record.
         Some(s) => s.confirmed,
@@ -351,6 +355,7 @@ impl Source {
         ctx.set_system(System::of(found));
         let Found { client, identity, .. } = found;
         let found = slot(client, &ctx.slot, identity).await?;
+        note_failover(ctx, found.as_ref());
         match found {
             Some(s) if s.is_lost() => {
                 let why = s.invalidated.unwrap_or_else(|| "wal_removed".to_owned());
@@ -461,7 +466,7 @@ async fn slot(client: &mut ReplicationClient, name: &str, identity: &Identity) -
         "SELECT coalesce(plugin, ''), coalesce(database, ''), coalesce(wal_status, ''), \
          coalesce(pg_catalog.to_jsonb(s) ->> 'invalidation_reason', \
                   CASE WHEN (pg_catalog.to_jsonb(s) ->> 'conflicting')::bool THEN 'conflict' END), \
-         coalesce(confirmed_flush_lsn, '0/0') \
+         coalesce(confirmed_flush_lsn, '0/0'), (pg_catalog.to_jsonb(s) ->> 'failover')::bool \
          FROM pg_catalog.pg_replication_slots s WHERE slot_name = '{}'",
         name.replace('\'', "''")
     );
@@ -474,6 +479,7 @@ async fn slot(client: &mut ReplicationClient, name: &str, identity: &Identity) -
         wal_status: text(2),
         invalidated: row.get(3).cloned().flatten(),
         confirmed: text(4).parse().map_err(Error::other)?,
+        failover: text(5) == "t",
     };
     if s.plugin != PLUGIN || s.database != identity.dbname {
         return Err(Error::new(
@@ -488,9 +494,16 @@ async fn slot(client: &mut ReplicationClient, name: &str, identity: &Identity) -
     Ok(Some(s))
 }
 
+/// One that has to be made anew is made like it.
+fn note_failover(ctx: &AgentContext, slot: Option<&Slot>) {
+    if let Some(s) = slot {
+        ctx.is_failover_slot.store(s.failover, Ordering::Relaxed);
+    }
+}
+
 async fn create(ctx: &AgentContext, client: &mut ReplicationClient) -> Result<Lsn> {
     client.query(CREATE_LOCK_TIMEOUT).await?;
-    let r = client.create_slot(&ctx.slot, PLUGIN).await;
+    let r = client.create_slot(&ctx.slot, PLUGIN, ctx.is_failover_slot.load(Ordering::Relaxed)).await;
     match r {
         Ok(at) => {
             tracing::info!(source = ctx.source, slot = ctx.slot, "slot created at {at}");

@@ -116,7 +116,8 @@ impl Mirror {
 
     async fn session(&self) -> Result<()> {
         let mut records = self.ctx.durable.subscribe();
-        let client = sql::connect(&self.ctx.source_dsn().await?.with_application_name("coffer mirror")).await?;
+        let client =
+            sql::connect(&self.ctx.source_dsn().await?.with_application_name("coffer mirror").sending_little()).await?;
         client.commit_locally().await?;
         let mut known = Known::default();
         let mut history = self.history().await?;

@@ -132,7 +132,7 @@ impl Lane {
     /// `Ok` when the agent stops.
     async fn session(&self) -> Result<()> {
         let dsn = self.ctx.source_dsn().await?.with_application_name("coffer jobs");
-        let (client, notified) = sql::connect_listening(&dsn).await?;
+        let (client, notified) = sql::connect_listening(&dsn.sending_little()).await?;
         let mut woken = Woken { notified, heard: None };
         client.commit_locally().await?;
         client.batch_execute("LISTEN coffer_jobs").await.sql("cannot listen for jobs")?;

@@ -74,7 +74,7 @@ pub async fn columns(client: &SqlClient) -> Result<Vec<(LargeObjectColumn, Rule)
 /// # Errors
 /// `Fenced` with the code `yielded`: a table's lock was not to be had, or a migration waited for it. Try again.
 pub async fn read_large_objects(ctx: &Arc<AgentContext>) -> Result<Reading> {
-    let dsn = ctx.source_dsn().await?.with_application_name("coffer large objects");
+    let dsn = ctx.source_dsn().await?.with_application_name("coffer large objects").sending_little();
     let client = sql::connect(&dsn).await?;
     let columns = columns(&client).await?;
     let mut tables: Vec<&Rule> = columns.iter().map(|(_, r)| r).collect();

@@ -83,7 +83,7 @@ impl ReplicationClient {
     }
 
     async fn connect_host(dsn: &Dsn, host: &Host, security: Security) -> Result<Self> {
-        let io = dial::open(dsn, host, security).await?;
+        let io = dial::open(&dsn.sending_little(), host, security).await?;
         let mut c = Self {
             io,
             buf: BytesMut::with_capacity(2 * READ_BYTES),
@@ -338,8 +338,10 @@ impl ReplicationClient {
     }
 
     /// CREATE_REPLICATION_SLOT; the consistent point. Waits for the transactions that are running.
-    pub async fn create_slot(&mut self, slot: &str, plugin: &str) -> Result<Lsn> {
-        let sql = format!("CREATE_REPLICATION_SLOT {} LOGICAL {} NOEXPORT_SNAPSHOT", ident(slot), ident(plugin));
+    /// `failover`: one that standbys keep up (PostgreSQL 17).
+    pub async fn create_slot(&mut self, slot: &str, plugin: &str, failover: bool) -> Result<Lsn> {
+        let options = if failover { "(SNAPSHOT 'nothing', FAILOVER)" } else { "NOEXPORT_SNAPSHOT" };
+        let sql = format!("CREATE_REPLICATION_SLOT {} LOGICAL {} {options}", ident(slot), ident(plugin));
         let rows = self.query(&sql).await?;
         let point = rows.first().and_then(|r| r.get(1)).and_then(Option::as_deref).and_then(|s| s.parse().ok());
         point.ok_or_else(|| self.unexpected("in answer to CREATE_REPLICATION_SLOT"))

@@ -68,7 +68,7 @@ pub struct Finished {
 /// Reads the tables.
 pub async fn read_tables(ctx: &AgentContext, rules: Vec<Rule>, progress: &Arc<BaseProgress>) -> Result<ReadTables> {
     // One server for all sessions of the job: rows of another one under this one's marker would be wrong rows.
-    let dsn = ctx.source_dsn().await?.with_application_name("coffer base");
+    let dsn = ctx.source_dsn().await?.with_application_name("coffer base").sending_little();
     let session = sql::connect(&dsn).await?;
     refuse_standby(&session).await?;
     progress.phase(Phase::WaitingForTransactions);

@@ -501,7 +501,7 @@ impl BaseTaker {
 
     /// A session with the server that the stream comes from.
     async fn session(&self) -> Result<SqlClient> {
-        sql::connect(&self.ctx.source_dsn().await?).await
+        sql::connect(&self.ctx.source_dsn().await?.sending_little()).await
     }
 
     /// Appends the record, unless the log broke off since `breaks` of it were counted, before anything was read.
