@@ -9,6 +9,7 @@
 use crate::dsn::{Dsn, Host, Server};
 use crate::error::{Error, Kind, Result};
 use crate::replication::client::{Identity, ReplicationClient, Switch};
+use crate::sql;
 use coffer_wire::Lsn;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -44,8 +45,30 @@ pub struct Found {
 /// # Errors
 /// When none will do, what is the matter with each. `Unreachable` as long as one of several may become the one.
 pub async fn find(dsn: &Dsn, log: Option<&Followed>) -> Result<Found> {
-    let mut asked: FuturesUnordered<_> =
-        dsn.hosts.iter().enumerate().map(|(i, host)| async move { (i, look(dsn, host, log).await) }).collect();
+    let (mut fits, others) = ask(dsn.hosts.iter().map(|host| look(dsn, host, log))).await;
+    fits.sort_by_key(|(i, f)| (std::cmp::Reverse(f.identity.timeline), *i));
+    let Some((_, found)) = fits.into_iter().next() else { return Err(none_of(others)) };
+    for e in others {
+        tracing::debug!("passed over: {e}");
+    }
+    Ok(found)
+}
+
+/// One host of several for a command, which has no stream to go by: the primary with the newest timeline. Where there is
+/// none, connecting says why.
+pub async fn newest(dsn: &Dsn) -> Result<Dsn> {
+    if dsn.hosts.len() < 2 {
+        return Ok(dsn.clone());
+    }
+    let (mut met, _) = ask(dsn.hosts.iter().map(|host| sql::meet(dsn, host))).await;
+    met.sort_by_key(|(i, s)| (std::cmp::Reverse(s.timeline), *i));
+    Ok(met.first().map_or_else(|| dsn.clone(), |(_, s)| dsn.with_host(&s.host)))
+}
+
+/// What every host answers, with its place in the list: those that fit, and what is the matter with the others. Once one
+/// fits, the others have a moment left.
+async fn ask<T>(hosts: impl Iterator<Item = impl Future<Output = Result<T>>>) -> (Vec<(usize, T)>, Vec<Error>) {
+    let mut asked: FuturesUnordered<_> = hosts.enumerate().map(|(i, host)| async move { (i, host.await) }).collect();
     let (mut fits, mut others) = (Vec::new(), Vec::new());
     let mut until = None;
     loop {
@@ -62,16 +85,8 @@ pub async fn find(dsn: &Dsn, log: Option<&Followed>) -> Result<Found> {
             Some((i, Err(e))) => others.push((i, e)),
         }
     }
-    drop(asked);
     others.sort_by_key(|(i, _)| *i);
-    fits.sort_by_key(|(i, f)| (std::cmp::Reverse(f.identity.timeline), *i));
-    let Some((_, found)) = fits.into_iter().next() else {
-        return Err(none_of(others.into_iter().map(|(_, e)| e).collect()));
-    };
-    for (_, e) in others {
-        tracing::debug!("passed over: {e}");
-    }
-    Ok(found)
+    (fits, others.into_iter().map(|(_, e)| e).collect())
 }
 
 async fn look(dsn: &Dsn, host: &Host, log: Option<&Followed>) -> Result<Found> {

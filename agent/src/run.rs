@@ -134,7 +134,7 @@ impl AgentContext {
             if let Some(s) = self.server() {
                 return Ok(self.dsn.with_server(&s));
             }
-            if tokio::time::Instant::now() >= until {
+            if tokio::time::Instant::now() >= until || self.is_stopping() {
                 let what = "the stream has not found the server that the log follows yet";
                 return Err(Error::new(Kind::Unreachable, what));
             }

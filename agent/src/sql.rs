@@ -213,6 +213,12 @@ async fn connect_host(
     Ok(client)
 }
 
+/// Who the primary at a host is.
+pub async fn meet(dsn: &Dsn, host: &Host) -> Result<Server> {
+    let client = connect(&dsn.with_host(host)).await?;
+    identify(&client, host).await
+}
+
 /// Who the server is. A session stays with it, and it stays what it is, for as long as the session lives.
 async fn identify(client: &SqlClient, host: &Host) -> Result<Server> {
     let row = client

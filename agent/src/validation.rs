@@ -256,7 +256,10 @@ impl Validation<'_> {
     async fn same_server(&self, client: &SqlClient) -> Result<()> {
         let row = client
             .query_one(
-                "SELECT pg_catalog.pg_is_in_recovery(), system_identifier::text FROM pg_catalog.pg_control_system()",
+                "SELECT pg_catalog.pg_is_in_recovery(), system_identifier::text, \
+                    CASE WHEN NOT pg_catalog.pg_is_in_recovery() \
+                        THEN pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) END \
+                 FROM pg_catalog.pg_control_system()",
                 &[],
             )
             .await
@@ -267,6 +270,14 @@ impl Validation<'_> {
         }
         let log = Log::open(&self.opened.repo, self.source.1, self.opened.from.as_deref()).await?;
         let archived = log.last().map(|r| r.system_identifier.to_string()).unwrap_or_default();
+        let timeline = log.last().map_or(0, |r| r.timeline);
+        let theirs = row.get::<_, Option<&str>>(2).and_then(|f| u32::from_str_radix(f.get(..8)?, 16).ok());
+        if theirs.is_some_and(|t| t < timeline) {
+            let what = format!("the server is on timeline {}, the archive on {timeline}", theirs.unwrap_or_default());
+            return Err(Error::new(Kind::Refused, what)
+                .code("old_timeline")
+                .hint("this server was left behind by a promotion: let the source's url name the new primary"));
+        }
         let found: String = row.get(1);
         if archived != found {
             return Err(Error::new(

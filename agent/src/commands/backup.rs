@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::dial;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
+use crate::primary;
 use crate::sql::{self, SqlClient, SqlContext};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -41,6 +42,8 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Backu
     dial::install_crypto_provider();
     let (name, source) = config.pick_source(source)?;
     let dsn = Dsn::parse(&source.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
+    // Nobody carries out what a primary that was left behind is asked for.
+    let dsn = primary::newest(&dsn).await?;
     let client = sql::connect(&dsn.with_application_name("coffer backup")).await?;
     let row = client
         .query_one("SELECT coffer._agent_backup($1, $2, $3, $4)", &[&args.tenant, &args.reason, &args.kind, &actor()])

@@ -4,9 +4,11 @@ use super::progress::Progress;
 use super::restore::class;
 use crate::clock::parse_duration;
 use crate::config::Config;
+use crate::dial;
 use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::opened::{Opened, Reserved, scratch};
+use crate::primary;
 use crate::restore::difference::difference;
 use crate::restore::keys::RowKey;
 use crate::restore::request::merge_memory;
@@ -58,9 +60,10 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &DiffA
         (Some(k), None) => Tenant::normal(k),
         (None, None) => return Err(Error::usage("--tenant is missing")),
     };
-    let url = match &args.target {
-        Some(t) => t.clone(),
-        None => config.pick_source(source)?.1.url.clone(),
+    dial::install_crypto_provider();
+    let dsn = match &args.target {
+        Some(t) => Dsn::parse(t)?,
+        None => primary::newest(&Dsn::parse(&config.pick_source(source)?.1.url)?).await?,
     };
     let request = Request {
         tables: args.tables.clone(),
@@ -68,7 +71,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &DiffA
         keys: args.where_keys.clone(),
         wait: args.wait,
         dry_run: true,
-        ..Request::new(tenant, to, Place::InPlace(Box::new(Dsn::parse(&url)?)))
+        ..Request::new(tenant, to, Place::InPlace(Box::new(dsn)))
     };
     let opened = Opened::new(config, args.from.as_deref()).await?;
     let (name, uid) = opened.source(config, source).await?;

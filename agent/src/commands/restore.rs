@@ -9,6 +9,7 @@ use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::history::When;
 use crate::opened::{Opened, Reserved, scratch};
+use crate::primary;
 use crate::restore::files::Format;
 use crate::restore::keys::RowKey;
 use crate::restore::rename::As;
@@ -96,7 +97,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         (None, Some(id)) => When::Undo(undo_id(config, source, id).await?),
         (None, None) => return Err(Error::usage("--to is missing")),
     };
-    let place = place(config, source, args, mode)?;
+    let place = place(config, source, args, mode).await?;
     let opened = Opened::new(config, args.from.as_deref()).await?;
     let (name, uid) = opened.source(config, source).await?;
     let (tenant, tables) = match (&args.tenant, args.reserved, &to) {
@@ -109,7 +110,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         tables,
         classes: args.classes.clone(),
         keys: args.keys.clone(),
-        rename: renamed(config, source, args)?,
+        rename: renamed(config, source, args).await?,
         roles: args.roles,
         wait: args.wait,
         allow_incomplete: args.allow_incomplete,
@@ -136,12 +137,12 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
 }
 
 /// What `--as` asks for.
-fn renamed(config: &Config, source: Option<&str>, args: &RestoreArgs) -> Result<Option<As>> {
+async fn renamed(config: &Config, source: Option<&str>, args: &RestoreArgs) -> Result<Option<As>> {
     let Some(key) = args.other_key.clone() else { return Ok(None) };
     let column = args.tenant_column.clone();
     let source = match &column {
         Some(_) => None,
-        None => Some(Box::new(Dsn::parse(&config.pick_source(source)?.1.url)?)),
+        None => Some(Box::new(source_dsn(config, source).await?)),
     };
     Ok(Some(As { key, column, source }))
 }
@@ -162,9 +163,8 @@ async fn undo_id(config: &Config, source: Option<&str>, id: &str) -> Result<Uuid
 
 /// The id of the restore that a job made.
 async fn undo_of_job(config: &Config, source: Option<&str>, job: i64) -> Result<Uuid> {
-    dial::install_crypto_provider();
-    let (name, at) = config.pick_source(source)?;
-    let dsn = Dsn::parse(&at.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
+    let (name, _) = config.pick_source(source)?;
+    let dsn = source_dsn(config, source).await?;
     let client = sql::connect(&dsn.with_application_name("coffer restore")).await?;
     // What is committed counts, whatever the job's row says by now.
     let row = client
@@ -212,7 +212,15 @@ async fn hold(config: &Config, opened: &Opened, source: Uuid, tenant: &Tenant, i
     undo::hold(&opened.repo, source, uid, id, &actor()).await
 }
 
-fn place(config: &Config, source: Option<&str>, args: &RestoreArgs, mode: Mode) -> Result<Place> {
+/// Where the source is now.
+async fn source_dsn(config: &Config, source: Option<&str>) -> Result<Dsn> {
+    dial::install_crypto_provider();
+    let (name, at) = config.pick_source(source)?;
+    let dsn = Dsn::parse(&at.url).map_err(|e| e.during(format_args!("[source.{name}] url")))?;
+    primary::newest(&dsn).await
+}
+
+async fn place(config: &Config, source: Option<&str>, args: &RestoreArgs, mode: Mode) -> Result<Place> {
     let need = |what: &str| {
         args.target.clone().ok_or_else(|| Error::usage(format!("--mode {} needs --target {what}", mode.name())))
     };
@@ -226,15 +234,18 @@ fn place(config: &Config, source: Option<&str>, args: &RestoreArgs, mode: Mode) 
                 Some(t) if t.contains("://") || t.contains('=') => (Some(t.clone()), None),
                 name => (None, name.clone()),
             };
-            let url = url.map_or_else(|| Ok(config.pick_source(source)?.1.url.clone()), Ok::<_, Error>)?;
-            Ok(Place::Schema { dsn: Box::new(Dsn::parse(&url)?), name, readers: Vec::new() })
+            let dsn = match url {
+                Some(url) => Dsn::parse(&url)?,
+                None => source_dsn(config, source).await?,
+            };
+            Ok(Place::Schema { dsn: Box::new(dsn), name, readers: Vec::new() })
         }
         Mode::InPlace => {
-            let url = match &args.target {
-                Some(t) => t.clone(),
-                None => config.pick_source(source)?.1.url.clone(),
+            let dsn = match &args.target {
+                Some(t) => Dsn::parse(t)?,
+                None => source_dsn(config, source).await?,
             };
-            Ok(Place::InPlace(Box::new(Dsn::parse(&url)?)))
+            Ok(Place::InPlace(Box::new(dsn)))
         }
         Mode::Database => Ok(Place::Database(Box::new(Dsn::parse(&need("DSN")?)?))),
         Mode::Files => Ok(Place::Files { dir: PathBuf::from(need("DIR")?), format: args.format }),

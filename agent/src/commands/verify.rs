@@ -8,6 +8,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::failpoints;
 use crate::keyring::{TenantEntry, lost};
 use crate::opened::{Opened, scratch};
+use crate::primary;
 use crate::repository::paths;
 use crate::restore::Watch;
 use crate::restore::request::merge_memory;
@@ -105,7 +106,7 @@ async fn against_live(
             Some(k) => vec![opened.tenant((&name, uid), &Tenant::normal(k)).await?],
             None => opened.keyring.tenants(uid),
         };
-        let dsn = Dsn::parse(&config.pick_source(Some(&name))?.1.url)?;
+        let dsn = primary::newest(&Dsn::parse(&config.pick_source(Some(&name))?.1.url)?).await?;
         let validation = Validation {
             opened,
             source: (&name, uid),
