@@ -327,6 +327,13 @@ impl Dsn {
         Self { hosts: vec![host.clone()], ..self.clone() }
     }
 
+    /// The hosts but one; `None`: there are no others.
+    #[must_use]
+    pub fn without_host(&self, host: &Host) -> Option<Self> {
+        let hosts: Vec<Host> = self.hosts.iter().filter(|h| *h != host).cloned().collect();
+        (!hosts.is_empty()).then(|| Self { hosts, ..self.clone() })
+    }
+
     /// Sessions with this server only.
     #[must_use]
     pub fn with_server(&self, server: &Server) -> Self {

@@ -8,6 +8,7 @@
 use crate::alarms;
 use crate::compact;
 use crate::demux::{self, Flow, Intake, Limits, ShipItem};
+use crate::dsn::Server;
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::jobs;
@@ -38,6 +39,8 @@ const CREATE_LOCK_TIMEOUT: &str = "SET lock_timeout = '20s'";
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 /// A stream that held for so long makes the next wait the first again.
 const STEADY: Duration = Duration::from_secs(60);
+/// How often the other hosts are asked whether one of them was promoted.
+const LOOK_AROUND: Duration = Duration::from_secs(20);
 /// How long a stop waits for jobs to end at their next step; the next agent finishes those that did not.
 const JOBS_WAIT: Duration = Duration::from_secs(10);
 /// How long a stop waits for what is complete to become durable. Nothing is lost after that: the source still has it.
@@ -194,7 +197,8 @@ async fn begin(ctx: &Arc<AgentContext>, anchors: &Anchors) -> Result<Option<Lsn>
 /// Raises the alarm for what trying again may mend; gives back what it cannot. `streamed`: there was a stream before.
 fn report_down(ctx: &AgentContext, e: Error, streamed: bool) -> Result<()> {
     // The address may lead to the server that is about to be promoted.
-    if !primary::may_pass(&e) && !(streamed && e.is_code("standby")) {
+    let again = primary::may_pass(&e) || (streamed && e.is_code("standby"));
+    if !again {
         return Err(e);
     }
     ctx.status.set_state("broken");
@@ -312,6 +316,7 @@ impl Source {
         tokio::pin!(streaming);
         tokio::select! {
             r = &mut streaming => return r.and_then(|()| Err(Error::new(Kind::Unreachable, "the stream ended"))),
+            e = left_behind(ctx, &server) => return Err(e),
             () = ctx.stopped() => {}
         }
         phase_tx.send_replace(Phase::Drain);
@@ -440,6 +445,20 @@ impl Source {
         ctx.publish(record);
         self.intake.jump(upto)?;
         Ok(upto)
+    }
+}
+
+/// Ready when another host was promoted beside the server of the stream, which goes on and knows nothing of it.
+async fn left_behind(ctx: &AgentContext, server: &Server) -> Error {
+    let Some(others) = ctx.dsn.without_host(&server.host) else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(LOOK_AROUND).await;
+        let Ok(followed) = ctx.followed().await else { continue };
+        let Ok(found) = primary::find(&others, Some(&followed)).await else { continue };
+        if found.server.timeline > server.timeline {
+            let what = format!("{} was promoted, and leaves {server} behind", found.server);
+            return Error::new(Kind::Unreachable, what);
+        }
     }
 }
 

@@ -17,6 +17,7 @@ on_majors! {
     a_standby_takes_over: a_standby_takes_over;
     an_old_primary_comes_back: an_old_primary_comes_back;
     promoted_apart: promoted_apart;
+    promoted_beside: promoted_beside;
     the_slot_falls_behind: the_slot_falls_behind;
     the_server_is_put_back: the_server_is_put_back;
 }
@@ -342,6 +343,32 @@ fn promoted_apart(major: u32) {
         let after = take(&second, "after").await;
         exact(&agent, &second, &[&before, &after]).await;
         spans(&mut agent, 1, 2);
+        assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+    });
+}
+
+/// A standby that is promoted while its primary goes on, which nobody has fenced: the agent leaves that one by itself.
+fn promoted_beside(major: u32) {
+    block_on(async {
+        let first = Cluster::start(major);
+        prepare(&first);
+        let second = Cluster::standby_of(&first, "");
+        let mut agent = Agent::new(&Setup { source_url: of_these(&[&first, &second]), ..Setup::of(&first, "shop") });
+        agent.start();
+        restored::wait_windows(&mut agent, &TENANTS);
+        let before = take(&first, "before").await;
+        durable(&first);
+        caught_up(&first, &second);
+        second.promote();
+        write(&first, 7);
+        write(&second, 2);
+        spans(&mut agent, 1, 2);
+        let after = take(&second, "after").await;
+        durable(&second);
+        exact(&agent, &second, &[&before, &after]).await;
+        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'coffer_agent'";
+        wait_for("the old primary to be left", 60, || (first.psql("shop", sessions) == "0").then_some(()));
+        assert!(agent.log().contains("was promoted, and leaves"), "{}", agent.log());
         assert_eq!(agent.stop(), Some(0), "{}", agent.log());
     });
 }
