@@ -15,8 +15,16 @@ CREATE FUNCTION coffer._absorb(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    gone  oid;
+    gone   oid;
+    below  text;
 BEGIN
+    -- A foreign key that leads to a single partition is no way to a tenant: the rows below would be nobody's.
+    SELECT r.parent, string_agg(r.relid::regclass::text, ', ' ORDER BY r.relid) INTO gone, below
+    FROM coffer.rules r JOIN coffer._tree(root) t ON t.relid = r.parent AND t.relid <> root GROUP BY r.parent LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'coffer: % cannot become a partition of %: the tenants of % are found through it', gone::regclass, root::regclass, below
+            USING ERRCODE = 'CF001', HINT = 'Call coffer.remove_table() for those first, and cover them again by a foreign key to the partitioned table.';
+    END IF;
     FOR gone IN
         DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root RETURNING r.relid
     LOOP

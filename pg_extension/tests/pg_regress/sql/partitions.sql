@@ -75,3 +75,21 @@ SELECT count(*) FROM pg_trigger WHERE tgname LIKE '%coffer%';
 SET client_min_messages = warning;
 DROP SCHEMA part CASCADE;
 SELECT count(*) FROM coffer.rule_relations;
+
+-- A table that others find their tenants in does not become a partition.
+SET client_min_messages = error;
+CREATE SCHEMA fork;
+SET search_path = fork;
+CREATE TABLE tree (tenant int, id int, PRIMARY KEY (id)) PARTITION BY RANGE (id);
+CREATE TABLE twig (tenant int, id int PRIMARY KEY);
+CREATE TABLE leaves (id int PRIMARY KEY, twig int NOT NULL REFERENCES twig);
+SELECT strategy FROM coffer.add_table('tree', 'tenant');
+SELECT strategy FROM coffer.add_table('twig', 'tenant');
+SELECT strategy FROM coffer.add_table('leaves', parent => 'twig');
+ALTER TABLE tree ATTACH PARTITION twig FOR VALUES FROM (0) TO (10);
+SELECT relation, strategy, parent FROM coffer.coverage WHERE relation::text IN ('tree', 'twig', 'leaves') ORDER BY relation::text COLLATE "C";
+SELECT strategy FROM coffer.remove_table('leaves');
+ALTER TABLE tree ATTACH PARTITION twig FOR VALUES FROM (0) TO (10);
+ALTER TABLE leaves DROP CONSTRAINT leaves_twig_fkey, ADD FOREIGN KEY (twig) REFERENCES tree;
+SELECT strategy, parent FROM coffer.add_table('leaves', parent => 'tree');
+DROP SCHEMA fork CASCADE;
