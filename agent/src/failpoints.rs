@@ -58,6 +58,10 @@ pub const VERIFY_AFTER_LIST: &str = "verify-after-list";
 pub const PACK_AFTER_WRITE: &str = "pack-after-write";
 /// A record that is in a pack is about to be removed.
 pub const PACK_BEFORE_REMOVE: &str = "pack-before-remove";
+/// A checkpoint of the log is in a store, what it stands for is still there.
+pub const CHECKPOINT_AFTER_WRITE: &str = "checkpoint-after-write";
+/// A pack or record that a checkpoint stands for is about to be removed.
+pub const CHECKPOINT_BEFORE_REMOVE: &str = "checkpoint-before-remove";
 
 /// A job from SQL is claimed, nothing is done.
 pub const JOB_AFTER_CLAIM: &str = "job-after-claim";

@@ -386,12 +386,17 @@ const STEP_DAYS: usize = 15;
 
 /// How many changesets a store has. (Each restore point of this test makes a common object one with events, which stays.)
 fn changes_stored(dir: &Path) -> usize {
+    in_folders(dir, &["c"])
+}
+
+/// How many files folders of these names have.
+fn in_folders(dir: &Path, names: &[&str]) -> usize {
     let mut count = 0;
     for e in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = e.path();
         if path.is_dir() {
-            count += changes_stored(&path);
-        } else if path.parent().and_then(Path::file_name).is_some_and(|f| f == "c") {
+            count += in_folders(&path, names);
+        } else if path.parent().and_then(Path::file_name).is_some_and(|f| names.iter().any(|n| f == *n)) {
             count += 1;
         }
     }
@@ -404,9 +409,17 @@ fn year(major: u32) {
         let more = "[retention]\npitr = \"20d\"\ndaily = 3\nweekly = 0\nmonthly = 4\nannual = 1\n";
         let (cluster, mut agent) = begin(major, more, "");
         let mut client = cluster.connect("shop").await;
-        let dies = ["prune-after-record", "prune-after-delete", "prune-before-removed", "catalog-after-sequencer"];
+        let dies = [
+            "prune-after-record",
+            "prune-after-delete",
+            "prune-before-removed",
+            "catalog-after-sequencer",
+            "checkpoint-after-write",
+            "checkpoint-before-remove",
+        ];
+        set(&mut agent, "COFFER_TEST_PACK", "4");
         let mut days: Vec<Day> = Vec::new();
-        let mut sizes = Vec::new();
+        let (mut sizes, mut logs) = (Vec::new(), Vec::new());
         for step in 0..STEPS {
             let sql = format!(
                 "UPDATE a SET v = 'step {step}' WHERE id % 7 = {step} % 7; DELETE FROM a WHERE id = {step} + 1;
@@ -427,6 +440,7 @@ fn year(major: u32) {
             }
             prune(&agent, &["--confirm", "--grace", "1d"]);
             sizes.push(changes_stored(&agent.repository()));
+            logs.push(in_folders(&agent.repository(), &["log", "packs"]));
             if step % 12 == 11 || step + 1 == STEPS {
                 promised(&agent, &cluster, &days).await;
             }
@@ -434,6 +448,11 @@ fn year(major: u32) {
         // The last two fulls before the window's start, what is due next, and what came since: it does not grow.
         let most = sizes[6..10].iter().max().copied().expect("sizes");
         assert!(sizes[10..].iter().all(|s| *s <= most + 8), "{sizes:?}");
+        // Nor does what the log is read from.
+        let most = logs[6..10].iter().max().copied().expect("sizes");
+        assert!(logs[10..].iter().all(|s| *s <= most + 8), "{logs:?}");
+        assert_eq!(in_folders(&agent.repository(), &["checkpoints"]), 1);
+        println!("objects of the log after each step: {logs:?}");
     });
 }
 

@@ -50,6 +50,8 @@ pub enum ObjectKind {
     Lease = 12,
     /// What the changes of one tenant in a span come to.
     Incremental = 13,
+    /// What the older records of a commit log come to.
+    Checkpoint = 14,
 }
 
 impl ObjectKind {
@@ -68,6 +70,7 @@ impl ObjectKind {
             11 => Self::LargeObjects,
             12 => Self::Lease,
             13 => Self::Incremental,
+            14 => Self::Checkpoint,
             _ => return None,
         })
     }

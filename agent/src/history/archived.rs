@@ -40,6 +40,7 @@ impl History {
             line,
             facts: Facts::default(),
             catalogs,
+            begins: 0,
             is_archive: true,
             commons: None,
             shared: None,

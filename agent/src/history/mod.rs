@@ -142,6 +142,8 @@ pub struct History {
     source: Uuid,
     from: Option<String>,
     records: Vec<Arc<LogRecord>>,
+    /// Records below this number are as a checkpoint has them.
+    begins: u64,
     line: Line,
     facts: Facts,
     catalogs: BTreeMap<Uuid, State>,
@@ -177,6 +179,7 @@ impl History {
             source: log.source(),
             from: from.map(str::to_owned),
             records,
+            begins: log.begins(),
             line,
             facts,
             catalogs: BTreeMap::new(),
@@ -276,6 +279,11 @@ impl History {
 
     pub fn records(&self) -> &[Arc<LogRecord>] {
         &self.records
+    }
+
+    /// Records below this number are as a checkpoint has them.
+    pub fn begins(&self) -> u64 {
+        self.begins
     }
 
     pub fn line(&self) -> &Line {

@@ -157,6 +157,8 @@ impl Pruner {
                 continue;
             };
             let state = c.state();
+            let pending = state.removals.iter().flat_map(|r| &r.objects).map(|o| o.path.clone());
+            survey.pending.extend(pending);
             if let Some(f) = state.floor {
                 survey.floors.tenants.insert(c.tenant(), f);
             }

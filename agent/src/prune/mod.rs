@@ -33,13 +33,13 @@ use crate::error::{Kind, Result};
 use crate::history::{Cut, History};
 use crate::keyring::{Keyring, TenantEntry};
 use crate::lease::{self, Held, Purpose};
-use crate::repository::Repository;
+use crate::repository::{Checkpoint, LogRecord, ObjectRef, Repository, records_of_a_pack};
 use crate::retention::Policy;
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, TenantKind};
 use futures::{StreamExt, stream};
 use log::Logged;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tenant::PRUNED_SINCE;
@@ -70,6 +70,12 @@ pub struct Pruner {
 /// Tables and where their newest bases were cut.
 type Cuts = Arc<Vec<Cut>>;
 
+/// Checkpoints end at multiples of it, so that none ends inside of a pack.
+fn checkpoint_step() -> u64 {
+    // A life in the unit tests is too short for packs.
+    if cfg!(test) { 5 } else { records_of_a_pack() }
+}
+
 /// What holds for all tenants of a source, read before any of them is looked at.
 struct Survey {
     now_us: i64,
@@ -79,6 +85,8 @@ struct Survey {
     cuts: Mutex<HashMap<Lsn, Cuts>>,
     /// As they were recorded when the run began; of the tenant alone when only one is looked at.
     floors: Floors,
+    /// Objects that removal records name and that may be there still.
+    pending: HashSet<String>,
     /// Time and point of the oldest full that any tenant has; `None`: some tenant needs everything that there is.
     oldest: Option<(i64, Lsn)>,
     restores: Vec<Held>,
@@ -135,6 +143,13 @@ impl Pruner {
             report.tenants.push(self.one((survey, again), shared, orphans, commons).await);
         }
         report.tenants.sort_by(|a, b| (&a.tenant, a.uid).cmp(&(&b.tenant, b.uid)));
+        if self.confirm && self.tenant.is_none() {
+            // By the floors that were recorded before: what they cover, every reader knows to be gone.
+            match self.shorten_log(survey).await {
+                Ok(()) => {}
+                Err(e) => report.warnings.push(format!("the commit log keeps its old records for now: {e}")),
+            }
+        }
         if self.confirm {
             lease::sweep(&self.repo, self.source.1).await;
         }
@@ -166,6 +181,24 @@ impl Pruner {
         report
     }
 
+    /// Puts what the log says of the time before all floors into a checkpoint, once that is worth it.
+    async fn shorten_log(&self, survey: &Survey) -> Result<()> {
+        let Some(commons) = survey.floors.commons else { return Ok(()) };
+        let history = &survey.history;
+        let is_beyond = |r: &&Arc<LogRecord>| r.n > commons.log_n || r.upto_lsn > commons.lsn;
+        let Some(beyond) = history.records().iter().find(is_beyond) else { return Ok(()) };
+        let end = beyond.n - beyond.n % checkpoint_step();
+        let is_gone = |r: &LogRecord, o: &ObjectRef| survey.floors.is_gone(r, o) && !survey.pending.contains(&o.path);
+        if let Some(c) = Checkpoint::of(history.records(), history.begins(), end, &is_gone) {
+            let removed = self.repo.begin_log_with(self.source.1, &c).await?;
+            tracing::info!(
+                "the commit log begins with a checkpoint: {} records stand for the first {end}, {removed} objects removed",
+                c.records.len()
+            );
+        }
+        Ok(())
+    }
+
     async fn survey(&self, tenants: &[Uuid]) -> Result<Survey> {
         let source = self.source.1;
         // Leases first: a restore that begins after this reads a catalog that is at least as new as ours.
@@ -177,6 +210,7 @@ impl Pruner {
             history,
             cuts: Mutex::default(),
             floors: Floors::default(),
+            pending: HashSet::new(),
             oldest: None,
             restores: held.iter().filter(|h| h.purpose == Purpose::Restore).cloned().collect(),
             writing_since_us: held.iter().filter(|h| h.purpose == Purpose::Write).map(|h| h.since_us).min(),

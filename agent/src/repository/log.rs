@@ -4,6 +4,7 @@
 //! that is the whole fencing, without leases. The record then goes to the other required stores; a store that missed some
 //! gets them, data first, before the next record.
 
+use super::checkpoint::Checkpoint;
 use super::model::{Body, LogRecord, RECORD_VERSION};
 use super::packs::{self, Shelf};
 use super::store::{Created, Store};
@@ -27,6 +28,8 @@ const TOGETHER: u64 = 32;
 const PARALLEL: usize = 4;
 /// How long a reader waits for a required store that is behind: a writer may be between two stores.
 const BEHIND_WAIT: Duration = Duration::from_secs(5);
+/// How often a log is listed anew because something of it went into a checkpoint while it was read.
+const LISTS: u32 = 5;
 
 /// What a record says besides what the log knows itself.
 #[derive(Clone, Debug)]
@@ -49,6 +52,8 @@ pub struct Log {
     head: Option<Head>,
     /// Empty after [`Self::forget_records`].
     records: Vec<Arc<LogRecord>>,
+    /// Where the checkpoint ended that it was read from; 0: there was none.
+    begins: u64,
     keep_records: bool,
     /// The objects that it was read from, where one store was named.
     names: Vec<String>,
@@ -70,22 +75,30 @@ impl Log {
     /// Without `from`, the head is the highest among all stores, and for readers a required store that does not answer or
     /// stays behind is an error. With it, the log is what that store has.
     pub async fn open(repository: &Arc<Repository>, source: Uuid, from: Option<&str>) -> Result<Self> {
-        let copies = copies(repository, source, from).await?;
         let mut log = Self {
             repository: repository.clone(),
             source,
             writer: random::uuid(),
             head: None,
             records: Vec::new(),
+            begins: 0,
             keep_records: true,
-            names: match from {
-                Some(_) => copies.iter().flat_map(|(_, shelf)| shelf.names(source)).collect(),
-                None => Vec::new(),
-            },
+            names: Vec::new(),
             level: false,
             broken: None,
         };
-        log.read(&copies).await?;
+        let mut lists = 1;
+        let copies = loop {
+            let copies = copies(repository, source, from).await?;
+            match log.read(&copies).await {
+                Ok(()) => break copies,
+                Err(e) if e.kind() == Kind::NotFound && lists < LISTS => lists += 1,
+                Err(e) => return Err(e),
+            }
+        };
+        if from.is_some() {
+            log.names = copies.iter().flat_map(|(_, shelf)| shelf.names_from(source, log.begins)).collect();
+        }
         if let Some(head) = &log.head {
             for (store, shelf) in &copies {
                 if shelf.last() == Some(head.record.n)
@@ -98,9 +111,16 @@ impl Log {
         Ok(log)
     }
 
-    async fn read(&mut self, copies: &[(Arc<Store>, Shelf)]) -> Result<()> {
+    /// Reads it from what was listed. What is missing may have gone into a checkpoint since.
+    pub(super) async fn read(&mut self, copies: &[(Arc<Store>, Shelf)]) -> Result<()> {
         let (repository, source) = (&self.repository.clone(), self.source);
-        let each: Vec<_> = pieces(copies, source)?
+        (self.head, self.records, self.begins) = (None, Vec::new(), 0);
+        if let Some(c) = Checkpoint::newest(repository, source, copies).await? {
+            self.begins = c.end;
+            self.head = c.last().map(|record| Head { hash: c.hash.clone(), record: record.clone() });
+            self.records = c.records;
+        }
+        let each: Vec<_> = pieces(copies, source, self.begins)?
             .into_iter()
             .map(|p| async move {
                 let objects = p.objects(source).await?;
@@ -121,13 +141,6 @@ impl Log {
             }
         }
         Ok(())
-    }
-
-    /// Reads it again, from what was listed then.
-    #[cfg(test)]
-    pub(super) async fn read_anew(&mut self, copies: &[(Arc<Store>, Shelf)]) -> Result<()> {
-        (self.head, self.records) = (None, Vec::new());
-        self.read(copies).await
     }
 
     /// Takes in the record that comes next.
@@ -158,9 +171,14 @@ impl Log {
         self.writer
     }
 
-    /// All records from number 0, unless they were forgotten.
+    /// All records, those of the checkpoint first, unless they were forgotten.
     pub fn records(&self) -> &[Arc<LogRecord>] {
         &self.records
+    }
+
+    /// Where the checkpoint ended that it was read from; 0: there was none.
+    pub fn begins(&self) -> u64 {
+        self.begins
     }
 
     /// The objects that it was read from; empty unless one store was named.
@@ -253,20 +271,25 @@ impl Log {
         .hint("one agent writes a source's log: stop one of the two; the one that goes on resumes from the log"))
     }
 
-    /// A number whose record was packed away can be won by a writer that stood still meanwhile: it is somebody else's.
+    /// A number whose record is in a pack or behind a checkpoint can be won by a writer that stood still meanwhile: it is
+    /// somebody else's.
     async fn is_unpacked(&self, sequencer: &Arc<Store>, n: u64) -> Result<()> {
         let first = n - n % packs::records_of_a_pack();
         let pack = paths::pack(self.source, &(first..first + packs::records_of_a_pack()));
-        if patiently(sequencer, || sequencer.size(&pack)).await?.is_none() {
-            return Ok(());
+        // In the order in which a record goes on: from the pack into the checkpoint.
+        let mut place = patiently(sequencer, || sequencer.size(&pack)).await?.map(|_| pack);
+        if place.is_none() {
+            let checkpoints = patiently(sequencer, || packs::checkpoints(sequencer, self.source)).await?;
+            place = checkpoints.last().filter(|end| **end > n).map(|end| paths::checkpoint(self.source, *end));
         }
+        let Some(place) = place else { return Ok(()) };
         // What was won is ours alone, and nobody is to take it for the record.
         if let Err(e) = sequencer.delete(&paths::log_record(self.source, n)).await {
             tracing::warn!("a record that counts for nothing stays in store {}: {e}", sequencer.name());
         }
         Err(Error::new(
             Kind::Fenced,
-            format!("record {n} of the log was written long ago: it is in {pack}; this agent is {}", self.writer),
+            format!("record {n} of the log was written long ago: it is in {place}; this agent is {}", self.writer),
         )
         .hint("another agent went on with this log while this one stood still: stop this one"))
     }
@@ -395,11 +418,11 @@ impl Piece {
     }
 }
 
-/// All records up to the newest that some store has.
-fn pieces(copies: &[(Arc<Store>, Shelf)], source: Uuid) -> Result<Vec<Piece>> {
+/// All records from a number up to the newest that some store has.
+fn pieces(copies: &[(Arc<Store>, Shelf)], source: Uuid, first: u64) -> Result<Vec<Piece>> {
     let end = copies.iter().filter_map(|(_, s)| s.last()).max().map_or(0, |n| n + 1);
     let mut out: Vec<Piece> = Vec::new();
-    let mut n = 0;
+    let mut n = first;
     while n < end {
         let pack = copies.iter().find_map(|(store, s)| Some((store, s.pack_with(n).filter(|r| r.start == n)?)));
         if let Some((store, records)) = pack {
@@ -407,7 +430,7 @@ fn pieces(copies: &[(Arc<Store>, Shelf)], source: Uuid) -> Result<Vec<Piece>> {
             out.push(Piece { records, packed: true, stores: vec![store.clone()] });
             continue;
         }
-        let (store, _) = copies.iter().find(|(_, s)| s.contains(n)).ok_or_else(|| {
+        let (store, _) = copies.iter().find(|(_, s)| s.contains_itself(n)).ok_or_else(|| {
             let path = paths::log_record(source, n);
             Error::new(Kind::Verification, format!("record {path} is missing: the log has a gap")).code("chain_gap")
         })?;

@@ -7,6 +7,9 @@
 //! - a store that does not answer makes writers wait, never skip; readers may name another one.
 
 mod aws_profile;
+mod checkpoint;
+#[cfg(test)]
+mod checkpoint_tests;
 mod descriptor;
 #[cfg(feature = "failpoints")]
 pub mod faults;
@@ -24,9 +27,11 @@ mod store;
 pub(crate) mod tests;
 mod url;
 
+pub use checkpoint::Checkpoint;
 pub use io::{ObjectRanges, ObjectReader, ObjectWriter};
 pub use log::{Draft, Log};
 pub use model::{Body, LogRecord, ObjectRef};
+pub use packs::records_of_a_pack;
 pub use probe::probe;
 pub use store::{Created, Health, Store};
 pub use url::{Directory, connect};

@@ -53,30 +53,44 @@ pub(super) struct Shelf {
     singles: BTreeSet<u64>,
     /// By the number of the first record, the number after the last.
     packs: BTreeMap<u64, u64>,
+    /// Where checkpoints end: each stands for all records before.
+    checkpoints: BTreeSet<u64>,
 }
 
 impl Shelf {
-    /// Records first: one that is packed away between the two lists is in the second.
+    /// Records first, checkpoints last: what goes from one list to the next between the two is in the second.
     pub async fn list(store: &Store, source: Uuid) -> Result<Self> {
         let singles = store.list(&paths::log_dir(source)).await?;
         let packs = store.list(&paths::packs_dir(source)).await?;
         Ok(Self {
             singles: singles.iter().filter_map(|(name, _)| paths::log_number(name)).collect(),
             packs: packs.iter().filter_map(|(name, _)| paths::pack_range(name)).map(|r| (r.start, r.end)).collect(),
+            checkpoints: checkpoints(store, source).await?,
         })
     }
 
     pub fn is_empty(&self) -> bool {
-        self.singles.is_empty() && self.packs.is_empty()
+        self.singles.is_empty() && self.packs.is_empty() && self.checkpoints.is_empty()
     }
 
     /// The newest record's number.
     pub fn last(&self) -> Option<u64> {
-        let packed = self.packs.values().max().map(|end| end - 1);
-        self.singles.last().copied().max(packed)
+        let before = self.packs.values().max().max(self.checkpoints.last()).map(|end| end - 1);
+        self.singles.last().copied().max(before)
     }
 
+    /// Where the newest checkpoint ends.
+    pub fn checkpoint(&self) -> Option<u64> {
+        self.checkpoints.last().copied()
+    }
+
+    /// Whether it has a record, or a checkpoint that stands for it.
     pub fn contains(&self, n: u64) -> bool {
+        self.checkpoint().is_some_and(|end| n < end) || self.contains_itself(n)
+    }
+
+    /// Whether it has a record as it was written.
+    pub fn contains_itself(&self, n: u64) -> bool {
         self.singles.contains(&n) || self.pack_with(n).is_some()
     }
 
@@ -91,11 +105,29 @@ impl Shelf {
         self.singles.range(range.clone()).next().is_some() || range.clone().any(|n| self.pack_with(n).is_some())
     }
 
-    /// The names of what it lists.
-    pub fn names(&self, source: Uuid) -> Vec<String> {
-        let packs = self.packs.iter().map(|(first, end)| paths::pack(source, &(*first..*end)));
-        packs.chain(self.singles.iter().map(|n| paths::log_record(source, *n))).collect()
+    /// The names of what a log is read from that begins with the checkpoint of this end, or with record 0.
+    pub fn names_from(&self, source: Uuid, first: u64) -> Vec<String> {
+        let checkpoint = self.checkpoints.get(&first).map(|end| paths::checkpoint(source, *end));
+        let packs = self.packs.iter().filter(|(_, end)| **end > first);
+        let packs = packs.map(|(first, end)| paths::pack(source, &(*first..*end)));
+        let singles = self.singles.range(first..).map(|n| paths::log_record(source, *n));
+        checkpoint.into_iter().chain(packs).chain(singles).collect()
     }
+
+    /// The names of what the checkpoint of this end stands for, older checkpoints among them.
+    pub fn names_below(&self, source: Uuid, end: u64) -> Vec<String> {
+        let older = self.checkpoints.range(..end).map(|end| paths::checkpoint(source, *end));
+        let packs = self.packs.iter().filter(|(_, pack_end)| **pack_end <= end);
+        let packs = packs.map(|(first, end)| paths::pack(source, &(*first..*end)));
+        let singles = self.singles.range(..end).map(|n| paths::log_record(source, *n));
+        older.chain(packs).chain(singles).collect()
+    }
+}
+
+/// Where the checkpoints of one store end.
+pub(super) async fn checkpoints(store: &Store, source: Uuid) -> Result<BTreeSet<u64>> {
+    let listed = store.list(&paths::checkpoints_dir(source)).await?;
+    Ok(listed.iter().filter_map(|(name, _)| paths::log_number(name)).collect())
 }
 
 /// The objects of records one after another, each behind its length.
@@ -201,9 +233,14 @@ impl Repository {
         let (store, size) = (&m.store, records_of_a_pack());
         let shelf = Shelf::list(store, source).await?;
         let mut packed = Packed::default();
+        let begins = shelf.checkpoint().unwrap_or(0);
+        if !shelf.names_below(source, begins).is_empty() {
+            packed.removed += self.remove_below(m, source).await?;
+        }
         let mut ranges: Vec<Range<u64>> = shelf.packs.iter().map(|(first, end)| *first..*end).collect();
         let whole = (0..end.saturating_sub(1) / size).map(|i| i * size..(i + 1) * size);
         ranges.extend(whole.filter(|r| r.clone().all(|n| shelf.singles.contains(&n))));
+        ranges.retain(|r| r.end > begins);
         ranges.sort_by_key(|r| r.start);
         ranges.dedup();
         for range in ranges {
@@ -372,7 +409,7 @@ mod tests {
 
     #[test]
     fn a_shelf_has_what_its_objects_and_its_packs_have() {
-        let s = Shelf { singles: [7, 12].into(), packs: [(0, 4), (8, 12)].into() };
+        let s = Shelf { singles: [7, 12].into(), packs: [(0, 4), (8, 12)].into(), ..Shelf::default() };
         let has: Vec<u64> = (0..14).filter(|n| s.contains(*n)).collect();
         assert_eq!(has, [0, 1, 2, 3, 7, 8, 9, 10, 11, 12]);
         assert_eq!((s.last(), s.pack_with(3), s.pack_with(7)), (Some(12), Some(0..4), None));

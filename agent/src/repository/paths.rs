@@ -53,6 +53,16 @@ pub fn pack_range(name: &str) -> Option<Range<u64>> {
     Some(first..first.checked_add(count)?)
 }
 
+/// The folder of the log's checkpoints.
+pub fn checkpoints_dir(source_uid: Uuid) -> String {
+    format!("{}/checkpoints", source(source_uid))
+}
+
+/// The checkpoint that stands for the records below `end` of a source's commit log.
+pub fn checkpoint(source_uid: Uuid, end: u64) -> String {
+    format!("{}/{end:0NUMBER_DIGITS$}", checkpoints_dir(source_uid))
+}
+
 /// What of a ship concerns every tenant.
 pub fn common(source_uid: Uuid, lsn_end: Lsn, object: Uuid) -> String {
     format!("{}/common/{}", source(source_uid), leaf(lsn_end, object))

@@ -3,17 +3,19 @@
 use super::descriptor::Descriptor;
 use super::io::PART_BYTES;
 use super::log::open_record;
-use super::packs::Shelf;
+use super::packs::{Elsewhere, Shelf};
 use super::store::{Created, Store};
 use super::{LogRecord, Member, ObjectRef, Repository, paths};
 use crate::catalog::{self, Floors};
 use crate::crypto::{ObjectKind, Sha256, hex};
 use crate::error::{Error, Kind, Result};
 use crate::tenant::Tenant;
+use bytes::Bytes;
 use coffer_wire::{Lsn, TenantKind};
 use futures::{StreamExt, stream};
 use object_store::PutPayload;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use uuid::Uuid;
@@ -127,18 +129,12 @@ impl Repository {
                 n += 1;
                 continue;
             }
-            // Of what is in a pack elsewhere, the whole pack.
-            let packed = if from == 0 { self.pack_from_others(m, source, n, &has).await? } else { None };
-            let (range, records) = match packed {
-                Some(p) => p,
-                None => (n..n + 1, vec![elsewhere.object(n).await?]),
-            };
+            let lacking = self.lacking(m, source, n, (from == 0).then_some(&has), &mut elsewhere).await?;
             let mut upto = Lsn::ZERO;
-            for (n, bytes) in range.clone().zip(&records) {
-                let record = open_record(self, source, n, bytes)?;
+            for record in &lacking.records {
                 let each: Vec<_> = record
                     .objects()
-                    .filter(|o| !removed.floors.is_gone(&record, o))
+                    .filter(|o| !removed.floors.is_gone(record, o))
                     .map(|object| async move { (object, self.copy_object(m, object).await) })
                     .collect();
                 let each: Vec<_> = stream::iter(each).buffer_unordered(PARALLEL).collect().await;
@@ -146,7 +142,7 @@ impl Repository {
                     let bytes = match done {
                         Err(e)
                             if matches!(e.kind(), Kind::NotFound | Kind::Unreachable)
-                                && removed.is_gone(&record, object).await? =>
+                                && removed.is_gone(record, object).await? =>
                         {
                             0
                         }
@@ -157,10 +153,10 @@ impl Repository {
                 }
                 upto = record.upto_lsn;
             }
-            match records.as_slice() {
-                [one] => {
+            match lacking.bytes {
+                Sealed::Record(one) => {
                     let path = paths::log_record(source, n);
-                    if let Created::Lost(_) = m.store.create(&path, one.clone()).await? {
+                    if let Created::Lost(_) = m.store.create(&path, one).await? {
                         return Err(Error::new(
                             Kind::Verification,
                             format!("store {} holds another record {path} than the sequencer", m.store.name()),
@@ -168,21 +164,53 @@ impl Repository {
                         .code("chain_gap"));
                     }
                 }
-                many => self.put_pack(m, source, &range, many).await?,
+                Sealed::Pack(many) => self.put_pack(m, source, &lacking.range, &many).await?,
+                Sealed::Checkpoint(one) => self.put_checkpoint(m, source, lacking.range.end, one).await?,
             }
-            copied.records += range.end - range.start;
+            copied.records += lacking.range.end - n;
             m.set_durable(source, upto);
-            n = range.end;
+            n = lacking.range.end;
         }
         m.set_complete(source, end.max(from));
         if copied.records == 0
-            && let Some(last) = has.last()
+            && let Some(last) = has.last().filter(|n| has.contains_itself(*n))
             && m.durable(source).is_none()
         {
             let bytes = super::packs::record(&m.store, source, last).await?;
             m.set_durable(source, open_record(self, source, last, &bytes)?.upto_lsn);
         }
         Ok(copied)
+    }
+
+    /// What a store lacks from record `n` on: of what is in a pack elsewhere the whole pack, and the checkpoint where the record
+    /// went into one while the store was away. `has`: what it has, when that was listed.
+    async fn lacking(
+        &self,
+        m: &Member,
+        source: Uuid,
+        n: u64,
+        has: Option<&Shelf>,
+        elsewhere: &mut Elsewhere,
+    ) -> Result<Lacking> {
+        let packed = match has {
+            Some(has) => self.pack_from_others(m, source, n, has).await?,
+            None => None,
+        };
+        if let Some((range, many)) = packed {
+            let opened = range.clone().zip(&many).map(|(n, b)| open_record(self, source, n, b).map(Arc::new));
+            return Ok(Lacking { records: opened.collect::<Result<_>>()?, range, bytes: Sealed::Pack(many) });
+        }
+        match elsewhere.object(n).await {
+            Ok(one) => {
+                let record = Arc::new(open_record(self, source, n, &one)?);
+                Ok(Lacking { range: n..n + 1, records: vec![record], bytes: Sealed::Record(one) })
+            }
+            Err(e) if e.kind() == Kind::NotFound => match self.checkpoint_from_others(m, source, n).await? {
+                Some((c, one)) => Ok(Lacking { range: 0..c.end, records: c.records, bytes: Sealed::Checkpoint(one) }),
+                None => Err(e),
+            },
+            Err(e) => Err(e),
+        }
     }
 
     /// Stores to copy from, the target left out, required ones first.
@@ -192,7 +220,7 @@ impl Repository {
         others.into_iter().map(|m| &m.store)
     }
 
-    pub(super) async fn record_from_others(&self, target: &Member, path: &str) -> Result<bytes::Bytes> {
+    pub(super) async fn record_from_others(&self, target: &Member, path: &str) -> Result<Bytes> {
         let mut last = None;
         for store in self.others(target) {
             match store.get(path).await {
@@ -217,6 +245,20 @@ impl Repository {
         }
         Err(last.unwrap_or_else(|| nowhere(&object.path)))
     }
+}
+
+/// A part of a log that a store lacks.
+struct Lacking {
+    range: Range<u64>,
+    records: Vec<Arc<LogRecord>>,
+    bytes: Sealed,
+}
+
+/// As it lies in another store.
+enum Sealed {
+    Record(Bytes),
+    Pack(Vec<Bytes>),
+    Checkpoint(Bytes),
 }
 
 /// What was removed below the floors: asked for only when something is missing, as most copies miss nothing.

@@ -549,7 +549,7 @@ async fn packing_goes_on_where_it_was_cut_off_and_takes_nothing_that_differs() {
     let listed = log::copies(&reader, source, Some("a")).await.unwrap();
     repo.pack_log_of(a, source, PACK + 10).await.unwrap();
     let mut late = Log::open(&reader, source, Some("b")).await.unwrap();
-    late.read_anew(&listed).await.unwrap();
+    late.read(&listed).await.unwrap();
     assert_eq!(late.records().len() as u64, PACK + 10);
 
     // Cut off after the pack, and in the middle of the removal.
