@@ -275,6 +275,7 @@ impl Shipper {
             common: Some(common),
             objects,
             sequences: Vec::new(),
+            joined: false,
         };
         let bytes = ship.objects.iter().chain(&ship.common).map(|o| o.bytes).sum();
         let markers = std::mem::take(&mut batch.markers);

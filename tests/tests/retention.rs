@@ -453,6 +453,25 @@ fn year(major: u32) {
         assert!(logs[10..].iter().all(|s| *s <= most + 8), "{logs:?}");
         assert_eq!(in_folders(&agent.repository(), &["checkpoints"]), 1);
         println!("objects of the log after each step: {logs:?}");
+        // An agent that begins with the checkpoint knows which tables have a base, and takes that of another.
+        set(&mut agent, "COFFER_TEST_CLOCK", "");
+        agent.stop();
+        agent.start();
+        cluster.script(
+            "shop",
+            "CREATE TABLE late (tenant int, id int, v text, PRIMARY KEY (tenant, id));
+             INSERT INTO late SELECT 1 + i % 2, i, 'late' FROM generate_series(1, 20) i; SELECT coffer.add_table('late', 'tenant')",
+        );
+        let both = [watched(), vec![Watched::new("late", "tenant")]].concat();
+        let truth = wait_for_async("a base of the new table", || async {
+            let truth = truth::take(&mut cluster.connect("shop").await, &both, &format!("late {:08x}", rand::random::<u32>())).await;
+            cluster.psql("shop", "SELECT coffer.wait_durable()");
+            let out = Out::new();
+            let at = format!("name:{}", truth.name);
+            agent.coffer(&restored::args_now("1", &at, out.arg())).status.success().then_some(truth)
+        });
+        let wrong = Database::check(&agent, &cluster, &truth.await, &both, "1").await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
     });
 }
 

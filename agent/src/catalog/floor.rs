@@ -48,6 +48,9 @@ pub struct Floors {
 impl Floors {
     /// Whether an object of a record was removed, or is about to be, because its tenant's floor is above it.
     pub fn is_gone(&self, r: &LogRecord, o: &ObjectRef) -> bool {
+        if r.is_joined() {
+            return true;
+        }
         match o.kind {
             ObjectKind::Common => is_index_only(r) && self.commons.is_some_and(|f| f.covers(r.n, o)),
             _ => self.tenants.get(&o.tenant).is_some_and(|f| f.covers(r.n, o)),

@@ -81,14 +81,14 @@ impl History {
 
     /// Whether changes of the tenant between two positions were removed.
     pub(super) fn has_hole(&self, tenant: Uuid, after: Lsn, upto: Lsn) -> bool {
-        if after >= upto || self.catalogs.get(&tenant).is_none_or(|c| c.floor.is_none()) {
+        if after >= upto {
             return false;
         }
         let reaches = |s: &&super::ShipAt| s.record.upto_lsn.min(s.limit) > after && s.record.from_lsn < upto;
         let between = self.line.ships.iter().filter(reaches);
         between
-            .flat_map(|s| s.ship().objects.iter().map(|o| (s.record.n, o)))
-            .any(|(n, o)| o.tenant == tenant && o.lsn_end > after && self.is_gone(n, o))
+            .flat_map(|s| s.ship().objects.iter().map(move |o| (s, o)))
+            .any(|(s, o)| o.tenant == tenant && o.lsn_end > after && (s.ship().joined || self.is_gone(s.record.n, o)))
     }
 
     /// The tables that are covered at a position, each with where its newest base was cut and the number of its record;

@@ -456,6 +456,9 @@ impl History {
 
     /// The transactions of a ship that count; `None`: retention removed the list of them.
     async fn entries(&self, s: &ShipAt) -> Result<Option<Vec<crate::repository::model::TxnEntry>>> {
+        if s.ship().joined {
+            return Ok(None);
+        }
         let Some(common) = &s.ship().common else { return Ok(Some(Vec::new())) };
         if catalog::floor::is_index_only(&s.record) && self.commons.is_some_and(|f| f.covers(s.record.n, common)) {
             return Ok(None);
@@ -500,7 +503,9 @@ impl History {
                 None => break,
             }
         }
-        Ok(self.line.time_before(at))
+        // Below the floors a full may be all that there is.
+        let full = self.catalogs.keys().flat_map(|t| self.fulls(*t)).find(|f| f.point_lsn == at);
+        Ok(full.map_or_else(|| self.line.time_before(at), |f| f.point_time_us))
     }
 
     /// What a tenant (`None`: any) can be restored to.

@@ -109,7 +109,7 @@ impl Logged {
         let (mut changes, mut bases) = (Vec::new(), Vec::new());
         for at in self.by_tenant.get(&tenant).into_iter().flatten() {
             let (r, o) = self.get(*at);
-            if floor.is_some_and(|f| f.covers(r.n, o)) {
+            if r.is_joined() || floor.is_some_and(|f| f.covers(r.n, o)) {
                 continue;
             }
             match &r.body {

@@ -19,6 +19,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::failpoints;
 use crate::repository::model::{SequencesAt, Ship};
 use bytes::Bytes;
+use coffer_wire::Lsn;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -54,7 +55,12 @@ impl Checkpoint {
     ) -> Option<Self> {
         let hash = log.iter().find(|r| r.n == end)?.prev.clone()?;
         let below = log.iter().take_while(|r| r.n < end).cloned().collect::<Vec<_>>();
-        let records = shortened(&below, before, is_gone);
+        let left = |r: &Arc<LogRecord>| match &r.body {
+            Body::Timeline { at, .. } => Some(*at),
+            _ => None,
+        };
+        let left: Vec<Lsn> = log.iter().filter_map(left).collect();
+        let records = shortened(&below, before, &left, is_gone);
         (before < end).then_some(Self { v: VERSION, end, hash, records })
     }
 
@@ -122,7 +128,7 @@ impl Checkpoint {
         copies: &[(Arc<Store>, Shelf)],
     ) -> Result<Option<Self>> {
         let mut all: Vec<(u64, &Arc<Store>)> =
-            copies.iter().filter_map(|(store, s)| Some((s.checkpoint()?, store))).collect();
+            copies.iter().flat_map(|(store, s)| s.checkpoint_ends().map(move |end| (end, store))).collect();
         all.sort_by_key(|(end, _)| std::cmp::Reverse(*end));
         let mut damaged = None;
         for (end, store) in all {
@@ -143,11 +149,12 @@ impl Checkpoint {
     }
 }
 
-/// The same log in fewer records: those whose objects are all gone are joined where they lie side by side. `before`:
-/// records below this number were joined already.
+/// The same log in fewer records: those whose objects are all gone are joined where they lie side by side, but not across a
+/// position where a timeline was `left`. `before`: records below this number were joined already.
 fn shortened(
     records: &[Arc<LogRecord>],
     before: u64,
+    left: &[Lsn],
     is_gone: &dyn Fn(&LogRecord, &ObjectRef) -> bool,
 ) -> Vec<Arc<LogRecord>> {
     let is_spent = |r: &LogRecord| match &r.body {
@@ -156,15 +163,22 @@ fn shortened(
         _ => false,
     };
     let mut out: Vec<Arc<LogRecord>> = Vec::new();
-    // The hour of the newest reading of sequences of the record before.
-    let mut hour = None;
+    // The hour of the newest reading of sequences of the record before, and the place of that hour's first one there.
+    let mut hour: Option<(i64, usize)> = None;
     for r in records {
         let this_hour = (r.n >= before).then_some(r.upto_time_us.div_euclid(HOUR_US));
         let joined = out.last().filter(|a| is_spent(a) && is_spent(r)).and_then(|a| {
-            let joined = join(a, r, this_hour.is_some() && hour == this_hour)?;
+            let first = hour.filter(|(h, _)| Some(*h) == this_hour).map(|(_, first)| first);
+            let joined = join(a, r, first)?;
+            let is_left = left.iter().any(|at| joined.from_lsn < *at && *at < joined.upto_lsn);
             // A floor is about records up to a number: joined, they still have to be below it.
-            is_spent(&joined).then_some(joined)
+            (!is_left && r.objects().chain(joined.objects()).all(|o| is_gone(&joined, o))).then_some(joined)
         });
+        let readings = |r: &LogRecord| match &r.body {
+            Body::Ship(s) => s.sequences.len(),
+            _ => 0,
+        };
+        let had = out.last().filter(|_| joined.is_some()).map_or(0, |a| readings(a));
         match joined {
             Some(j) => *out.last_mut().expect("it was joined to it") = Arc::new(j),
             None => {
@@ -172,29 +186,31 @@ fn shortened(
                 hour = None;
             }
         }
-        if matches!(&r.body, Body::Ship(s) if !s.sequences.is_empty()) {
-            hour = this_hour;
+        // Unless they went into those of the hour.
+        let now = out.last().map_or(0, |a| readings(a));
+        if readings(r) > 0 && hour.map(|(h, _)| h) != this_hour {
+            hour = this_hour.map(|h| (h, had.min(now - 1)));
         }
     }
     out
 }
 
 /// One record for two that follow each other on a timeline. Of each tenant the last changeset stands for all of its own, and
-/// one list of times for the others. `same_hour`: the second's reading of sequences takes the place of the first's last one.
-fn join(a: &LogRecord, b: &LogRecord, same_hour: bool) -> Option<LogRecord> {
+/// one list of times for the others. `hour`: where in the first the readings of sequences begin that are of the same hour.
+fn join(a: &LogRecord, b: &LogRecord, hour: Option<usize>) -> Option<LogRecord> {
     if (a.timeline, a.system_identifier, a.upto_lsn) != (b.timeline, b.system_identifier, b.from_lsn) {
         return None;
     }
     let body = match (&a.body, &b.body) {
         (Body::Idle, Body::Idle) => Body::Idle,
-        (Body::Ship(s), Body::Idle) | (Body::Idle, Body::Ship(s)) => Body::Ship(s.clone()),
-        (Body::Ship(s), Body::Ship(t)) => Body::Ship(join_ships(s, t, same_hour)),
+        (Body::Ship(s), Body::Idle) | (Body::Idle, Body::Ship(s)) => Body::Ship(Ship { joined: true, ..s.clone() }),
+        (Body::Ship(s), Body::Ship(t)) => Body::Ship(join_ships(s, t, hour)),
         _ => return None,
     };
     Some(LogRecord { from_lsn: a.from_lsn, prev: a.prev.clone(), body, ..b.clone() })
 }
 
-fn join_ships(a: &Ship, b: &Ship, same_hour: bool) -> Ship {
+fn join_ships(a: &Ship, b: &Ship, hour: Option<usize>) -> Ship {
     let mut last: BTreeMap<Uuid, &ObjectRef> = BTreeMap::new();
     for o in a.objects.iter().chain(&b.objects) {
         let kept = last.entry(o.tenant).or_insert(o);
@@ -204,9 +220,9 @@ fn join_ships(a: &Ship, b: &Ship, same_hour: bool) -> Ship {
     }
     let mut sequences = a.sequences.clone();
     for reading in &b.sequences {
-        match sequences.last_mut().filter(|_| same_hour) {
-            Some(before) => newer_states(before, reading),
-            None => sequences.push(reading.clone()),
+        match hour {
+            Some(first) if take_in(&mut sequences, first, reading) => {}
+            _ => sequences.push(reading.clone()),
         }
     }
     // A ship without transactions stands for an idle record: it has no times.
@@ -228,35 +244,56 @@ fn join_ships(a: &Ship, b: &Ship, same_hour: bool) -> Ship {
         common: b.common.clone().or_else(|| a.common.clone()),
         objects: last.into_values().cloned().collect(),
         sequences,
+        joined: true,
     }
 }
 
-/// Sequences only move forward, so at the position of a reading a state that was read a bit later does no harm.
-fn newer_states(reading: &mut SequencesAt, newer: &SequencesAt) {
-    for s in &newer.states {
-        match reading.states.iter_mut().find(|known| known.name == s.name) {
-            Some(known) => *known = s.clone(),
-            None => reading.states.push(s.clone()),
+/// Puts a reading among those of its hour, which begin at `first`: the newest states at the first position and at the last. A
+/// sequence that stands higher than it did then does no harm there. One that stands lower is for later positions only: from
+/// there on the hour's readings stay as they are.
+fn take_in(sequences: &mut Vec<SequencesAt>, first: usize, reading: &SequencesAt) -> bool {
+    let Some(begin) = sequences.get(first).filter(|_| sequences.len() <= first + 2) else { return false };
+    let known = |name: &str| begin.states.iter().find(|s| s.name == name);
+    if reading.states.iter().any(|s| known(&s.name).is_some_and(|k| k.last_value > s.last_value)) {
+        return false;
+    }
+    let mut begin = begin.clone();
+    for s in &reading.states {
+        match begin.states.iter_mut().find(|k| k.name == s.name) {
+            Some(k) => *k = s.clone(),
+            None => begin.states.push(s.clone()),
         }
     }
+    let end = SequencesAt { lsn: reading.lsn, states: begin.states.clone() };
+    sequences.truncate(first);
+    sequences.extend([begin, end]);
+    true
 }
 
 impl Repository {
     /// Puts a checkpoint into every store that answers, and removes there what it stands for. Returns how many objects.
     pub async fn begin_log_with(&self, source: Uuid, checkpoint: &Checkpoint) -> Result<u64> {
         let bytes = checkpoint.seal(self, source)?;
-        let mut removed = 0;
+        let (mut removed, mut failed) = (0, None);
         for m in self.members.iter().filter(|m| m.attached()) {
-            // One that does not have them all yet is brought up to date first; it is the copier's to bring the checkpoint.
-            let shelf = Shelf::list(&m.store, source).await?;
-            if shelf.last().is_none_or(|last| last < checkpoint.end) {
-                continue;
+            match self.begin_with(m, source, checkpoint.end, &bytes).await {
+                Ok(n) => removed += n,
+                // What is wrong with one keeps no other from it.
+                Err(e) => drop(failed.get_or_insert(e)),
             }
-            self.put_checkpoint(m, source, checkpoint.end, bytes.clone()).await?;
-            failpoints::hit(failpoints::CHECKPOINT_AFTER_WRITE)?;
-            removed += self.remove_below(m, source).await?;
         }
-        Ok(removed)
+        failed.map_or(Ok(removed), Err)
+    }
+
+    async fn begin_with(&self, m: &Member, source: Uuid, end: u64, bytes: &Bytes) -> Result<u64> {
+        // One that lacks some of them, and perhaps of what they name, is brought up to date by the copier, and as a whole.
+        let shelf = Shelf::list(&m.store, source).await?;
+        if !(0..end).all(|n| shelf.contains(n)) {
+            return Ok(0);
+        }
+        self.put_checkpoint(m, source, end, bytes.clone()).await?;
+        failpoints::hit(failpoints::CHECKPOINT_AFTER_WRITE)?;
+        self.remove_below(m, source).await
     }
 
     /// Puts a checkpoint into a store. Two may be made of the same records at once: either will do.
@@ -291,14 +328,19 @@ impl Repository {
         source: Uuid,
         n: u64,
     ) -> Result<Option<(Checkpoint, Bytes)>> {
+        let is_passed_over =
+            |e: &Error| matches!(e.kind(), Kind::Unreachable | Kind::Verification | Kind::Key | Kind::NotFound);
         for store in self.others(target) {
-            let listed = match packs::checkpoints(store, source).await {
-                Err(e) if e.kind() == Kind::Unreachable => continue,
-                l => l?,
-            };
-            if let Some(end) = listed.into_iter().max().filter(|end| *end > n) {
+            let found = async {
+                let listed = packs::checkpoints(store, source).await?;
+                let Some(end) = listed.into_iter().max().filter(|end| *end > n) else { return Ok(None) };
                 let bytes = store.get(&paths::checkpoint(source, end)).await?;
-                return Ok(Some((Checkpoint::open(self, source, end, &bytes)?, bytes)));
+                Ok(Some((Checkpoint::open(self, source, end, &bytes)?, bytes)))
+            };
+            match found.await {
+                Ok(None) => {}
+                Err(e) if is_passed_over(&e) => tracing::debug!("store {}: {e}", store.name()),
+                found => return found,
             }
         }
         Ok(None)

@@ -147,12 +147,39 @@ async fn a_damaged_checkpoint_is_told_and_taken_from_another_store() {
     assert_eq!(Log::open(&repo, source, Some("a")).await.unwrap().records().len(), 30);
     assert!(repo.pack_log_of(&repo.members[0], source, 30).await.is_err());
     assert_eq!(names(&w, "a", &paths::log_dir(source)).len(), 30);
+    // One that is damaged before anything was removed for its sake: the one before is good.
+    let second = w.path("a").join(paths::checkpoint(source, 25));
+    for n in 0..20 {
+        std::fs::remove_file(w.path("a").join(paths::log_record(source, n))).unwrap();
+    }
+    std::fs::write(&path, &good).unwrap();
+    std::fs::write(&second, "no checkpoint").unwrap();
+    assert_eq!(Log::open(&repo, source, Some("a")).await.unwrap().begins(), 20);
+    std::fs::remove_file(&second).unwrap();
+    for (p, bytes) in records.iter().zip(&saved) {
+        std::fs::write(w.path("a").join(p), bytes).unwrap();
+    }
     // Another one's place in the log.
     std::fs::write(&path, &good).unwrap();
     std::fs::rename(&path, w.path("a").join(paths::checkpoint(source, 21))).unwrap();
     assert!(Log::open(&repo, source, Some("a")).await.is_ok_and(|l| l.begins() == 0));
     std::fs::remove_file(w.path("a").join(paths::log_record(source, 0))).unwrap();
     assert_eq!(Log::open(&repo, source, Some("a")).await.err().unwrap().kind(), Kind::Verification);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_lost_records_gets_no_checkpoint_before_it_has_them_again() {
+    let w = World::new(&[("a", true), ("b", true)]);
+    let repo = w.init().await;
+    let source = repo.keyring().ensure_source("shop").await.unwrap();
+    let mut log = Log::open(&repo, source, None).await.unwrap();
+    grow(&mut log, 30).await;
+    std::fs::remove_file(w.path("b").join(paths::log_record(source, 7))).unwrap();
+    assert_eq!(shorten(&repo, &log, 20).await, 20);
+    assert_eq!(names(&w, "b", &paths::checkpoints_dir(source)), Vec::<String>::new());
+    let mut again = Log::open(&w.open(Access::Write).await, source, None).await.unwrap();
+    again.level().await.unwrap();
+    assert_eq!(names(&w, "b", &paths::checkpoints_dir(source)), ["20"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -211,6 +238,7 @@ async fn records_are_joined_as_far_as_they_say_the_same() {
         common: common(n + 1),
         objects,
         sequences: states(n + 1, n as i64),
+        joined: false,
     };
     let bodies = [
         Body::Init,
@@ -244,8 +272,9 @@ async fn records_are_joined_as_far_as_they_say_the_same() {
     assert_eq!((joined.txns, joined.min_xid, joined.max_xid, joined.common.clone()), (4, 101, 113, common(4)));
     let times = (joined.first_commit_us, joined.last_commit_us, joined.max_commit_us, joined.min_commit_us);
     assert_eq!(times, (10, 35, 39, Some(7)));
-    // One reading of the hour, where the first of them was.
-    assert_eq!(joined.sequences, states(2, 3));
+    // Of an hour the newest states where its first reading was, and its last.
+    assert_eq!(joined.sequences, [states(2, 3), states(4, 3)].concat());
+    assert!(joined.joined);
     for n in [4, 7, 9] {
         let kept = c.records.iter().find(|r| r.n == n).unwrap();
         assert_eq!(**kept, *log.records()[n as usize]);
@@ -256,6 +285,32 @@ async fn records_are_joined_as_far_as_they_say_the_same() {
     // Nothing is gone: idle records alone are joined.
     let c = Checkpoint::of(log.records(), 0, 11, &|_: &LogRecord, _: &ObjectRef| false).unwrap();
     assert_eq!(c.records.len(), 11);
+    // Not across the place where a timeline was left.
+    let mut promoted = log.records().to_vec();
+    let timeline = Body::Timeline { from: 1, to: 2, at: Lsn(3) };
+    promoted.push(Arc::new(LogRecord { n: 12, body: timeline, ..(*promoted[11]).clone() }));
+    let c = Checkpoint::of(&promoted, 0, 11, &of_gone(100)).unwrap();
+    assert_eq!(c.records[1..4].iter().map(|r| r.n).collect::<Vec<_>>(), [2, 3, 4]);
+    // A sequence that was set back stands lower only from there on.
+    let back: Vec<_> = [0, 1, 2, 3, 4, 5]
+        .map(|n| match n {
+            0 => log.records()[0].clone(),
+            _ => {
+                let value = [0, 5, 7, 2, 3, 4][n as usize];
+                let ship = Ship { sequences: states(n + 1, value), ..plain(n, Vec::new()) };
+                Arc::new(LogRecord {
+                    n,
+                    from_lsn: Lsn(n),
+                    upto_lsn: Lsn(n + 1),
+                    body: Body::Ship(ship),
+                    ..(*log.records()[1]).clone()
+                })
+            }
+        })
+        .into();
+    let c = Checkpoint::of(&back, 0, 5, &of_gone(100)).unwrap();
+    let Body::Ship(joined) = &c.records[1].body else { panic!("{:?}", c.records[1]) };
+    assert_eq!(joined.sequences, [states(2, 7), states(3, 7), states(4, 2), states(5, 3)].concat());
     // Joined again with what came since, readings stay as they are.
     let first = Checkpoint::of(log.records(), 0, 3, &of_gone(100)).unwrap();
     let mut rest = first.records.clone();

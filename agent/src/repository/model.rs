@@ -130,6 +130,9 @@ pub struct Ship {
     /// Where sequences stood, by readings since the record before.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sequences: Vec<SequencesAt>,
+    /// It stands for several in a checkpoint: the objects that it names, and others, were removed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub joined: bool,
 }
 
 /// One reading of the sequences: those that changed since the reading before.
@@ -251,6 +254,11 @@ pub struct SequenceState {
 }
 
 impl LogRecord {
+    /// Whether it stands for ships in a checkpoint: whatever they named is gone, known by a floor or not.
+    pub fn is_joined(&self) -> bool {
+        matches!(&self.body, Body::Ship(s) if s.joined)
+    }
+
     /// Every object that the record names.
     pub fn objects(&self) -> impl Iterator<Item = &ObjectRef> {
         let (one, lists): (Option<&ObjectRef>, [&[ObjectRef]; 3]) = match &self.body {

@@ -79,6 +79,11 @@ impl Shelf {
         self.singles.last().copied().max(before)
     }
 
+    /// Where its checkpoints end.
+    pub fn checkpoint_ends(&self) -> impl Iterator<Item = u64> {
+        self.checkpoints.iter().copied()
+    }
+
     /// Where the newest checkpoint ends.
     pub fn checkpoint(&self) -> Option<u64> {
         self.checkpoints.last().copied()

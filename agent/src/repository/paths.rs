@@ -153,6 +153,13 @@ pub fn tenant_dir(source_uid: Uuid, tenant: Uuid) -> String {
     format!("{}/{}", tenants_dir(source_uid), tenant.simple())
 }
 
+/// Whether a name is a changeset's, or that of what concerns every tenant.
+pub fn is_of_a_ship(source_uid: Uuid, name: &str) -> bool {
+    let Some(rest) = name.strip_prefix(&format!("{}/", source(source_uid))) else { return false };
+    let folders: Vec<&str> = rest.split('/').collect();
+    parse_leaf(name).is_some() && matches!(folders[..], ["common", _] | ["t", _, "c", _])
+}
+
 /// End of the range and uid of an object by its name; `None` for a name of another shape.
 pub fn parse_leaf(name: &str) -> Option<(Lsn, Uuid)> {
     let (lsn, object) = name.rsplit('/').next()?.split_once('-')?;
@@ -225,6 +232,8 @@ mod tests {
         for bad in [log_record(s, 12), lease(s, o), full(s, t, lsn, o).to_uppercase(), full(s, t, lsn, o) + "#1"] {
             assert_eq!(parse_leaf(&bad), None, "{bad}");
         }
+        assert!(is_of_a_ship(s, &changeset(s, t, lsn, o)) && is_of_a_ship(s, &common(s, lsn, o)));
+        assert!(!is_of_a_ship(s, &full(s, t, lsn, o)) && !is_of_a_ship(t, &common(s, lsn, o)));
         assert_eq!(parse_key_entry(&key_entry(t, 12)), Some((t, 12)));
         assert_eq!(parse_key_entry("k/00000000000000000000000000000002/1"), None);
         assert_eq!(key_entry(t, 1), format!("k/{t_}/0000000001"));

@@ -161,7 +161,7 @@ impl BaseTaker {
         let log = Log::open(&self.ctx.repo, self.ctx.source_uid, None).await?;
         let unresolved = self.unresolved();
         for r in log.records() {
-            self.seen.record(r, unresolved);
+            self.seen.read(r, unresolved);
             self.note_full(r);
         }
         self.note_break();

@@ -69,6 +69,12 @@ impl Seen {
         true
     }
 
+    /// Takes in the next record of a log that is read: of those that a checkpoint joined, the numbers before its own are none.
+    pub fn read(&mut self, r: &Arc<LogRecord>, unresolved: Option<Uuid>) {
+        self.next = self.next.max(r.n);
+        self.record(r, unresolved);
+    }
+
     /// The number of the record that comes next.
     pub fn next(&self) -> u64 {
         self.next

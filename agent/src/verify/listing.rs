@@ -122,7 +122,11 @@ pub async fn needed(repo: &Arc<Repository>, source: Uuid, failures: Vec<Failure>
     let floors = floors(repo, source, &catalogs);
     let is_needed = |f: &Failure| {
         // Only what a floor is known to cover is given up, and of that nothing that a backup refers to.
-        let is_gone = named.get(f.object.as_str()).is_some_and(|(r, o)| floors.is_gone(r, o));
+        let is_gone = match named.get(f.object.as_str()) {
+            Some((r, o)) => floors.is_gone(r, o),
+            // A checkpoint was made of the record that named it: it went with all below the floors.
+            None => log.begins() > 0 && paths::is_of_a_ship(source, &f.object),
+        };
         let state = f.tenant_uid.and_then(|t| catalogs.get(&t));
         !is_gone || state.is_some_and(|s| s.objects().any(|o| o.path == f.object))
     };
