@@ -2,6 +2,7 @@
 
 use pgrx::pg_sys;
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::ffi::c_int;
 
 /// What has to be done to a text of this database.
@@ -17,6 +18,18 @@ pub enum Encoding {
 
 impl Encoding {
     pub fn of_database() -> Self {
+        // Asked for every field; a process has one database.
+        thread_local! {
+            static KNOWN: Cell<Option<Encoding>> = const { Cell::new(None) };
+        }
+        KNOWN.get().unwrap_or_else(|| {
+            let encoding = Self::ask();
+            KNOWN.set(Some(encoding));
+            encoding
+        })
+    }
+
+    fn ask() -> Self {
         // SAFETY: reads a setting of the process.
         let encoding = unsafe { pg_sys::GetDatabaseEncoding() };
         if encoding == pg_sys::pg_enc::PG_UTF8 as c_int {

@@ -25,17 +25,33 @@ pub struct Table {
     related: Vec<u32>,
     /// Whether the key needs the pinned settings.
     pub key_needs_settings: bool,
+    /// How many of a tuple's fields hold the key.
+    key_width: usize,
 }
 
 struct Cache {
     inbox: Inbox,
+    /// The one that was asked for last.
+    last: Option<(u32, Rc<Table>)>,
     tables: HashMap<u32, Rc<Table>>,
     outputs: Outputs,
 }
 
+/// Memory that one row leaves to the next. Taken while it is used: triggers nest.
+#[derive(Default)]
+struct Scratch {
+    fields: Vec<Field>,
+    key: Vec<u8>,
+    message: Vec<u8>,
+}
+
 thread_local! {
     static CACHE: RefCell<Option<Cache>> = const { RefCell::new(None) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
+
+/// A value's memory that is not kept for the next row.
+const LARGEST_KEPT: usize = 64 << 10;
 
 /// Whose a row is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,14 +164,14 @@ impl Call<'_> {
     /// The tuple is of the trigger's relation.
     pub unsafe fn write_tag(&self, op: TagOp, key_row: pg_sys::HeapTuple, old: Option<&Owner>, new: Option<&Owner>) {
         let layout = &self.table.layout;
-        let mut key = Vec::new();
+        let Scratch { mut fields, mut key, mut message } = SCRATCH.take();
+        key.clear();
         // An insert is tagged before its row has a key that could be bound.
         if op != TagOp::Insert && layout.identity == Identity::Key {
             let pinned = if self.table.key_needs_settings { settings::pin() } else { None };
-            let mut fields = Vec::new();
             // SAFETY: by the caller.
             unsafe {
-                tuple::fields_of((*key_row).t_data, &layout.atts, &mut fields);
+                tuple::fields_of((*key_row).t_data, &layout.atts[..self.table.key_width], &mut fields);
                 layout.put_key(&mut key, &fields, stored());
             }
             settings::unpin(pinned);
@@ -163,7 +179,11 @@ impl Call<'_> {
         // SAFETY: the relation is open.
         let relid = unsafe { (*self.data.tg_relation).rd_id }.to_u32();
         let tag = Tag { relid, op, key: &key, old: old.map(Owner::in_tag), new: new.map(Owner::in_tag) };
-        wal_message::write(&tag::encode_tag(&wal_message::mac_key(), &tag));
+        tag::put_tag(&mut message, &wal_message::mac_key(), &tag);
+        wal_message::write(&message);
+        if key.capacity() + message.capacity() <= LARGEST_KEPT {
+            SCRATCH.set(Scratch { fields, key, message });
+        }
     }
 
     /// Whether it is called before or after which operation.
@@ -216,17 +236,25 @@ unsafe fn table(relation: pg_sys::Relation) -> Rc<Table> {
     CACHE.with_borrow_mut(|cache| {
         let cache = cache.get_or_insert_with(|| Cache {
             inbox: Inbox::subscribe(),
+            last: None,
             tables: HashMap::new(),
             // SAFETY: lives as long as the session.
             outputs: Outputs::new(unsafe { pg_sys::CacheMemoryContext }),
         });
         if let Some(news) = cache.inbox.take() {
+            cache.last = None;
             cache.tables.retain(|_, t| !t.related.iter().any(|r| news.concerns(*r)));
         }
         // SAFETY: the relation is open; the root is closed below.
         unsafe {
             let relid = (*relation).rd_id;
+            if let Some((last, known)) = &cache.last
+                && *last == relid.to_u32()
+            {
+                return known.clone();
+            }
             if let Some(known) = cache.tables.get(&relid.to_u32()) {
+                cache.last = Some((relid.to_u32(), known.clone()));
                 return known.clone();
             }
             let ancestors = compat::partition_ancestors(relation);
@@ -238,8 +266,9 @@ unsafe fn table(relation: pg_sys::Relation) -> Rc<Table> {
             let layout = Layout::of(relation, root, &mut cache.outputs, Encoding::of_database());
             pg_sys::RelationClose(root);
             let key_needs_settings = layout.key.iter().any(|k| !layout.columns[usize::from(*k)].output.is_fixed());
+            let key_width = layout.key.iter().map(|k| layout.columns[usize::from(*k)].field + 1).max().unwrap_or(0);
             let related = std::iter::once(relid).chain(ancestors).map(|r| r.to_u32()).collect();
-            let table = Rc::new(Table { layout, root: root_oid.to_u32(), related, key_needs_settings });
+            let table = Rc::new(Table { layout, root: root_oid.to_u32(), related, key_needs_settings, key_width });
             cache.tables.insert(relid.to_u32(), table.clone());
             table
         }

@@ -16,6 +16,7 @@
 //!   before: one statement may delete a parent, put another in its place, and rows below.
 
 mod dead;
+mod known;
 mod plan;
 mod resolve;
 mod state;
@@ -65,12 +66,19 @@ pub unsafe extern "C-unwind" fn coffer_path(fcinfo: pg_sys::FunctionCallInfo) ->
             TagOp::Update => (Some(first), Some(second)),
             TagOp::Delete => (Some(first), None),
         };
-        if resolve::stays(&call, old) {
-            return pg_sys::Datum::from(0usize);
-        }
-        let (was, is) = resolve::tenants(&call, old, new);
-        call.write_tag(op, old.or(new).unwrap_or(first), was.as_ref(), is.as_ref());
-        if op == TagOp::Update && was != is {
+        let key_row = old.or(new).unwrap_or(first);
+        let moves = if let Some((was, is)) = known::tenants(&call, old, new) {
+            call.write_tag(op, key_row, was.as_deref(), is.as_deref());
+            was != is
+        } else {
+            if resolve::stays(&call, old) {
+                return pg_sys::Datum::from(0usize);
+            }
+            let (was, is) = resolve::tenants(&call, old, new);
+            call.write_tag(op, key_row, was.as_ref(), is.as_ref());
+            was != is
+        };
+        if op == TagOp::Update && moves {
             let mut fields = Vec::new();
             tuple::fields_of((*second).t_data, &call.table.layout.atts, &mut fields);
             if row_trigger::should_flatten(second, &call.table.layout, &fields) {

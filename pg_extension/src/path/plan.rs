@@ -2,10 +2,14 @@
 
 use crate::catalog;
 use crate::invalidation::News;
+use crate::render::Found;
+use crate::row_trigger::{self, Table};
 use crate::settings;
 use crate::spi::{Plan, Value};
+use crate::tuple::{self, Field};
 use pgrx::pg_sys;
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
+use std::rc::Rc;
 use std::str::FromStr;
 
 /// Between the parts of a list in an answer.
@@ -31,6 +35,16 @@ pub struct Edge {
     read: Plan,
     /// Where the parent's rows are, each with an index on the key.
     pub leaves: Vec<(pg_sys::Oid, pg_sys::Oid)>,
+    /// Where the columns are in the table (or partition) that was asked about last.
+    places: RefCell<Option<(Rc<Table>, Places)>>,
+}
+
+/// The child's columns that lead to the parent, as indexes into the layout's columns, and how many of a tuple's fields
+/// hold them.
+#[derive(Clone, Default)]
+pub struct Places {
+    columns: Vec<usize>,
+    width: usize,
 }
 
 /// A table that rows of others find their tenants in.
@@ -93,6 +107,58 @@ pub fn parts(id: &[u8]) -> Option<(u32, Vec<Vec<u8>>)> {
 }
 
 impl Edge {
+    /// Writes the id of the parent that a row refers to. `false` when it is not to be had without further ado: a column is
+    /// NULL, is no more, or looks as the session's settings have it.
+    ///
+    /// # Safety
+    /// The tuple is of this table.
+    pub unsafe fn put_id(
+        &self,
+        id: &mut Vec<u8>,
+        fields: &mut Vec<Field>,
+        table: &Rc<Table>,
+        tuple: pg_sys::HeapTuple,
+    ) -> bool {
+        let mut places = self.places.borrow_mut();
+        let places = match &*places {
+            Some((of, places)) if Rc::ptr_eq(of, table) => places,
+            _ => &places.insert((table.clone(), self.places_in(table))).1,
+        };
+        if places.columns.is_empty() {
+            return false;
+        }
+        let layout = &table.layout;
+        id.clear();
+        id.extend_from_slice(&self.prefix);
+        // SAFETY: by the caller; the width covers the columns.
+        unsafe {
+            tuple::fields_of((*tuple).t_data, &layout.atts[..places.width], fields);
+            for c in &places.columns {
+                let at = id.len();
+                id.extend_from_slice(&[0; 4]);
+                if layout.put_plain(id, *c, fields, row_trigger::stored()) != Found::Value {
+                    return false;
+                }
+                let len = (id.len() - at - 4) as u32;
+                id[at..at + 4].copy_from_slice(&len.to_le_bytes());
+            }
+        }
+        true
+    }
+
+    /// No columns: they have to be asked for one by one.
+    fn places_in(&self, table: &Table) -> Places {
+        let layout = &table.layout;
+        let columns: Option<Vec<usize>> = self.columns.iter().map(|n| layout.column_named(n)).collect();
+        match columns {
+            Some(columns) if columns.iter().all(|c| layout.columns[*c].output.is_fixed()) => {
+                let width = columns.iter().map(|c| layout.columns[*c].field + 1).max().unwrap_or(0);
+                Places { columns, width }
+            }
+            _ => Places::default(),
+        }
+    }
+
     pub fn id(&self, key: &[Vec<u8>]) -> Box<[u8]> {
         id(&self.prefix, key)
     }
@@ -160,6 +226,7 @@ impl Edge {
             leads_on: is_true(&leads_on),
             needs_settings: is_true(&settings),
             leaves: oids(leaves).zip(oids(indexes)).collect(),
+            places: RefCell::new(None),
         })
     }
 }

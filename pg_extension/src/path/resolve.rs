@@ -138,7 +138,7 @@ fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
         return (follow(edge, row, Side::Old).0, Holds::UntilFound);
     }
     if let Some(known) = state::with(|s| s.cached(&id)) {
-        return (known, Holds::Long);
+        return (Owner::clone(&known), Holds::Long);
     }
     while let Some(row) = with_settings(edge, || edge.lookup(key)) {
         let next = next_parent(edge, &row).filter(|next| state::with(|s| s.orphans(next)).is_none());

@@ -21,10 +21,12 @@ pub struct State {
     inbox: Inbox,
     /// By the child's root.
     edges: HashMap<u32, Option<Rc<Edge>>>,
+    /// The one that was asked for last.
+    last_edge: Option<(u32, Rc<Edge>)>,
     /// By the parent's root.
     parents: HashMap<u32, Rc<Parent>>,
     /// Parents that this transaction has locked.
-    cache: HashMap<ParentId, Owner>,
+    cache: HashMap<ParentId, Rc<Owner>>,
     /// Parents that are changing: what each was before, and at which depth of savepoints that was noted.
     changing: Vec<(i32, ParentId, Owner)>,
     /// Parents whose deletion has begun and not ended, by hash, and at which depth of savepoints.
@@ -93,6 +95,7 @@ impl State {
         Self {
             inbox: Inbox::subscribe(),
             edges: HashMap::new(),
+            last_edge: None,
             parents: HashMap::new(),
             cache: HashMap::new(),
             changing: Vec::new(),
@@ -111,6 +114,7 @@ impl State {
                 || self.parents.iter().any(|(root, p)| news.concerns(*root) || p.concerns(&news))
         }) {
             self.edges.clear();
+            self.last_edge = None;
             self.parents.clear();
         }
     }
@@ -122,6 +126,7 @@ impl State {
     }
 
     pub fn put_edge(&mut self, child: u32, edge: Option<Rc<Edge>>) {
+        self.last_edge = None;
         self.edges.insert(child, edge);
     }
 
@@ -134,7 +139,24 @@ impl State {
         self.parents.insert(root, parent);
     }
 
-    pub fn cached(&self, id: &[u8]) -> Option<Owner> {
+    /// The way from a table to its parent, when it is known and no parent is moving, changing, leaving or missing: then
+    /// whatever is [cached](Self::cached) is the answer.
+    pub fn quiet_edge(&mut self, child: u32) -> Option<Rc<Edge>> {
+        self.hear();
+        if self.moving.is_some() || !self.is_quiet() || !self.leaving.is_empty() {
+            return None;
+        }
+        if let Some((last, edge)) = &self.last_edge
+            && *last == child
+        {
+            return Some(edge.clone());
+        }
+        let edge = self.edges.get(&child)?.clone()?;
+        self.last_edge = Some((child, edge.clone()));
+        Some(edge)
+    }
+
+    pub fn cached(&self, id: &[u8]) -> Option<Rc<Owner>> {
         self.cache.get(id).cloned()
     }
 
@@ -142,7 +164,7 @@ impl State {
         if self.cache.len() >= MAX_CACHED {
             self.cache.clear();
         }
-        self.cache.insert(id, owner);
+        self.cache.insert(id, Rc::new(owner));
     }
 
     pub fn forget_cached(&mut self) {

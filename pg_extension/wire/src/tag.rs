@@ -88,15 +88,22 @@ fn put_tenant(out: &mut Vec<u8>, t: Option<TagTenant<'_>>) {
 }
 
 pub fn encode_tag(key: &MacKey, t: &Tag<'_>) -> Vec<u8> {
-    let mut out = vec![TAG];
+    let mut out = Vec::new();
+    put_tag(&mut out, key, t);
+    out
+}
+
+/// Writes the message into `out`, whose memory serves for the next one again.
+pub fn put_tag(out: &mut Vec<u8>, key: &MacKey, t: &Tag<'_>) {
+    out.clear();
+    out.push(TAG);
     out.extend_from_slice(&t.relid.to_le_bytes());
     out.push(t.op as u8);
-    put_bytes(&mut out, t.key);
-    put_tenant(&mut out, t.old);
-    put_tenant(&mut out, t.new);
-    let m = mac(key, &out);
+    put_bytes(out, t.key);
+    put_tenant(out, t.old);
+    put_tenant(out, t.new);
+    let m = mac(key, out);
     out.extend_from_slice(&m);
-    out
 }
 
 pub fn encode_marker(key: &MacKey, kind: &str, payload: &[u8]) -> Vec<u8> {
