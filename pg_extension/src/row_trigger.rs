@@ -51,7 +51,7 @@ thread_local! {
 }
 
 /// A value's memory that is not kept for the next row.
-const LARGEST_KEPT: usize = 64 << 10;
+pub const LARGEST_KEPT: usize = 64 << 10;
 
 /// Whose a row is.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 
 use super::Owner;
 use super::state;
-use crate::row_trigger::Call;
+use crate::row_trigger::{Call, LARGEST_KEPT};
 use crate::tuple::Field;
 use pgrx::pg_sys;
 use std::cell::RefCell;
@@ -41,10 +41,11 @@ pub unsafe fn tenants(
         // SAFETY: by the caller.
         tuple.is_none_or(|t| unsafe { edge.put_id(id, fields, &call.table, t) })
     };
-    if !put(was, old) || !put(is, new) {
-        return None;
-    }
+    let are_there = put(was, old) && put(is, new);
     let owners = state::with(|s| {
+        if !are_there {
+            return None;
+        }
         let old_owner = match old {
             Some(_) => Some(s.cached(was)?),
             None => None,
@@ -56,6 +57,8 @@ pub unsafe fn tenants(
         };
         Some((old_owner, new_owner))
     });
-    SCRATCH.set(scratch);
+    if scratch.old.capacity() + scratch.new.capacity() <= LARGEST_KEPT {
+        SCRATCH.set(scratch);
+    }
     owners
 }

@@ -254,8 +254,16 @@ pub unsafe fn parent_changed(call: &Call<'_>, old: pg_sys::HeapTuple, new: pg_sy
                     move_rows(root, key, &values, (&was, &is), Rows::All, true);
                 }
                 state::with(|s| s.end(&id));
-            } else if let Some(values) = after {
-                // The rows that refer to the key that was are the business of the foreign key's own action.
+                continue;
+            }
+            if let Some(values) = before {
+                // The rows that refer to the key that was are the business of the foreign key's own action. Where it has none,
+                // they stay if another parent takes the key, which then finds them.
+                let id = key.id(&values);
+                let was = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, side_of(old)));
+                state::with(|s| s.set_orphans(id, Some(was)));
+            }
+            if let Some(values) = after {
                 adopt(root, key, &values, &is);
             }
         }

@@ -107,12 +107,14 @@ impl State {
     }
 
     /// Forgets plans that a DDL or a change of a rule has outdated. Which tables an edge depends on is a whole chain, and
-    /// plans are cheap: all go.
+    /// plans are cheap: all go. Parents that are gone without a row trigger (by TRUNCATE, or with a partition that is
+    /// detached) are not looked for: whoever was found is asked for again.
     fn hear(&mut self) {
-        if self.inbox.take().is_some_and(|news| {
-            self.edges.iter().any(|(child, e)| news.concerns(*child) || e.as_ref().is_some_and(|e| e.concerns(&news)))
-                || self.parents.iter().any(|(root, p)| news.concerns(*root) || p.concerns(&news))
-        }) {
+        let Some(news) = self.inbox.take() else { return };
+        self.cache.clear();
+        if self.edges.iter().any(|(child, e)| news.concerns(*child) || e.as_ref().is_some_and(|e| e.concerns(&news)))
+            || self.parents.iter().any(|(root, p)| news.concerns(*root) || p.concerns(&news))
+        {
             self.edges.clear();
             self.last_edge = None;
             self.parents.clear();

@@ -163,6 +163,30 @@ INSERT INTO seats VALUES ('c', 11), ('a', 1);
 INSERT INTO guests VALUES (1, 1), (2, 11);
 UPDATE seats SET id = id + 10;
 SELECT * FROM differences();
+-- The same where the foreign key does nothing: whoever has the key then has the rows; and one that comes later, too.
+CREATE TABLE haunts (tenant text, id int PRIMARY KEY);
+CREATE TABLE ghosts (id int PRIMARY KEY, haunt int NOT NULL REFERENCES haunts DEFERRABLE);
+SELECT strategy FROM coffer.add_table('haunts', 'tenant');
+SELECT strategy FROM coffer.add_table('ghosts', parent => 'haunts');
+INSERT INTO haunts VALUES ('c', 11), ('a', 1);
+INSERT INTO ghosts VALUES (2, 11);
+UPDATE haunts SET id = id + 10;
+SELECT * FROM differences();
+BEGIN;
+SET CONSTRAINTS ALL DEFERRED;
+UPDATE haunts SET id = 31 WHERE id = 11;
+INSERT INTO haunts VALUES ('b', 11);
+COMMIT;
+SELECT * FROM differences();
+-- A parent that goes by TRUNCATE is forgotten, for whoever comes in its place in the same transaction.
+BEGIN;
+DELETE FROM ghosts WHERE id = 2;
+TRUNCATE haunts CASCADE;
+INSERT INTO haunts VALUES ('x', 11);
+INSERT INTO ghosts VALUES (3, 11);
+INSERT INTO ghosts VALUES (4, 11);
+COMMIT;
+SELECT * FROM differences();
 -- Another parent in the place of a deleted one, by the same statement: whatever the foreign key does about it.
 CREATE TABLE posts (tenant text, id int PRIMARY KEY);
 CREATE TABLE vacated (id int PRIMARY KEY, post int REFERENCES posts ON DELETE SET NULL);
