@@ -417,7 +417,9 @@ fn year(major: u32) {
             "checkpoint-after-write",
             "checkpoint-before-remove",
         ];
+        agent.stop();
         set(&mut agent, "COFFER_TEST_PACK", "4");
+        agent.start();
         let mut days: Vec<Day> = Vec::new();
         let (mut sizes, mut logs) = (Vec::new(), Vec::new());
         for step in 0..STEPS {
@@ -426,6 +428,8 @@ fn year(major: u32) {
                  INSERT INTO a SELECT t, {step} * 100 + i, 'new' FROM generate_series(1, 2) t, generate_series(1000, 1010) i"
             );
             cluster.script("shop", &sql);
+            // In a ship by itself: that of a restore point stays.
+            cluster.psql("shop", "SELECT coffer.wait_durable()");
             let truth = truth::take(&mut client, &watched(), &format!("step {step}")).await;
             cluster.psql("shop", "SELECT coffer.wait_durable()");
             today(&mut agent, step * STEP_DAYS);
