@@ -5,7 +5,7 @@ use super::Model;
 use tokio_postgres::Client;
 
 /// One line per thing. Left out is what is the product's own: its triggers, and the replica identity that it chose. Clones
-/// in partitions have names that the server chooses.
+/// in partitions have names that the server chooses. How a column is stored that is inherited is in no dump of the server's.
 const LINES: &str = r#"
 WITH RECURSIVE rel AS (
     SELECT c.* FROM unnest($1::text[]) n (name) JOIN pg_class c ON c.oid = to_regclass(n.name)
@@ -29,7 +29,7 @@ SELECT format('%s is under %s', i.inhrelid::regclass, i.inhparent::regclass) FRO
 UNION ALL
 SELECT format('column %s.%I: %s', r.oid::regclass, a.attname, concat_ws(' ', 'the ' || row_number() OVER (PARTITION BY r.oid ORDER BY a.attnum),
     format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN 'NOT NULL' END, 'as ' || pg_get_expr(d.adbin, d.adrelid),
-    'identity ' || nullif(a.attidentity::text, ''), 'generated ' || nullif(a.attgenerated::text, ''), 'stored ' || a.attstorage::text))
+    'identity ' || nullif(a.attidentity::text, ''), 'generated ' || nullif(a.attgenerated::text, ''), CASE WHEN a.attinhcount = 0 THEN 'stored ' || a.attstorage::text END))
 FROM rel r JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 UNION ALL
