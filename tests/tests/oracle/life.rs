@@ -92,8 +92,13 @@ impl Case<'_> {
             self.script.say(format!("-- coffer {}", args[1..].join(" ")));
             let out = self.agent.coffer(args);
             let (code, said) = (out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned());
-            // Another may be reading what would go.
+            // Another may be reading what would go; and a transaction of the case may be open for longer than its retention
+            // of seconds keeps what a snapshot is compared with.
+            let is_old = verb == "live" && code == Some(4) && said.contains("cannot be compared with the repository");
             let fine = code == Some(0) || verb == "prune" && code == Some(6);
+            if is_old {
+                continue;
+            }
             assert!(
                 fine,
                 "SEED={}: coffer {args:?}: {code:?}: {said} {}",
