@@ -26,8 +26,10 @@ use tokio_postgres::error::SqlState;
 
 /// How long a base waits for a table's lock before it lets others pass.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a base looks for migrations that wait behind it.
-const YIELD_CHECK: Duration = Duration::from_secs(1);
+/// How often a reader looks for migrations that wait behind it, and how long it lets one wait: a TRUNCATE that soon gives
+/// up by itself, or is one of many, must not keep a table from ever being read.
+const YIELD_CHECK: Duration = Duration::from_millis(500);
+const YIELD_AFTER: Duration = Duration::from_secs(1);
 /// A table is cut into ranges of this many blocks (256 MiB with blocks of 8 KiB).
 const RANGE_BLOCKS: i64 = 32_768;
 /// Rows travel to the sorter in batches of about this size.
@@ -370,13 +372,14 @@ impl Lines {
     }
 }
 
-/// Returns when a session waits for a lock on one of the tables that a reader's own lock refuses.
+/// Returns when a session has waited for [`YIELD_AFTER`] for a lock on one of the tables that a reader's own lock refuses.
 pub(crate) async fn migration_waits(dsn: &Dsn, relids: &[u32]) -> Result<()> {
     let client = sql::connect(dsn).await?;
     let check = client
         .prepare(
             "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE NOT l.granted AND l.locktype = 'relation' \
              AND l.mode = 'AccessExclusiveLock' \
+             AND l.waitstart < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2) \
              AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()) \
              AND (l.relation = ANY ($1) OR l.relation IN (SELECT p.relid FROM pg_catalog.unnest($1::oid[]) r (oid) \
                   CROSS JOIN LATERAL pg_catalog.pg_partition_tree(r.oid) p)))",
@@ -385,7 +388,7 @@ pub(crate) async fn migration_waits(dsn: &Dsn, relids: &[u32]) -> Result<()> {
         .sql("cannot look for waiting migrations")?;
     loop {
         tokio::time::sleep(YIELD_CHECK).await;
-        let row = client.query_one(&check, &[&relids]).await.sql("cannot look for waiting migrations")?;
+        let row = client.query_one(&check, &[&relids, &YIELD_AFTER.as_secs_f64()]).await.sql("cannot look for waiting migrations")?;
         if row.get(0) {
             return Ok(());
         }
