@@ -204,12 +204,12 @@ impl Followed {
     }
 }
 
-/// The server's log ends before what was archived of it.
-pub fn went_back(host: &Host, server: &Identity, durable: Lsn) -> Error {
+/// The server's log ends before what was read of it.
+pub fn went_back(host: &Host, server: &Identity, read: Lsn) -> Error {
     Error::new(
         Kind::Refused,
         format!(
-            "{host}: the server's log ends at {} on timeline {}, and was archived up to {durable}: the server was put \
+            "{host}: the server's log ends at {} on timeline {}, and was read up to {read}: the server was put \
              back to an earlier state, and would use the same positions for other changes",
             server.flushed, server.timeline
         ),

@@ -17,8 +17,8 @@ use crate::ship::Durable;
 use crate::source;
 use crate::sql::SqlClient;
 use crate::status::{self, AgentStatus, SourceStatus};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::{Mutex, broadcast, watch};
 use tokio::task::JoinSet;
@@ -110,7 +110,7 @@ pub struct AgentContext {
     pub status: Arc<SourceStatus>,
     /// True when the agent is stopping.
     pub stop: watch::Receiver<bool>,
-    pub(crate) system: RwLock<System>,
+    pub(crate) system: watch::Sender<System>,
     /// The slot was last seen as one that standbys keep up.
     pub(crate) is_failover_slot: AtomicBool,
 }
@@ -118,28 +118,29 @@ pub struct AgentContext {
 impl AgentContext {
     /// System identifier and timeline of the server, as last checked.
     pub fn system(&self) -> (u64, u32) {
-        let s = self.system.read().unwrap_or_else(PoisonError::into_inner);
+        let s = self.system.borrow();
         (s.system_identifier, s.timeline)
     }
 
     fn server(&self) -> Option<Server> {
-        self.system.read().unwrap_or_else(PoisonError::into_inner).server.clone()
+        self.system.borrow().server.clone()
     }
 
     /// Where sessions beside the stream go: to the very server that it comes from, and to no other one that the connection
     /// string names. A stream that has not met its server yet is waited for, for a while.
     pub async fn source_dsn(&self) -> Result<Dsn> {
-        let until = tokio::time::Instant::now() + SERVER_WAIT;
-        loop {
-            if let Some(s) = self.server() {
-                return Ok(self.dsn.with_server(&s));
+        let mut system = self.system.subscribe();
+        tokio::select! {
+            biased;
+            met = system.wait_for(|s| s.server.is_some()) => {
+                if let Some(server) = met.ok().and_then(|s| s.server.clone()) {
+                    return Ok(self.dsn.with_server(&server));
+                }
             }
-            if tokio::time::Instant::now() >= until || self.is_stopping() {
-                let what = "the stream has not found the server that the log follows yet";
-                return Err(Error::new(Kind::Unreachable, what));
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            () = tokio::time::sleep(SERVER_WAIT) => {}
+            () = self.stopped() => {}
         }
+        Err(Error::new(Kind::Unreachable, "the stream has not found the server that the log follows yet"))
     }
 
     /// Whether a session is with the server that the log follows now.
@@ -165,7 +166,7 @@ impl AgentContext {
     pub(crate) async fn followed(&self) -> Result<Followed> {
         let log = self.log.lock().await;
         let last = log.last().ok_or_else(|| Error::other("the log is empty"))?;
-        let switches = self.system.read().unwrap_or_else(PoisonError::into_inner).history.clone();
+        let switches = self.system.borrow().history.clone();
         Ok(Followed {
             source: self.source.clone(),
             system_identifier: last.system_identifier,
@@ -176,7 +177,7 @@ impl AgentContext {
     }
 
     pub(crate) fn set_system(&self, s: System) {
-        *self.system.write().unwrap_or_else(PoisonError::into_inner) = s;
+        self.system.send_replace(s);
     }
 
     /// Tells the listeners of a record without transactions.
@@ -245,7 +246,7 @@ pub async fn run(config: Config) -> Result<()> {
             alarms: alarms.clone(),
             status,
             stop: stop.clone(),
-            system: RwLock::new(system),
+            system: watch::Sender::new(system),
             is_failover_slot: AtomicBool::new(false),
         }));
     }

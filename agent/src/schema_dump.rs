@@ -68,8 +68,11 @@ pub fn find_pg_dump(server_major: u32) -> Result<PathBuf> {
         found.push((major, p));
     }
     for p in candidates() {
-        if let Some(major) = major_of(&p) {
-            found.push((major, p));
+        match major_of(&p) {
+            // No other is older and new enough.
+            Some(major) if major == server_major => return Ok(p),
+            Some(major) => found.push((major, p)),
+            None => {}
         }
     }
     choose(&found, server_major).cloned().ok_or_else(|| {

@@ -354,8 +354,10 @@ impl Source {
             resume = self.switch(timeline, found).await?;
         }
         let durable = ctx.log.lock().await.upto_lsn().unwrap_or(resume);
-        if found.identity.flushed < durable {
-            return Err(primary::went_back(&found.server.host, &found.identity, durable));
+        // What was read of it and is not durable yet came from a server that had flushed it.
+        let read = durable.max(resume);
+        if found.identity.flushed < read {
+            return Err(primary::went_back(&found.server.host, &found.identity, read));
         }
         ctx.set_system(System::of(found));
         let Found { client, identity, .. } = found;

@@ -6,6 +6,7 @@ use crate::dsn::Dsn;
 use crate::error::{Context, Error, Kind, Result};
 use crate::opened::Opened;
 use crate::prune::{Pruner, Report};
+use crate::repository::records_of_a_pack;
 use crate::retention::Policy;
 use crate::tenant::Tenant;
 use serde_json::json;
@@ -45,6 +46,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Prune
             grace,
             tenant,
             confirm: args.confirm,
+            checkpoint_step: records_of_a_pack(),
         };
         reports.push(pruner.run().await?);
     }

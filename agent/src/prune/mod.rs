@@ -33,7 +33,7 @@ use crate::error::{Kind, Result};
 use crate::history::{Cut, History};
 use crate::keyring::{Keyring, TenantEntry};
 use crate::lease::{self, Held, Purpose};
-use crate::repository::{Checkpoint, LogRecord, ObjectRef, Repository, records_of_a_pack};
+use crate::repository::{Checkpoint, LogRecord, ObjectRef, Repository};
 use crate::retention::Policy;
 use crate::tenant::Tenant;
 use coffer_wire::{Lsn, TenantKind};
@@ -65,16 +65,12 @@ pub struct Pruner {
     pub tenant: Option<TenantEntry>,
     /// Whether anything is done.
     pub confirm: bool,
+    /// Checkpoints of the log end at multiples of it: at the end of a pack.
+    pub checkpoint_step: u64,
 }
 
 /// Tables and where their newest bases were cut.
 type Cuts = Arc<Vec<Cut>>;
-
-/// Checkpoints end at multiples of it, so that none ends inside of a pack.
-fn checkpoint_step() -> u64 {
-    // A life in the unit tests is too short for packs.
-    if cfg!(test) { 5 } else { records_of_a_pack() }
-}
 
 /// What holds for all tenants of a source, read before any of them is looked at.
 struct Survey {
@@ -187,7 +183,7 @@ impl Pruner {
         let history = &survey.history;
         let is_beyond = |r: &&Arc<LogRecord>| r.n > commons.log_n || r.upto_lsn > commons.lsn;
         let Some(beyond) = history.records().iter().find(is_beyond) else { return Ok(()) };
-        let end = beyond.n - beyond.n % checkpoint_step();
+        let end = beyond.n - beyond.n % self.checkpoint_step;
         let is_gone = |r: &LogRecord, o: &ObjectRef| survey.floors.is_gone(r, o) && !survey.pending.contains(&o.path);
         if let Some(c) = Checkpoint::of(history.records(), history.begins(), end, &is_gone) {
             let removed = self.repo.begin_log_with(self.source.1, &c).await?;

@@ -77,6 +77,8 @@ impl Life {
             grace: Duration::ZERO,
             tenant: None,
             confirm: false,
+            // No life here is long enough for packs.
+            checkpoint_step: 5,
         }
     }
 

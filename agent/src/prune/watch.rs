@@ -3,6 +3,7 @@
 use super::{Pruner, Report};
 use crate::alarms;
 use crate::error::Result;
+use crate::repository::records_of_a_pack;
 use crate::retention::Policy;
 use crate::run::AgentContext;
 use crate::schedule::{Schedule, Timer};
@@ -80,6 +81,7 @@ async fn prune(ctx: &Arc<AgentContext>) -> Result<Report> {
         grace: ctx.config.retention.grace,
         tenant: None,
         confirm: true,
+        checkpoint_step: records_of_a_pack(),
     };
     pruner.run().await
 }

@@ -388,7 +388,10 @@ pub(crate) async fn migration_waits(dsn: &Dsn, relids: &[u32]) -> Result<()> {
         .sql("cannot look for waiting migrations")?;
     loop {
         tokio::time::sleep(YIELD_CHECK).await;
-        let row = client.query_one(&check, &[&relids, &YIELD_AFTER.as_secs_f64()]).await.sql("cannot look for waiting migrations")?;
+        let row = client
+            .query_one(&check, &[&relids, &YIELD_AFTER.as_secs_f64()])
+            .await
+            .sql("cannot look for waiting migrations")?;
         if row.get(0) {
             return Ok(());
         }
