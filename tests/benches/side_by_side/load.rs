@@ -2,7 +2,8 @@
 //! streaming agent, against the same pgbench on a server that has `wal_level = logical` and nothing else.
 //!
 //! Two clusters, one idle while the other runs, in interleaved pairs. The agent and the walsender run on the same machine
-//! as the server and its clients, so what they take is in the figure.
+//! as the server and its clients, so what they take is in the figure. With several clients no processor is ever idle, and
+//! whatever they take is missing to the clients; with one, a machine of two processors has some to spare, as one in use has.
 
 use crate::figure::{Figure, Took, Unit};
 use crate::world::REPETITIONS;
@@ -14,7 +15,7 @@ use std::time::Instant;
 
 const DB: &str = "load";
 const BRANCHES: u32 = 10;
-const CLIENTS: &str = "4";
+const CLIENTS: u32 = 4;
 /// Transactions of each client in a repetition.
 const TRANSACTIONS: u32 = 4000;
 
@@ -48,24 +49,33 @@ struct Runs {
 
 /// Elapsed seconds of a fixed number of transactions: 1 / 0.95 is 0.95 of the transactions a second.
 pub fn elapsed() -> Figure {
-    figure("load", 1.0 / 0.95, |t| t)
+    figure("load", "elapsed", 1.0 / 0.95, (CLIENTS, busy()), |t| t)
 }
 
 /// Processor seconds of the server's backends for the same.
 pub fn backends() -> Figure {
-    figure("load-cpu", 1.05, |t| Took { seconds: t.cpu, cpu: t.cpu })
+    let cpu = |t: Took| Took { seconds: t.cpu, cpu: t.cpu };
+    figure("load-cpu", "processor seconds of backends", 1.05, (CLIENTS, busy()), cpu)
 }
 
-fn figure(name: &'static str, bar: f64, which: fn(Took) -> Took) -> Figure {
+/// Elapsed seconds with one client.
+pub fn one_client() -> Figure {
+    figure("load-one", "elapsed", 1.0 / 0.95, (1, &measure(1)), |t| t)
+}
+
+/// Both figures of several clients are of the same runs.
+fn busy() -> &'static Runs {
     static RUNS: OnceLock<Runs> = OnceLock::new();
-    let runs = RUNS.get_or_init(measure);
-    let what = if name == "load" { "elapsed" } else { "processor seconds of backends" };
-    let transactions = TRANSACTIONS * CLIENTS.parse::<u32>().expect("a number");
+    RUNS.get_or_init(|| measure(CLIENTS))
+}
+
+fn figure(name: &'static str, what: &str, bar: f64, (clients, runs): (u32, &Runs), which: fn(Took) -> Took) -> Figure {
+    let transactions = TRANSACTIONS * clients;
     Figure {
         name,
         unit: Unit::Seconds,
         bar: Some(bar),
-        ours: format!("{what}, {transactions} transactions of {CLIENTS} clients, protected, the agent streaming"),
+        ours: format!("{what}, {transactions} transactions, clients: {clients}; protected, the agent streaming"),
         peer: "the same, wal_level = logical alone".into(),
         ours_runs: runs.ours.iter().map(|t| which(*t)).collect(),
         peer_runs: runs.peer.iter().map(|t| which(*t)).collect(),
@@ -88,8 +98,8 @@ fn fill(cluster: &Cluster) {
     );
 }
 
-fn measure() -> Runs {
-    println!("two private clusters, pgbench scale {BRANCHES}");
+fn measure(clients: u32) -> Runs {
+    println!("two private clusters, pgbench scale {BRANCHES}, clients: {clients}");
     let plain = Cluster::start_with(15, CONF, &[]);
     plain.psql("postgres", &format!("CREATE DATABASE {DB}"));
     fill(&plain);
@@ -108,12 +118,12 @@ fn measure() -> Runs {
     for n in 0..=REPETITIONS {
         for ours in [n % 2 == 0, n % 2 == 1] {
             let cluster = if ours { &protected } else { &plain };
-            let took = pgbench(cluster);
+            let took = pgbench(cluster, clients);
             println!(
                 "  {} {:.2} s, {:.0} tps, {:.2} s CPU of backends",
                 if ours { "ours" } else { "peer" },
                 took.seconds,
-                f64::from(TRANSACTIONS) * 4.0 / took.seconds,
+                f64::from(TRANSACTIONS * clients) / took.seconds,
                 took.cpu
             );
             // What is still on its way is not to run beside the other side.
@@ -128,11 +138,11 @@ fn measure() -> Runs {
     runs
 }
 
-fn pgbench(cluster: &Cluster) -> Took {
+fn pgbench(cluster: &Cluster, clients: u32) -> Took {
     let script = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(script.path(), SCRIPT).expect("our file");
     let mut c = cluster.client("pgbench", DB);
-    c.args(["-n", "-c", CLIENTS, "-j", "1", "-t", &TRANSACTIONS.to_string(), "-f"]).arg(script.path());
+    c.args(["-n", "-c", &clients.to_string(), "-j", "1", "-t", &TRANSACTIONS.to_string(), "-f"]).arg(script.path());
     let cpu = backends_cpu(cluster);
     let begun = Instant::now();
     let out = c.output().expect("pgbench starts");

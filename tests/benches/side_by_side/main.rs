@@ -54,6 +54,7 @@ const ALL: &[Benchmark] = &[
     Benchmark { name: "memory", with_agent: false, run: Run::Own(memory::merge) },
     Benchmark { name: "load", with_agent: false, run: Run::Own(load::elapsed) },
     Benchmark { name: "load-cpu", with_agent: false, run: Run::Own(load::backends) },
+    Benchmark { name: "load-one", with_agent: false, run: Run::Own(load::one_client) },
 ];
 
 fn main() {
