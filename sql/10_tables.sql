@@ -19,7 +19,6 @@ CREATE TABLE coffer.rules (
     key_index       oid NOT NULL DEFAULT 0,          -- the root's index behind it; 0: full row
     key_columns     text[],                          -- in the order of their attribute numbers; NULL: full row
     reason          text NOT NULL,
-    types           jsonb NOT NULL DEFAULT '{}',     -- what the enums and composites of its columns looked like
     path_attnums    int2[],                          -- of a rule with a parent: the columns that lead to it,
     parent_attnums  int2[],                          -- the parent's columns that they lead to,
     path_guarded    bool                             -- and whether a foreign key says so, see coffer._guard
@@ -52,6 +51,7 @@ CREATE TABLE coffer.rule_relations (
     prior_index     oid NOT NULL DEFAULT 0,
     own_identity    "char" NOT NULL,
     key_index       oid NOT NULL DEFAULT 0,
+    types           jsonb NOT NULL,                  -- see coffer._types
     registered_xid  xid8,                            -- of a table under a schema rule, when later than the rule's
     tenant          text                             -- of a table under a schema rule: whose it is by that rule
 );

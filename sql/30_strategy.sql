@@ -228,8 +228,8 @@ BEGIN
             RAISE EXCEPTION 'partition % has no index of its own for %', m.relid::regclass, root_index::regclass
                 USING ERRCODE = 'object_not_in_prerequisite_state';
         END IF;
-        INSERT INTO coffer.rule_relations AS r (relid, root, prior_identity, prior_index, own_identity, key_index)
-        VALUES (m.relid, root, m.identity, m.index, want, idx)
+        INSERT INTO coffer.rule_relations AS r (relid, root, prior_identity, prior_index, own_identity, key_index, types)
+        VALUES (m.relid, root, m.identity, m.index, want, idx, coffer._types(m.relid))
         ON CONFLICT (relid) DO UPDATE SET root = excluded.root, own_identity = excluded.own_identity, key_index = excluded.key_index;
         IF m.identity <> want OR (want = 'i' AND m.index <> idx) THEN
             PERFORM coffer._ddl(format('ALTER TABLE ONLY %s REPLICA IDENTITY %s', m.relid::regclass,
@@ -359,7 +359,9 @@ AS $$
 $$;
 
 -- What the enums and composite types of a table's columns look like: old images are read with it. A domain is named with
--- them, since its constraints say which rows there can be, and looks like the type under it, for good.
+-- them, since its constraints say which rows there can be, and looks like the type under it, for good. And how the values of
+-- each column are written, by its number, and whether they are written at all: not every ALTER COLUMN TYPE that changes their
+-- text rewrites the table (timestamp to timestamptz in UTC, cidr to inet), and DROP EXPRESSION never does.
 CREATE FUNCTION coffer._types(rel oid) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
@@ -374,17 +376,35 @@ AS $$
             UNION SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = y.typrelid AND a.attnum > 0 AND NOT a.attisdropped
         ) n (oid)
         WHERE n.oid >= 16384
+    ), w (attnum, generated, prefix, typ) AS (
+        SELECT a.attnum, a.attgenerated, '', a.atttypid FROM pg_attribute a WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped
+        UNION ALL
+        SELECT w.attnum, w.generated, w.prefix || CASE y.typtype WHEN 'd' THEN '' ELSE '[]' END,
+               CASE y.typtype WHEN 'd' THEN y.typbasetype ELSE y.typelem END
+        FROM w JOIN pg_type y ON y.oid = w.typ AND (y.typtype = 'd' OR y.typcategory = 'A' AND y.typelem <> 0)
     )
     SELECT coalesce(jsonb_object_agg(y.oid::text, CASE y.typtype
         WHEN 'e' THEN (SELECT jsonb_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = y.oid)
         WHEN 'd' THEN jsonb_build_array(y.typbasetype::text)
         ELSE (SELECT jsonb_agg(jsonb_build_array(a.attname, format_type(a.atttypid, a.atttypmod)) ORDER BY a.attnum)
               FROM pg_attribute a WHERE a.attrelid = y.typrelid AND a.attnum > 0 AND NOT a.attisdropped)
-    END), '{}')
+    END), '{}') || (
+        SELECT coalesce(jsonb_object_agg('c' || w.attnum, jsonb_build_array(jsonb_build_array(
+                   w.prefix || CASE y.typcategory WHEN 'S' THEN 'text' ELSE p.proname::text END, w.generated::text))), '{}')
+        FROM w JOIN pg_type y ON y.oid = w.typ AND NOT (y.typtype = 'd' OR y.typcategory = 'A' AND y.typelem <> 0)
+        JOIN pg_proc p ON p.oid = y.typoutput)
     FROM t JOIN pg_type y ON y.oid = t.oid WHERE y.typtype IN ('e', 'c', 'd')
 $$;
 
--- Whether rows written under the old shape still mean the same: enums may have gained labels, nothing else.
+-- Notes what the types of a root's columns look like from here on.
+CREATE FUNCTION coffer._note_types(root oid) RETURNS void
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    UPDATE coffer.rule_relations m SET types = t.types FROM coffer._types($1) t (types) WHERE m.relid = $1 AND m.types <> t.types
+$$;
+
+-- Whether rows written under the old shape still mean the same: enums may have gained labels, columns may have come and gone,
+-- nothing else.
 CREATE FUNCTION coffer._types_compatible(old jsonb, new jsonb) RETURNS bool
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$

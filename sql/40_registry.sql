@@ -84,7 +84,7 @@ BEGIN
     now_r.key_index := p.key_index;
     now_r.key_columns := p.key_columns;
     now_r.reason := p.reason;
-    now_r.types := coffer._types(root);
+    PERFORM coffer._note_types(root);
     IF now_r.strategy = 2 THEN
         now_r.parent := way.parent; now_r.path_attnums := way.attnums; now_r.parent_attnums := way.parent_attnums;
         now_r.path_guarded := way.constraint_oid <> 0; now_r.reason := concat_ws('; ', way.reason, p.reason);

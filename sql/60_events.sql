@@ -75,7 +75,10 @@ AS $$
     FROM coffer.rules r WHERE r.relid = $1 AND coffer._lost_guard(r)
     UNION ALL
     SELECT 'a type of its columns changed its meaning', true
-    FROM coffer.rules r WHERE r.relid = $1 AND NOT coffer._types_compatible(r.types, coffer._types($1))
+    FROM coffer.rule_relations m LEFT JOIN coffer.rules r USING (relid)
+    WHERE m.relid = $1 AND NOT coffer._types_compatible(m.types, coffer._types($1))
+      -- What was rewritten with it has asked for a base already.
+      AND coalesce(r.registered_xid, m.registered_xid) IS DISTINCT FROM coalesce(pg_current_xact_id_if_assigned(), '0')
 $$;
 
 -- The way of a rule as it is; when its foreign key is gone, the best of those that are left.
@@ -114,11 +117,12 @@ BEGIN
         SELECT a.attname INTO col FROM pg_attribute a WHERE a.attrelid = root AND a.attnum = r.tenant_attnum AND NOT a.attisdropped;
     END IF;
     SELECT array_agg(f.finding), bool_or(f.rebase) INTO findings, rebase FROM coffer._findings(root) f;
+    PERFORM coffer._note_types(root);
     -- A partition that is created is empty; one that is attached brings rows that are not in the log.
     rebase := rebase OR (command = 'ALTER TABLE' AND EXISTS (
         SELECT FROM coffer._tree(root) t WHERE t.relkind = 'r' AND t.relid <> root
         AND NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = t.relid AND m.root = $1)));
-    IF findings IS NULL AND col IS NOT DISTINCT FROM r.tenant_column AND r.types = coffer._types(root)
+    IF findings IS NULL AND col IS NOT DISTINCT FROM r.tenant_column
        AND NOT (command = 'ALTER TABLE' AND r.identity = 'f' AND (SELECT p.identity FROM coffer._plan(root, col) p) <> 'f')
        AND (r.key_index = 0 OR r.key_columns = (SELECT k.sorted::text[] FROM coffer._keys(root) k WHERE k.index_oid = r.key_index)) THEN
         RETURN;
@@ -204,7 +208,11 @@ BEGIN
             PERFORM coffer._cover_schema_table(rel);
             UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
             PERFORM coffer._changed(rel, 'add', true, had.relid IS NULL AND coffer._is_fresh(rel));
+            IF had.tenant = whose THEN
+                RAISE NOTICE 'coffer: % gets a new base; it can be restored to points up to here and from that base on', rel::regclass;
+            END IF;
         END IF;
+        PERFORM coffer._note_types(rel);
         RETURN;
     END IF;
     IF auto IS NOT NULL AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = was_column AND NOT a.attisdropped) THEN
@@ -361,19 +369,11 @@ BEGIN
             ELSIF cmd.object_type = 'schema' AND cmd.command_tag = 'ALTER SCHEMA' THEN
                 touched := touched || coffer._schema_altered(cmd.objid);
             ELSIF cmd.type IS NOT NULL THEN
-                FOR rel IN SELECT r.relid FROM coffer.rules r WHERE r.types ? cmd.type::text LOOP
-                    PERFORM coffer._recheck(rel, TG_TAG);
-                    touched := touched || rel;
-                END LOOP;
-                -- Of the tables of a tenant's schema no rule has kept what their types looked like: each change counts, but for
-                -- one of a domain, whose values stay what they are.
-                FOR rel IN SELECT DISTINCT m.root FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.root
-                           JOIN coffer._schema_rules s ON s.nspid = c.relnamespace
-                           WHERE cmd.command_tag <> 'CREATE TYPE' AND NOT EXISTS (SELECT FROM coffer.rules r WHERE r.relid = m.root)
-                             AND coffer._types(m.root) ? cmd.type::text LOOP
-                    IF (SELECT y.typtype <> 'd' FROM pg_type y WHERE y.oid = cmd.type) THEN
-                        UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
-                        PERFORM coffer._changed(rel, 'add', true);
+                FOR rel IN SELECT m.relid FROM coffer.rule_relations m WHERE m.relid = m.root AND m.types ? cmd.type::text LOOP
+                    IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
+                        PERFORM coffer._recheck(rel, TG_TAG);
+                    ELSE
+                        PERFORM coffer._consider(rel, TG_TAG);
                     END IF;
                     touched := touched || rel;
                 END LOOP;

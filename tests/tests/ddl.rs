@@ -17,6 +17,7 @@ on_majors! {
     partitions_that_come_and_go: partitions_that_come_and_go;
     restarted_sequences_and_views: restarted_sequences_and_views;
     types_of_another_shape: types_of_another_shape;
+    values_in_other_words: values_in_other_words;
     parts_of_tables: parts_of_tables;
 }
 
@@ -524,6 +525,58 @@ fn types_of_another_shape(major: u32) {
     cluster.psql("shop", "UPDATE t SET at = NULL WHERE tenant = 1");
     agent.json(&restored::in_place("1", "name:three"));
     assert_eq!(cluster.psql("shop", &format!("{places} 1")), "(s1,x,de) (s2,x,)");
+}
+
+/// Columns whose values are written in other words from a change on that writes no row: each table gets a new base, and until
+/// then its rows are in both words.
+fn values_in_other_words(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE k (tenant int NOT NULL, at timestamp, v text, PRIMARY KEY (tenant, at));
+         CREATE TABLE w (tenant int NOT NULL, at timestamp, net cidr);
+         CREATE TABLE g (tenant int NOT NULL, id int PRIMARY KEY, twice int GENERATED ALWAYS AS (id * 2) STORED);
+         CREATE SCHEMA acme; CREATE TABLE acme.k (at timestamp PRIMARY KEY, v text);
+         SELECT coffer.discover('tenant', true); SELECT coffer.add_schema('acme', '1');
+         INSERT INTO k SELECT 1, timestamp '2026-01-01' + i * interval '1 day', 'v' FROM generate_series(1, 4) i;
+         INSERT INTO w SELECT 1, timestamp '2026-01-01' + i * interval '1 day', '10.0.0.1' FROM generate_series(1, 4) i;
+         INSERT INTO g SELECT 1, i FROM generate_series(1, 4) i;
+         INSERT INTO acme.k SELECT at, v FROM k;",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1"]);
+    let rows = "SELECT concat_ws(' | ', (SELECT string_agg(k::text, ' ' ORDER BY at) FROM k), (SELECT string_agg(w::text, ' ' ORDER BY at) FROM w),
+                    (SELECT string_agg(g::text, ' ' ORDER BY id) FROM g), (SELECT string_agg(k::text, ' ' ORDER BY at) FROM acme.k k))";
+    let point = |name: &str| {
+        cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
+        cluster.psql("shop", rows)
+    };
+    let before = point("before");
+    cluster.script(
+        "shop",
+        "SET timezone = 'UTC';
+         ALTER TABLE k ALTER at TYPE timestamptz; ALTER TABLE w ALTER at TYPE timestamptz, ALTER net TYPE inet;
+         ALTER TABLE g ALTER twice DROP EXPRESSION; ALTER TABLE acme.k ALTER at TYPE timestamptz;
+         DELETE FROM k WHERE at < '2026-01-03'; DELETE FROM w WHERE at < '2026-01-03'; DELETE FROM acme.k WHERE at < '2026-01-03';
+         UPDATE k SET v = 'later' WHERE at < '2026-01-04'; UPDATE g SET twice = 0 WHERE id = 1;",
+    );
+    // None of them is restored from the rows of before.
+    let mut tries = 0;
+    coffer_tests::wait_for("new bases", 90, || {
+        tries += 1;
+        point(&format!("try {tries}"));
+        let out = restored::Out::new();
+        let to = format!("name:try {tries}");
+        agent.coffer(&restored::args("1", &to, "files", out.arg())).status.success().then_some(())
+    });
+    cluster.psql("shop", "DELETE FROM k WHERE v = 'later'; UPDATE g SET twice = 1 WHERE id = 2");
+    let after = point("after");
+    for (name, want) in [("before", before), ("after", after)] {
+        let made = Database::restore(&agent, &cluster, "1", &format!("name:{name}"));
+        assert_eq!(cluster.psql(&made.name, rows), want, "{name}");
+    }
 }
 
 /// What belongs to covered tables and is no column: a new database has it as it was at the target, whichever statement

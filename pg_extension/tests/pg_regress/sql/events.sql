@@ -84,6 +84,21 @@ SELECT strategy FROM coffer.add_table('d', 't');
 ALTER TYPE mood ADD VALUE 'glad' BEFORE 'happy';
 ALTER TYPE mood RENAME VALUE 'sad' TO 'blue';
 ALTER TYPE spot ADD ATTRIBUTE y int;
+-- Columns whose values are written in other words, though no row is: in the session's UTC a timestamp is one with a zone.
+CREATE TABLE w (t int, id varchar(10), at timestamp, net cidr, twice int GENERATED ALWAYS AS (t * 2) STORED, PRIMARY KEY (t, id));
+SELECT strategy FROM coffer.add_table('w', 't');
+ALTER TABLE w ALTER id TYPE text, ALTER net TYPE cidr, ADD z timestamp;
+SET timezone = 'UTC';
+ALTER TABLE w ALTER at TYPE timestamptz;
+RESET timezone;
+BEGIN;
+ALTER TABLE w ALTER net TYPE inet;
+ROLLBACK;
+ALTER TABLE w ALTER net TYPE inet;
+ALTER TABLE w ALTER net TYPE text;
+ALTER TABLE w ALTER net TYPE varchar(50);
+ALTER TABLE w ALTER twice DROP EXPRESSION;
+ALTER TABLE w DROP twice, DROP z, ADD z int;
 
 -- Policy: discover with apply covers what comes.
 SELECT count(*) FROM coffer.discover('t', apply => true);
