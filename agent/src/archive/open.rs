@@ -37,7 +37,7 @@ pub async fn alone(opened: &Opened, source: Uuid, tenant: Uuid, id: Uuid) -> Alo
     if catalog.as_ref().is_some_and(|c| c.state().gone.contains(&id)) {
         return Alone::None;
     }
-    let is_damaged = catalog.is_some_and(|c| c.state().checks.iter().any(|c| c.backup == id && !c.ok));
+    let is_damaged = catalog.is_some_and(|c| c.state().read_back(id) == Some(false));
     let shared = opened.keyring.tenant_uid(source, &Reserved::Shared.tenant());
     let history = History::of_archive(&opened.repo, &opened.keyring, &document, shared, from);
     match absent(&opened.repo, &document, from).await {

@@ -14,6 +14,8 @@ use uuid::Uuid;
 pub const CATALOG_VERSION: u32 = 1;
 /// Every record with a number that this divides carries the state before it, so that readers begin there.
 pub const STATE_EVERY: u64 = 64;
+/// `what` of a check that read back what a backup consists of.
+pub const READ_BACK: &str = "read_back";
 /// How many of the fulls that were removed a state remembers.
 pub const MOST_GONE: usize = 256;
 
@@ -286,6 +288,12 @@ impl State {
     pub fn objects(&self) -> impl Iterator<Item = &ObjectRef> {
         let of_incrementals = self.incrementals.iter().filter_map(|i| i.object.as_ref());
         self.fulls.iter().flat_map(FullEntry::needs).chain(of_incrementals)
+    }
+
+    /// Whether a backup was as it was written when it was last read back; `None`: no check says. Other checks are of the
+    /// tenant as a whole, and noted with a full that is no worse for what they found.
+    pub fn read_back(&self, backup: Uuid) -> Option<bool> {
+        self.checks.iter().find(|c| c.backup == backup && c.what == READ_BACK).map(|c| c.ok)
     }
 
     /// The full of this id.

@@ -256,8 +256,7 @@ impl History {
 
     /// Whether no check found a backup's objects damaged: what can be merged without it is.
     pub fn is_sound(&self, tenant: Uuid, backup: Uuid) -> bool {
-        let checks = self.catalogs.get(&tenant).map_or(&[][..], |c| &c.checks);
-        !checks.iter().any(|c| c.backup == backup && !c.ok && c.what == "read_back")
+        self.catalogs.get(&tenant).is_none_or(|c| c.read_back(backup) != Some(false))
     }
 
     pub fn source(&self) -> Uuid {

@@ -479,7 +479,7 @@ impl World {
             if !is_there && (is_read || self.is_promised(*tenant, when, *us).await) {
                 let c = self.catalog(*tenant).await;
                 for f in &c.state().fulls {
-                    let check = c.state().checks.iter().any(|x| x.backup == f.id && !x.ok);
+                    let check = c.state().read_back(f.id) == Some(false);
                     println!(
                         "{} {} n {} {} {:?} damaged {check}",
                         f.id, f.point_lsn, f.log_n, f.trigger, f.read_back_us

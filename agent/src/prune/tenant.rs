@@ -331,13 +331,11 @@ fn held_since(state: &State, r: &Removal) -> Option<Uuid> {
 }
 
 fn full(f: &FullEntry, state: &State, survey: &Survey, tenant: Uuid) -> Full {
-    let of = |ok: bool| state.checks.iter().any(|c| c.backup == f.id && c.ok == ok);
-    // What was found damaged once is not trusted because another look found nothing.
-    let check = match (of(false), of(true) || f.read_back_us.is_some()) {
+    let check = match state.read_back(f.id).or_else(|| f.read_back_us.map(|_| true)) {
         _ if !survey.history.line().goes_through(f.point_lsn, f.log_n) => Check::Abandoned,
-        (true, _) => Check::Failed,
-        (false, true) => Check::Verified,
-        (false, false) => Check::Unchecked,
+        Some(false) => Check::Failed,
+        Some(true) => Check::Verified,
+        None => Check::Unchecked,
     };
     let extent = survey.history.extent(tenant, f, &survey.cuts(f.point_lsn));
     Full {

@@ -10,7 +10,7 @@ use crate::keyring::Keyring;
 use crate::lease::Lease;
 use crate::repository::tests::{World, draft, object, ship};
 use crate::repository::{Access, Body, Log, ObjectRef, paths};
-use crate::retention::Trigger;
+use crate::retention::{Reason, Trigger};
 use coffer_wire::Lsn;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -217,6 +217,23 @@ async fn objects_go_after_the_grace_and_what_is_needed_again_does_not() {
         .unwrap();
     assert_eq!(life.act(pruner()).await.deleted.objects, 1);
     assert!(life.is_there("a", &named) && !life.is_there("a", &free));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_counts_out_when_it_was_not_read_back_as_written_and_for_no_other_check() {
+    let life = Life::begin(&[("a", true)]).await;
+    let fulls = life.ten_days().await;
+    let mut catalog = life.catalog().await;
+    for (n, what, ok) in [(5, "live", false), (5, "drill", false), (6, "read_back", false), (6, "live", true)] {
+        let entry = Entry::Verified { backup: fulls[n].id, ok, what: what.into(), message: None };
+        catalog.append(entry).await.unwrap();
+    }
+    let policy = Policy { daily: 5, ..life.pruner().policy };
+    let t = life.act(Pruner { policy, ..life.pruner() }).await;
+    let kept: Vec<bool> = fulls.iter().map(|f| life.is_there("a", &f.objects[0])).collect();
+    assert_eq!(kept, [false, false, false, false, true, true, false, true, true, true]);
+    let gone = t.backups.iter().find(|b| b.id == fulls[6].id).unwrap();
+    assert_eq!(gone.reasons, [Reason::Damaged]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

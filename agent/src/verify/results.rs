@@ -5,6 +5,7 @@ use super::drills::Tried;
 use super::live::Compared;
 use super::rounds::Look;
 use crate::catalog;
+use crate::catalog::model::READ_BACK;
 use crate::catalog::{Catalog, Entry};
 use crate::error::Result;
 use crate::history::History;
@@ -27,8 +28,6 @@ const NOTIFY_WAIT: Duration = Duration::from_secs(10);
 pub const LIVE: &str = "live";
 /// For a restore into a scratch database.
 pub const DRILL: &str = "drill";
-/// For a reading back of what is stored.
-pub const READ_BACK: &str = "read_back";
 
 /// See the module.
 pub struct Results<'a> {
@@ -120,7 +119,7 @@ fn marks(state: &catalog::State, damaged: &BTreeMap<&str, &str>) -> Vec<(Uuid, O
     let mut out = Vec::new();
     for f in &state.fulls {
         let found = f.needs().find_map(|o| Some(format!("{}: {}", o.path, damaged.get(o.path.as_str())?)));
-        let was_good = state.checks.iter().find(|c| c.backup == f.id && c.what == READ_BACK).map(|c| c.ok);
+        let was_good = state.read_back(f.id);
         let is_news = match found {
             Some(_) => was_good != Some(false),
             None => was_good == Some(false) || damaged.is_empty() && Some(f.id) == newest,

@@ -11,9 +11,10 @@
 
 use super::listing::{Listed, adds_up, list, needed};
 use super::objects::{Failure, is_finding, one_object};
-use super::results::{READ_BACK, Results};
+use super::results::Results;
 use super::throttle::{Throttle, Throttled};
 use crate::alarms;
+use crate::catalog::model::READ_BACK;
 use crate::catalog::{Catalog, Entry};
 use crate::config::VerifyConfig;
 use crate::crypto::{Opener, sha256};
@@ -304,10 +305,10 @@ impl Scrub {
         for (tenant, backup) in backups {
             let mut catalog = Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await?;
             let (ok, what) = (message.is_none(), READ_BACK);
-            let known = catalog.state().checks.iter().find(|c| c.backup == backup && c.what == what);
+            let known = catalog.state().read_back(backup);
             // Of a backup with several damaged objects, one that is sound again says nothing.
             let others = || self.state.found.iter().any(|f| stores.get(&f.store).is_some_and(|l| is_of(l, f, backup)));
-            if ok && (known.is_none_or(|c| c.ok) || others()) || !ok && known.is_some_and(|c| !c.ok) {
+            if ok && (known != Some(false) || others()) || !ok && known == Some(false) {
                 continue;
             }
             let entry = Entry::Verified { backup, ok, what: what.into(), message: message.map(str::to_owned) };
