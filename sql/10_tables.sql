@@ -13,6 +13,7 @@ CREATE TABLE coffer.rules (
     parent          oid NOT NULL DEFAULT 0,          -- 0: none
     registered_xid  xid8 NOT NULL,                   -- the table needs a base that sees everything up to here
     registered_at   timestamptz NOT NULL,
+    path_loose      bool,                            -- of a rule with a parent: rows may be there without one
     -- from here on for SQL only
     tenant_column   name,
     identity        "char" NOT NULL,                 -- the replica identity the strategy relies on: d, i or f

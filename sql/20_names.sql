@@ -98,6 +98,8 @@ LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
     PERFORM coffer._invalidate(t.relid) FROM coffer._tree(root) t;
+    -- What sessions know of a parent says which tables are below it.
+    PERFORM coffer._invalidate(c.oid) FROM coffer.rules r JOIN pg_class c ON c.oid = r.parent WHERE r.relid = root;
     IF NOT comes_back AND (SELECT c.relpersistence = 'u' FROM pg_class c WHERE c.oid = root) THEN
         -- Its rule waits for it to come back into the log; a base would be waited for in vain.
         action := 'remove'; rebase := false; fresh := false;

@@ -96,6 +96,11 @@ AS $$
     SELECT d.relid, d.depth FROM down d
 $$;
 
+-- From PostgreSQL 18 on a foreign key may be there for its name only.
+CREATE FUNCTION coffer._is_enforced(k pg_constraint) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$ SELECT coalesce((to_jsonb(k) ->> 'conenforced')::bool, true) $$;
+
 -- The foreign keys of a table and, for each, why the tenant cannot be found by it.
 CREATE FUNCTION coffer._paths(rel oid)
 RETURNS TABLE (parent oid, constraint_oid oid, constraint_name name, attnums int2[], parent_attnums int2[], depth int,
@@ -112,6 +117,7 @@ AS $$
                 WHEN EXISTS (SELECT FROM coffer._ancestors(k.confrelid) a WHERE a.relid = rel) THEN 'leads back to the table itself'
                 WHEN e.is_computed THEN 'has a generated column'
                 WHEN e.is_inexact THEN 'compares a type whose equal values can be written differently'
+                WHEN NOT coffer._is_enforced(k) THEN 'is not enforced'
            END
     FROM pg_constraint k
     JOIN pg_class p ON p.oid = k.confrelid
@@ -139,8 +145,18 @@ CREATE FUNCTION coffer._guard(rel oid, parent oid, attnums int2[], parent_attnum
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT k.oid FROM pg_constraint k
-    WHERE k.conrelid = $1 AND k.confrelid = $2 AND k.contype = 'f' AND k.conkey = $3 AND k.confkey = $4
+    WHERE k.conrelid = $1 AND k.confrelid = $2 AND k.contype = 'f' AND k.conkey = $3 AND k.confkey = $4 AND coffer._is_enforced(k)
     ORDER BY k.condeferrable DESC, k.oid LIMIT 1
+$$;
+
+-- Whether a foreign key sees to it that every row has its parent: for those that it never looked at, and while its triggers
+-- are off, it does not.
+CREATE FUNCTION coffer._holds(foreign_key oid) RETURNS bool
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    WITH RECURSIVE tree (oid) AS (SELECT $1 UNION ALL SELECT k.oid FROM tree t JOIN pg_constraint k ON k.conparentid = t.oid)
+    SELECT coalesce((SELECT k.convalidated FROM pg_constraint k WHERE k.oid = $1), false)
+       AND NOT EXISTS (SELECT FROM tree t JOIN pg_trigger g ON g.tgconstraint = t.oid WHERE g.tgenabled NOT IN ('O', 'A'))
 $$;
 
 -- Whether a rule relies on a foreign key that is gone.
@@ -316,17 +332,23 @@ AS $$
 $$;
 
 -- The keys by which other tables' rows find their tenant in this one.
-CREATE FUNCTION coffer._parent_keys(root oid) RETURNS TABLE (attnums int2[], columns text[], tenant_column text)
+CREATE FUNCTION coffer._parent_keys(root oid) RETURNS TABLE (attnums int2[], columns text[], tenant_column text, is_loose bool)
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
-    SELECT DISTINCT c.parent_attnums, coffer._column_names(root, c.parent_attnums),
-           (SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = root AND a.attnum = r.tenant_attnum AND r.tenant_attnum > 0)
-    FROM coffer.rules c JOIN coffer.rules r ON r.relid = root WHERE c.parent = root
+    SELECT c.parent_attnums, coffer._column_names(root, c.parent_attnums),
+           (SELECT a.attname::text FROM coffer.rules r JOIN pg_attribute a ON a.attrelid = root AND a.attnum = r.tenant_attnum
+            WHERE r.relid = root AND r.tenant_attnum > 0),
+           bool_or(c.path_loose)
+    FROM coffer.rules c WHERE c.parent = root AND EXISTS (SELECT FROM coffer.rules r WHERE r.relid = root)
+    GROUP BY c.parent_attnums
 $$;
 
 -- For a parent's row that moves to another tenant, by one of its keys: every table with rows below it, nearest first, with
--- the statement that writes those rows into the log anew, and the one that keeps others from adding to them.
-CREATE FUNCTION coffer._moves(root oid, key_attnums int2[]) RETURNS TABLE (relid oid, owner oid, move text, hold text)
+-- the statement that writes those rows into the log anew, and the one that keeps others from adding to them. For those that
+-- refer to the key itself also the one that says which keys of several have rows, by their places in arrays of texts, and whether
+-- an index finds the rows of one.
+CREATE FUNCTION coffer._moves(root oid, key_attnums int2[])
+RETURNS TABLE (relid oid, owner oid, move text, hold text, refer text, is_indexed bool)
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     WITH RECURSIVE down (relid, depth, condition) AS (
@@ -350,7 +372,15 @@ AS $$
                   replace(d.condition, E'\x01', 't')),
            CASE WHEN EXISTS (SELECT FROM coffer.rules b WHERE b.parent = d.relid)
                 THEN format('SELECT pg_catalog.count(*)::pg_catalog.text FROM (SELECT FROM %s t WHERE %s FOR UPDATE OF t) x', coffer._from(d.relid),
-                            replace(d.condition, E'\x01', 't')) END
+                            replace(d.condition, E'\x01', 't')) END,
+           CASE WHEN d.depth = 1
+                THEN (SELECT format('SELECT DISTINCT k.n::pg_catalog.text FROM ROWS FROM (%s) WITH ORDINALITY k (%s, n) JOIN %s t ON %s',
+                                    string_agg(format('pg_catalog.unnest($%s::pg_catalog.text[])', u.ord), ', ' ORDER BY u.ord),
+                                    string_agg(format('v%s', u.ord), ', ' ORDER BY u.ord), coffer._from(d.relid),
+                                    string_agg(format('t.%I OPERATOR(pg_catalog.=) k.v%s::%s', u.c, u.ord, coffer._type_name(a.atttypid)), ' AND ' ORDER BY u.ord))
+                      FROM unnest(r.parent_attnums, coffer._column_names(d.relid, r.path_attnums)) WITH ORDINALITY u (n, c, ord)
+                      JOIN pg_attribute a ON a.attrelid = root AND a.attnum = u.n) END,
+           EXISTS (SELECT FROM pg_index y WHERE y.indrelid = d.relid AND y.indisvalid AND y.indpred IS NULL AND y.indkey[0] = ANY (r.path_attnums))
     FROM down d JOIN coffer.rules r ON r.relid = d.relid JOIN pg_class c ON c.oid = d.relid
     ORDER BY d.depth, d.relid
 $$;
@@ -379,7 +409,8 @@ AS $$
     CROSS JOIN (VALUES ('zzz_coffer_parent_begin', 'begin', 'BEFORE UPDATE'), ('zzz_coffer_parent_leaves', 'leaves', 'BEFORE DELETE'),
                        ('AAA_coffer_parent', 'moved', 'AFTER UPDATE'),
                        ('zzz_coffer_parent_end', 'end', 'AFTER UPDATE'), ('AAA_coffer_parent_new', 'new', 'AFTER INSERT'),
-                       ('AAA_coffer_parent_gone', 'gone', 'AFTER DELETE'), ('AAA_coffer_parent_gone', 'replaced', 'AFTER DELETE'))
+                       ('AAA_coffer_parent_gone', 'gone', 'AFTER DELETE'), ('AAA_coffer_parent_gone', 'replaced', 'AFTER DELETE'),
+                       ('AAA_coffer_parent_truncate', 'truncated', 'AFTER TRUNCATE'))
                       v (name, what, event)
     WHERE c.oid = root AND EXISTS (SELECT FROM coffer.rules r WHERE r.parent = root)
       -- Behind a constraint that is checked late a row can outlive its parent, and find another; behind others only when
@@ -388,6 +419,18 @@ AS $$
             SELECT FROM coffer.rules r LEFT JOIN pg_constraint k
                 ON r.path_guarded AND k.oid = coffer._guard(r.relid, r.parent, r.path_attnums, r.parent_attnums)
             WHERE r.parent = root AND coalesce(k.condeferrable, true)))
+      -- Where there is a foreign key, the server empties the tables below, too, or refuses.
+      AND (v.what <> 'truncated' OR EXISTS (SELECT FROM coffer.rules r WHERE r.parent = root AND NOT r.path_guarded))
+$$;
+
+-- Every trigger of a parent's in a tree.
+CREATE FUNCTION coffer._triggers_of_parent(root oid) RETURNS TABLE (relid oid, name name, is_clone bool, enabled "char", args bytea)
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    SELECT g.tgrelid, g.tgname, g.tgparentid <> 0, g.tgenabled, g.tgargs
+    FROM coffer._tree(root) m
+    CROSS JOIN LATERAL (SELECT * FROM pg_trigger t WHERE t.tgrelid = m.relid OFFSET 0) g
+    WHERE g.tgfoid IN (to_regprocedure('coffer._parent()'), to_regprocedure('coffer._parent_truncated()'))
 $$;
 
 CREATE FUNCTION coffer._parent_arguments(what text, condition text) RETURNS bytea
@@ -399,12 +442,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     SELECT NOT EXISTS (
         SELECT FROM coffer._tree(root) m
-        CROSS JOIN LATERAL (
-            SELECT count(*) AS n, count(*) FILTER (WHERE g.tgenabled = 'A' AND g.tgargs = coffer._parent_arguments(w.what, w.condition)) AS good
-            FROM (SELECT * FROM pg_trigger t WHERE t.tgrelid = m.relid AND t.tgfoid = to_regprocedure('coffer._parent()') OFFSET 0) g
-            LEFT JOIN coffer._parent_triggers(root) w ON w.name = g.tgname
-        ) t
-        WHERE m.relkind IN ('r', 'p') AND (t.n <> t.good OR t.n <> (SELECT count(*) FROM coffer._parent_triggers(root))))
+        LEFT JOIN (
+            SELECT g.relid, count(*) AS n, count(*) FILTER (WHERE g.enabled = 'A' AND g.args = coffer._parent_arguments(w.what, w.condition)) AS good
+            FROM coffer._triggers_of_parent(root) g
+            LEFT JOIN coffer._parent_triggers(root) w ON w.name = g.name
+            GROUP BY g.relid
+        ) t ON t.relid = m.relid
+        WHERE m.relkind IN ('r', 'p') AND (t.n <> t.good OR coalesce(t.n, 0) <> (SELECT count(*) FROM coffer._parent_triggers(root))))
 $$;
 
 -- Gives a table the triggers of a parent, or takes them away.
@@ -417,23 +461,20 @@ BEGIN
     IF root = 0 OR NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = root) OR coffer._parent_intact(root) THEN
         RETURN;
     END IF;
-    FOR t IN
-        SELECT g.tgname, g.tgrelid FROM coffer._tree(root) m
-        CROSS JOIN LATERAL (SELECT * FROM pg_trigger x WHERE x.tgrelid = m.relid OFFSET 0) g
-        WHERE g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgparentid = 0
-    LOOP
-        PERFORM coffer._ddl(format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass));
+    FOR t IN SELECT * FROM coffer._triggers_of_parent(root) WHERE NOT is_clone LOOP
+        PERFORM coffer._ddl(format('DROP TRIGGER %I ON %s', t.name, t.relid::regclass));
     END LOOP;
-    FOR t IN SELECT * FROM coffer._parent_triggers(root) LOOP
-        PERFORM coffer._ddl(format('CREATE TRIGGER %I %s ON %s FOR EACH ROW %s EXECUTE FUNCTION coffer._parent(%L, %L)',
-            t.name, t.event, root::regclass, 'WHEN (' || t.condition || ')', t.what, md5(coalesce(t.condition, ''))));
-    END LOOP;
+    -- The server clones those for rows to partitions.
     FOR t IN
-        SELECT g.tgname, g.tgrelid FROM coffer._tree(root) m
-        CROSS JOIN LATERAL (SELECT * FROM pg_trigger x WHERE x.tgrelid = m.relid OFFSET 0) g
-        WHERE g.tgfoid = to_regprocedure('coffer._parent()') AND g.tgenabled <> 'A'
+        SELECT p.*, m.relid FROM coffer._parent_triggers(root) p
+        JOIN coffer._tree(root) m ON m.relid = root OR p.what = 'truncated' AND m.relkind IN ('r', 'p')
     LOOP
-        PERFORM coffer._ddl(format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', t.tgrelid::regclass, t.tgname));
+        PERFORM coffer._ddl(format('CREATE TRIGGER %I %s ON %s %s EXECUTE FUNCTION coffer.%I(%L, %L)', t.name, t.event, t.relid::regclass,
+            CASE t.what WHEN 'truncated' THEN 'FOR EACH STATEMENT' ELSE concat_ws(' ', 'FOR EACH ROW', 'WHEN (' || t.condition || ')') END,
+            CASE t.what WHEN 'truncated' THEN '_parent_truncated' ELSE '_parent' END, t.what, md5(coalesce(t.condition, ''))));
+    END LOOP;
+    FOR t IN SELECT * FROM coffer._triggers_of_parent(root) WHERE enabled <> 'A' LOOP
+        PERFORM coffer._ddl(format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', t.relid::regclass, t.name));
     END LOOP;
     PERFORM coffer._invalidate(m.relid) FROM coffer._tree(root) m;
 END $$;
@@ -449,6 +490,48 @@ BEGIN
         UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = d;
         PERFORM coffer._changed(d, 'add', true);
     END LOOP;
+END $$;
+
+-- Parents that are gone at once leave rows behind where no foreign key takes those along.
+CREATE FUNCTION coffer._parent_truncated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    PERFORM coffer._rebase_descendants(coffer._root(TG_RELID));
+    RETURN NULL;
+END $$;
+
+-- Notes that the foreign key of a rule lets rows without a parent pass: from here on parents that come look for rows that wait
+-- for them. One that came at the same time did not, so the table gets a new base, which waits for all who write now.
+CREATE FUNCTION coffer._loosen(rel oid) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+BEGIN
+    UPDATE coffer.rules r SET path_loose = true, registered_xid = pg_current_xact_id(), registered_at = now()
+    WHERE r.relid = rel AND NOT r.path_loose;
+    IF FOUND THEN
+        PERFORM coffer._changed(rel, 'add', true);
+        PERFORM coffer._rebase_descendants(rel);
+        RAISE WARNING 'coffer: the foreign key of % lets rows without a parent pass; the table gets a new base', rel::regclass
+            USING HINT = 'Such rows are nobody''s until their parent comes. When there are none any more: coffer.add_table().';
+    END IF;
+END $$;
+
+-- Whether a table has rows whose parent is not there.
+CREATE FUNCTION coffer._has_strays(rel oid) RETURNS bool
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    r      coffer.rules;
+    found  bool;
+BEGIN
+    SELECT * INTO r FROM coffer.rules u WHERE u.relid = rel;
+    EXECUTE (
+        SELECT format('SELECT EXISTS (SELECT FROM %s t WHERE %s AND NOT EXISTS (SELECT FROM %s p WHERE %s))', coffer._from(rel),
+                      string_agg(format('t.%I IS NOT NULL', c), ' AND '), coffer._from(r.parent),
+                      string_agg(format('p.%I OPERATOR(pg_catalog.=) t.%I', n, c), ' AND '))
+        FROM unnest(coffer._column_names(r.parent, r.parent_attnums), coffer._column_names(rel, r.path_attnums)) u (n, c)) INTO found;
+    RETURN found;
 END $$;
 
 -- Refuses what would leave the rows below a table without a tenant.

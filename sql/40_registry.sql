@@ -88,8 +88,12 @@ BEGIN
     IF now_r.strategy = 2 THEN
         now_r.parent := way.parent; now_r.path_attnums := way.attnums; now_r.parent_attnums := way.parent_attnums;
         now_r.path_guarded := way.constraint_oid <> 0; now_r.reason := concat_ws('; ', way.reason, p.reason);
+        -- Rows that were let pass stay, even when the foreign key holds again.
+        now_r.path_loose := NOT coffer._holds(way.constraint_oid)
+            OR (before.path_loose AND (before.parent, before.path_attnums, before.parent_attnums) = (way.parent, way.attnums, way.parent_attnums)) IS TRUE;
     ELSE
-        now_r.parent := 0; now_r.path_attnums := NULL; now_r.parent_attnums := NULL; now_r.path_guarded := NULL;
+        now_r.parent := 0; now_r.path_attnums := NULL; now_r.parent_attnums := NULL;
+        now_r.path_guarded := NULL; now_r.path_loose := NULL;
         IF now_r.strategy = 3 THEN
             now_r.reason := concat_ws('; ', 'a row''s tenant is what the session''s setting coffer.tenant said when it was inserted; every change writes a tag', p.reason);
         END IF;
@@ -115,8 +119,10 @@ BEGIN
     END IF;
     PERFORM coffer._sync_parent(now_r.parent);
     PERFORM coffer._sync_parent(root);
-    IF before.relid IS NOT NULL AND (before.strategy, before.tenant_attnum, before.parent, before.path_attnums)
-           IS DISTINCT FROM (now_r.strategy, now_r.tenant_attnum, now_r.parent, now_r.path_attnums) AND rebase THEN
+    -- Where no foreign key keeps parents from coming and going with a partition, rows below change hands with it.
+    IF before.relid IS NOT NULL AND rebase AND ((before.strategy, before.tenant_attnum, before.parent, before.path_attnums)
+           IS DISTINCT FROM (now_r.strategy, now_r.tenant_attnum, now_r.parent, now_r.path_attnums)
+           OR EXISTS (SELECT FROM coffer.rules r WHERE r.parent = root AND r.path_loose)) THEN
         PERFORM coffer._rebase_descendants(root);
     END IF;
     RETURN now_r.reason;
@@ -175,6 +181,11 @@ BEGIN
         RETURN;
     END IF;
     way := coffer._plan_path(rel, by_parent);
+    IF coffer._holds(way.constraint_oid) AND EXISTS (
+        SELECT FROM coffer.rules r WHERE r.relid = rel AND r.path_loose
+        AND (r.parent, r.path_attnums, r.parent_attnums) = (way.parent, way.attnums, way.parent_attnums)) THEN
+        UPDATE coffer.rules r SET path_loose = coffer._has_strays(rel) WHERE r.relid = rel;
+    END IF;
     PERFORM coffer._cover(rel, 2::int2, NULL, class_no, EXISTS (SELECT FROM coffer._findings(rel)), way);
     PERFORM coffer._audit('add_table', rel::text, jsonb_build_object('parent', by_parent::text, 'class', of_class));
 END $$;

@@ -21,7 +21,7 @@ SELECT c.oid::regclass AS relation,
             WHEN c.relkind = 'm' THEN 'a materialized view: left out, since its rows come from other tables; a new database fills it from those'
             WHEN c.relpersistence = 'u' THEN 'unlogged: its changes are not in the log'
             WHEN c.relkind = 'f' THEN 'a foreign table: its rows are kept elsewhere'
-            WHEN r.relid IS NOT NULL THEN r.reason
+            WHEN r.relid IS NOT NULL THEN r.reason || CASE WHEN r.path_loose THEN '; rows may be there without a parent, so one that comes looks for such' ELSE '' END
             WHEN s.nspid IS NOT NULL THEN format('every table of schema %I belongs to tenant %s', n.nspname, s.tenant)
             WHEN x.extname IS NOT NULL THEN format('belongs to extension %I; no rule', x.extname)
             ELSE 'no rule' END

@@ -109,6 +109,9 @@ DECLARE
     altered   bool;
     way       coffer._way;
 BEGIN
+    PERFORM coffer._loosen(u.relid) FROM coffer.rules u
+    CROSS JOIN LATERAL (SELECT coffer._guard(u.relid, u.parent, u.path_attnums, u.parent_attnums) AS foreign_key) g
+    WHERE root IN (u.relid, u.parent) AND u.path_guarded AND NOT u.path_loose AND g.foreign_key IS NOT NULL AND NOT coffer._holds(g.foreign_key);
     SELECT * INTO r FROM coffer.rules u WHERE u.relid = root;
     IF NOT FOUND THEN
         RETURN;
@@ -153,7 +156,7 @@ BEGIN
                 -- The columns still say whose a row is, as long as they hold what they held.
                 way := (r.parent, 0, r.path_attnums, r.parent_attnums,
                         format('a row''s tenant is that of its row in %s, by columns that no foreign key guards any more', r.parent::regclass))::coffer._way;
-                RAISE WARNING 'coffer: % belongs to tenants by a foreign key that is gone; its columns go on saying whose a row is', root::regclass
+                RAISE WARNING 'coffer: % belongs to tenants by a foreign key that is gone or not enforced; its columns go on saying whose a row is', root::regclass
                     USING HINT = 'Add the foreign key again, or a tenant column, and call coffer.add_table().';
             ELSE
                 RAISE NOTICE 'coffer: the rows of % belong to tenants by another foreign key now: %', root::regclass, way.reason;
@@ -460,6 +463,7 @@ BEGIN
         DELETE FROM coffer.rules r WHERE r.relid = ANY (dropped);
         -- Of a partition, too: that its rows are gone is in the log, no base has to say it.
         DELETE FROM coffer.rule_relations m WHERE m.root = ANY (dropped) OR m.relid = ANY (dropped);
+        PERFORM coffer._rebase_descendants(u) FROM unnest(roots) u WHERE EXISTS (SELECT FROM coffer.rules r WHERE r.parent = u AND r.path_loose);
         DELETE FROM coffer.session_rows s WHERE s.relid = ANY (dropped);
         DELETE FROM coffer.large_object_entries e WHERE e.relid = ANY (dropped);
         PERFORM coffer._sync_parent(c.oid) FROM pg_class c

@@ -139,6 +139,17 @@ pub fn rule(relid: pg_sys::Oid) -> Option<Result<Rule, String>> {
     Some(rule)
 }
 
+/// Whether rows below a table may be there without a parent, which one that comes has to look for.
+pub fn has_loose_ways(root: u32) -> bool {
+    let mut found = false;
+    each_row(c"rules", None, |row| {
+        let parent = row.get(5).map_or(0, |d| d.value() as u32);
+        found = parent == root && row.get(8).is_some_and(|d| d.value() != 0);
+        !found
+    });
+    found
+}
+
 /// A row of `coffer.schema_rules` and what it was noted of.
 struct Noted {
     rule: SchemaRule,

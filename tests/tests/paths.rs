@@ -13,6 +13,8 @@ on_majors! {
     writers_race_with_moves: writers_race_with_moves;
     lookups_that_waited: lookups_that_waited;
     parents_that_others_bring: parents_that_others_bring;
+    without_a_key: without_a_key;
+    two_ways: two_ways;
 }
 
 const DDL: &str = "
@@ -379,5 +381,119 @@ fn parents_that_others_bring(major: u32) {
             live.sort();
             assert_eq!(replayed(&cluster, &format!("public.{table}")), live, "{table}");
         }
+    });
+}
+
+/// Without a foreign key: a row and its parent, written at the same time by two who do not see each other's; whoever
+/// commits last.
+fn without_a_key(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE TABLE orgs (id int PRIMARY KEY, tenant text);
+             CREATE TABLE notes (org int CONSTRAINT guard REFERENCES orgs, body text);
+             SELECT coffer.discover('tenant', true);
+             ALTER TABLE notes DROP CONSTRAINT guard;
+             DO $$BEGIN IF EXISTS (SELECT FROM pg_settings WHERE name = 'output_plugin_libraries') THEN
+                 EXECUTE 'ALTER ROLE postgres SET output_plugin_libraries = pg_coffer'; END IF; END$$;",
+        );
+        cluster.psql("shop", "SELECT pg_create_logical_replication_slot('look', 'pg_coffer')");
+        let (child, parent) =
+            (std::sync::Arc::new(cluster.connect("shop").await), std::sync::Arc::new(cluster.connect("shop").await));
+        let run = async |db: &Client, script: &str| {
+            db.batch_execute(script).await.unwrap_or_else(|e| panic!("{script}: {e:?}"))
+        };
+        let waiting = |db: &std::sync::Arc<Client>, script: &'static str| {
+            let db = db.clone();
+            let task = tokio::spawn(async move { db.batch_execute(script).await.expect(script) });
+            let waiters = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+            coffer_tests::wait_for("the other to wait", 20, || (cluster.psql("shop", waiters) == "1").then_some(()));
+            task
+        };
+        // The parent is there and not committed: the row's commit waits for it.
+        run(&child, "BEGIN; INSERT INTO notes VALUES (1, 'first')").await;
+        run(&parent, "BEGIN; INSERT INTO orgs VALUES (1, 'a')").await;
+        let task = waiting(&child, "COMMIT");
+        run(&parent, "COMMIT").await;
+        task.await.expect("a task");
+        // The row is as good as committed: the parent waits for it.
+        run(&child, "BEGIN; INSERT INTO notes VALUES (2, 'prepared'); PREPARE TRANSACTION 'p'").await;
+        let task = waiting(&parent, "INSERT INTO orgs VALUES (2, 'b')");
+        run(&child, "COMMIT PREPARED 'p'").await;
+        task.await.expect("a task");
+        // The parent goes while somebody waits to put a row below it, and the row stays without it.
+        run(&parent, "BEGIN; DELETE FROM orgs WHERE id = 1").await;
+        let task = waiting(&child, "INSERT INTO notes VALUES (1, 'left')");
+        run(&parent, "COMMIT").await;
+        task.await.expect("a task");
+        let tenant = "(SELECT o.tenant FROM orgs o WHERE o.id = t.org)";
+        let live = child.query(&format!("SELECT {tenant}, t.body FROM notes t"), &[]).await.expect("rows");
+        let mut live: Vec<(Option<String>, String)> = live.iter().map(|r| (r.get(0), r.get(1))).collect();
+        live.sort();
+        assert_eq!(replayed(&cluster, "public.notes"), live);
+    });
+}
+
+/// A row with two ways to a tenant is of the one that was chosen, wherever the other leads: in a base, in the stream and in
+/// restores.
+fn two_ways(major: u32) {
+    const TABLES: &str = "
+        CREATE TABLE orgs (id int PRIMARY KEY, tenant text);
+        CREATE TABLE projects (id int PRIMARY KEY, org int NOT NULL REFERENCES orgs ON DELETE CASCADE);
+        CREATE TABLE crossed (id int PRIMARY KEY, project int, org int NOT NULL REFERENCES orgs ON DELETE CASCADE, body text);";
+    block_on(async {
+        let cluster = Cluster::start(major);
+        cluster.create_protected_db("shop");
+        cluster.script("shop", TABLES);
+        cluster.script("shop", "ALTER TABLE crossed ADD FOREIGN KEY (project) REFERENCES projects ON DELETE SET NULL");
+        cluster.psql("shop", "SELECT * FROM coffer.discover('tenant', true)");
+        assert_eq!(
+            cluster.psql("shop", "SELECT parent FROM coffer.coverage WHERE relation = 'crossed'::regclass"),
+            "orgs"
+        );
+        cluster.script(
+            "shop",
+            "INSERT INTO orgs VALUES (1, 'a'), (2, 'b'), (3, 'c');
+             INSERT INTO projects VALUES (11, 1), (12, 1), (21, 2), (31, 3);
+             INSERT INTO crossed VALUES (1, 11, 1, 'a'), (2, 21, 1, 'a, beside b'), (3, NULL, 2, 'b'), (4, 12, 2, 'b, beside a'), (5, 31, 3, 'c')",
+        );
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        let tenants = ["a", "b", "c"];
+        restored::wait_windows(&mut agent, &tenants);
+        let org = "(SELECT o.tenant FROM orgs o WHERE o.id = t.org)";
+        let watched =
+            vec![Watched::new("orgs", "t.tenant"), Watched::new("projects", org), Watched::new("crossed", org)];
+        let mut db = cluster.connect("shop").await;
+        let base = truth::take(&mut db, &watched, "base").await;
+        cluster.script(
+            "shop",
+            "UPDATE crossed SET org = 2 WHERE id = 2;
+             UPDATE crossed SET project = 21 WHERE id = 1;
+             UPDATE projects SET org = 3 WHERE id = 12;
+             INSERT INTO crossed VALUES (6, 11, 3, 'c, beside a');
+             DELETE FROM projects WHERE id = 31",
+        );
+        let crossed = truth::take(&mut db, &watched, "crossed").await;
+        // The way that was not chosen leads to rows that are not in the backup of the tenant.
+        let scratch = Scratch::new(&cluster, TABLES).await;
+        for truth in [&base, &crossed] {
+            for tenant in tenants {
+                let mut wrong = scratch.check(&agent, truth, &watched, tenant).await;
+                wrong.extend(Database::check(&agent, &cluster, truth, &watched, tenant).await);
+                assert!(wrong.is_empty(), "{wrong:#?}");
+            }
+        }
+        // In place there they are.
+        cluster.script("shop", "UPDATE crossed SET body = 'changed'; DELETE FROM crossed WHERE id IN (1, 4)");
+        let changed = truth::take(&mut db, &watched, "changed").await;
+        agent.json(&restored::in_place("b", "name:crossed"));
+        let mut wrong = crossed.differences(&db, &watched, "b").await;
+        for other in ["a", "c"] {
+            wrong.extend(changed.differences(&db, &watched, other).await);
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
     });
 }

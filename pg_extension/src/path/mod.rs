@@ -12,6 +12,8 @@
 //! - a row that came before its parent (a constraint that is checked late) is nobody's until the parent comes, which
 //!   then finds it. When another session brought the parent, it is found at the commit: the constraint holds then. Until
 //!   then, whatever this transaction writes below that parent is nobody's, too;
+//! - where the foreign key does not hold, the same is so across transactions: a row whose parent is not there stays nobody's,
+//!   a parent that comes finds it, and one that goes makes its rows nobody's before the transaction commits;
 //! - from the moment that a parent's deletion begins until its triggers are done, what is written below it is whose it was
 //!   before: one statement may delete a parent, put another in its place, and rows below.
 

@@ -9,6 +9,7 @@ use crate::spi::{Plan, Value};
 use crate::tuple::{self, Field};
 use pgrx::pg_sys;
 use std::cell::{OnceCell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::str::FromStr;
 
@@ -57,6 +58,8 @@ pub struct Parent {
 /// One of the keys by which a parent is found.
 pub struct Key {
     pub columns: Vec<Vec<u8>>,
+    /// Rows may refer to it without a parent.
+    pub is_loose: bool,
     prefix: Vec<u8>,
     attnums: Vec<u8>,
     below: OnceCell<Below>,
@@ -74,6 +77,9 @@ pub struct Move {
     pub rewrite: Plan,
     /// Keeps others from adding rows below.
     pub hold: Option<Plan>,
+    /// Of a table that refers to the key itself: says which of several keys have rows.
+    refer: Option<Plan>,
+    is_indexed: bool,
 }
 
 fn id(prefix: &[u8], values: &[Vec<u8>]) -> Box<[u8]> {
@@ -238,7 +244,7 @@ impl Parent {
 
     pub fn load(root: u32) -> Self {
         let rows = ask(
-            "SELECT array_to_string(attnums, ','), array_to_string(columns, E'\\x01'), tenant_column \
+            "SELECT array_to_string(attnums, ','), array_to_string(columns, E'\\x01'), tenant_column, is_loose::text \
              FROM coffer._parent_keys($1::oid)",
             &[root.to_string().into_bytes()],
         );
@@ -246,11 +252,12 @@ impl Parent {
         let keys = rows
             .into_iter()
             .filter_map(|row| {
-                let [attnums, columns, tenant] = <[Value; 3]>::try_from(row).ok()?;
+                let [attnums, columns, tenant, loose] = <[Value; 4]>::try_from(row).ok()?;
                 tenant_column = tenant;
                 let attnums = attnums?;
                 let prefix = prefix(root, &attnums);
-                Some(Key { columns: list(columns), prefix, attnums, below: OnceCell::new() })
+                let is_loose = is_true(&loose);
+                Some(Key { columns: list(columns), is_loose, prefix, attnums, below: OnceCell::new() })
             })
             .collect();
         Self { keys, tenant_column }
@@ -273,15 +280,18 @@ impl Key {
                 .and_then(|row| <[Value; 2]>::try_from(row).ok());
             let Some([Some(hold), owner]) = hold else { pgrx::error!("coffer._hold_parent has no answer for {root}") };
             let moves =
-                ask("SELECT relid::text, owner::text, move, hold FROM coffer._moves($1::oid, $2::int2[])", &parameters)
+                ask("SELECT relid::text, owner::text, move, hold, refer, is_indexed::text FROM coffer._moves($1::oid, $2::int2[])", &parameters)
                     .into_iter()
                     .filter_map(|row| {
-                        let [table, owner, rewrite, hold] = <[Value; 4]>::try_from(row).ok()?;
+                        let [table, owner, rewrite, hold, refer, indexed] = <[Value; 6]>::try_from(row).ok()?;
                         let owner: u32 = number(&owner)?;
+                        let plan = |statement: Vec<u8>| Plan::new(&statement, n, owner.into());
                         Some(Move {
                             table: number(&table)?,
-                            rewrite: Plan::new(&rewrite?, n, owner.into()),
-                            hold: hold.map(|h| Plan::new(&h, n, owner.into())),
+                            rewrite: plan(rewrite?),
+                            hold: hold.map(plan),
+                            refer: refer.map(plan),
+                            is_indexed: is_true(&indexed),
                         })
                     })
                     .collect();
@@ -289,6 +299,57 @@ impl Key {
             Below { hold_parent: Plan::new(&hold, n, owner.into()), moves }
         })
     }
+}
+
+impl Below {
+    /// Which of these keys rows refer to, by their places, each with one of the tables that such rows are in.
+    pub fn referred(&self, keys: &[&[Vec<u8>]]) -> BTreeMap<usize, u32> {
+        let width = keys.first().map_or(0, |k| k.len());
+        let columns: Vec<Vec<u8>> = (0..width).map(|c| array(keys.iter().map(|k| &k[c][..]))).collect();
+        let mut found = BTreeMap::new();
+        for m in &self.moves {
+            let rows = m.refer.as_ref().map_or_else(Vec::new, |plan| plan.all(&columns));
+            for place in rows.iter().filter_map(|row| number::<usize>(row.first()?)) {
+                found.insert(place - 1, m.table);
+            }
+        }
+        found
+    }
+
+    /// Whether the rows that refer to a key are found without reading a table.
+    pub fn is_indexed(&self) -> bool {
+        self.moves.iter().all(|m| m.refer.is_none() || m.is_indexed)
+    }
+}
+
+/// Notes that the foreign key of a table lets rows without a parent pass.
+pub fn loosen(table: u32) {
+    ask("SELECT '' FROM coffer._loosen($1::oid)", &[table.to_string().into_bytes()]);
+}
+
+/// Asks for new bases of what lies below a table.
+pub fn rebase_below(root: u32) {
+    ask("SELECT '' FROM coffer._rebase_descendants($1::oid)", &[root.to_string().into_bytes()]);
+}
+
+/// Texts, as the server reads an array of them.
+fn array<'a>(texts: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
+    let mut array = vec![b'{'];
+    for text in texts {
+        if array.len() > 1 {
+            array.push(b',');
+        }
+        array.push(b'"');
+        for b in text {
+            if matches!(b, b'"' | b'\\') {
+                array.push(b'\\');
+            }
+            array.push(*b);
+        }
+        array.push(b'"');
+    }
+    array.push(b'}');
+    array
 }
 
 /// Asks the registry, as the extension's owner.

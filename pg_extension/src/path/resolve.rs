@@ -4,12 +4,14 @@ use super::Owner;
 use super::dead;
 use super::plan::{self, Edge, Key, Parent};
 use super::state::{self, Moving, Rows};
+use crate::catalog;
 use crate::encoding::Encoding;
 use crate::row_trigger::Call;
 use crate::settings;
 use crate::spi::Value;
 use coffer_wire::TenantKind;
 use pgrx::pg_sys;
+use std::collections::HashMap;
 use std::rc::Rc;
 
 /// Which version of a row is asked about.
@@ -33,6 +35,23 @@ enum Holds {
     /// Until the parent that came in the place of a deleted one has found the rows below.
     UntilFound,
 }
+
+/// A parent that was not there when last looked, and rows that refer to it.
+#[derive(Clone)]
+struct Waiting {
+    id: state::ParentId,
+    root: u32,
+    values: Vec<Vec<u8>>,
+    was: Owner,
+    /// One that such rows are in.
+    table: u32,
+}
+
+/// How many parents are asked about at once.
+const MAX_ASKED: usize = 50_000;
+
+/// The first number of advisory locks on parents.
+const PARENT_LOCKS: u32 = 6_516_586;
 
 /// The values of a key, UTF-8; `None` when one of them is NULL.
 type Values = Option<Vec<Vec<u8>>>;
@@ -261,7 +280,7 @@ pub unsafe fn parent_changed(call: &Call<'_>, old: pg_sys::HeapTuple, new: pg_sy
                 // they stay if another parent takes the key, which then finds them.
                 let id = key.id(&values);
                 let was = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, side_of(old)));
-                state::with(|s| s.set_orphans(id, Some(was)));
+                leaves_rows(key, id, was);
             }
             if let Some(values) = after {
                 adopt(root, key, &values, &is);
@@ -299,9 +318,11 @@ pub unsafe fn parent_leaves(call: &Call<'_>, old: pg_sys::HeapTuple) {
 
 /// Before the transaction commits, when no constraint is left to be checked: parents that others brought find the rows
 /// that waited for them.
+///
+/// Where no foreign key sees to it, rows stay without a parent, and are nobody's.
 pub fn before_commit() {
-    let awaited = state::with(|s| s.awaited());
-    if awaited.is_empty() {
+    let unsettled = state::with(|s| s.unsettled());
+    if unsettled.is_empty() {
         return;
     }
     // SAFETY: inside a transaction; the snapshot is given back, or goes with the transaction.
@@ -310,22 +331,62 @@ pub fn before_commit() {
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         pg_sys::GetCurrentCommandId(false)
     };
-    let nobody = Owner::nobody();
-    for id in awaited {
-        let Some((root, values)) = plan::parts(&id) else { continue };
-        let parent = parent_of(root);
-        let Some(key) = parent.keys.iter().find(|k| k.id(&values) == id) else { continue };
-        let children = key.below(root).moves.iter();
-        let Some(edge) = children.filter_map(|m| edge_of(m.table)).find(|e| e.id(&values) == id) else { continue };
-        let Some(row) = with_settings(&edge, || edge.lookup(&values)) else { continue };
-        let owner = follow(&edge, row, Side::New).0;
-        if owner != nobody {
-            move_rows(root, key, &values, (&nobody, &owner), Rows::Own(now), false);
-            state::with(|s| s.set_orphans(id, None));
-        }
+    let mut waiting = with_rows(unsettled);
+    // The locks that are taken are taken in one order by all.
+    waiting.sort_by_key(|w| lock_of(w.root, &w.id));
+    for w in waiting {
+        find_parent(w, now);
     }
     // SAFETY: pushed above.
     unsafe { pg_sys::PopActiveSnapshot() };
+}
+
+/// Those parents that rows refer to.
+fn with_rows(parents: Vec<(state::ParentId, Owner)>) -> Vec<Waiting> {
+    let mut by_root: HashMap<u32, Vec<Waiting>> = HashMap::new();
+    for (id, was) in parents {
+        let Some((root, values)) = plan::parts(&id) else { continue };
+        by_root.entry(root).or_default().push(Waiting { id, root, values, was, table: 0 });
+    }
+    let mut waiting = Vec::new();
+    for (root, mut parents) in by_root {
+        for key in &parent_of(root).keys {
+            let (those, others): (Vec<_>, Vec<_>) = parents.into_iter().partition(|w| key.id(&w.values) == w.id);
+            parents = others;
+            for asked in those.chunks(MAX_ASKED) {
+                let keys: Vec<&[Vec<u8>]> = asked.iter().map(|w| &w.values[..]).collect();
+                let referred = key.below(root).referred(&keys);
+                waiting.extend(referred.into_iter().map(|(n, table)| Waiting { table, ..asked[n].clone() }));
+            }
+        }
+    }
+    waiting
+}
+
+/// Finds the parent of rows that wait for it, or that it left.
+fn find_parent(w: Waiting, now: pg_sys::CommandId) {
+    let parent = parent_of(w.root);
+    let Some(key) = parent.keys.iter().find(|k| k.id(&w.values) == w.id) else { return };
+    let children = key.below(w.root).moves.iter();
+    let Some(edge) = children.filter_map(|m| edge_of(m.table)).find(|e| e.id(&w.values) == w.id) else { return };
+    let look = || with_settings(&edge, || edge.lookup(&w.values));
+    let mut row = if key.is_loose { None } else { look() };
+    if row.is_none() {
+        // Who is bringing it may not have seen these rows, and is waited for. Who comes later waits for this transaction.
+        lock(w.root, &w.id, pg_sys::ExclusiveLock);
+        row = look();
+    }
+    if row.is_none() && !key.is_loose {
+        plan::loosen(w.table);
+    }
+    let nobody = Owner::nobody();
+    let is = row.map_or_else(Owner::nobody, |row| follow(&edge, row, Side::New).0);
+    if is != w.was {
+        // Rows of others wait for no parent that these do not see.
+        let rows = if w.was == nobody { Rows::Own(now) } else { Rows::All };
+        move_rows(w.root, key, &w.values, (&w.was, &is), rows, false);
+        state::with(|s| s.set_orphans(w.id, (is == nobody).then_some(nobody)));
+    }
 }
 
 /// After a parent was inserted: new, or come from another partition.
@@ -333,10 +394,14 @@ pub fn before_commit() {
 /// # Safety
 /// As for [`parent_begins`].
 pub unsafe fn parent_comes(call: &Call<'_>, new: pg_sys::HeapTuple) {
-    if state::with(|s| s.is_quiet()) {
+    let root = call.table.root;
+    if state::with(|s| s.is_settled(root)) {
         return;
     }
-    let root = call.table.root;
+    if state::with(|s| s.is_quiet()) && !catalog::has_loose_ways(root) {
+        state::with(|s| s.settle(root));
+        return;
+    }
     let parent = parent_of(root);
     for key in &parent.keys {
         // SAFETY: by the caller.
@@ -352,7 +417,7 @@ pub unsafe fn parent_comes(call: &Call<'_>, new: pg_sys::HeapTuple) {
                     s.end(&id);
                     s.set_orphans(id, None);
                 });
-            } else if state::with(|s| s.orphans(&id)).is_some() {
+            } else if key.is_loose || state::with(|s| s.orphans(&id)).is_some() {
                 let is = owner_of(call, &parent, new, Side::New);
                 adopt(root, key, &values, &is);
             }
@@ -374,16 +439,32 @@ pub unsafe fn parent_goes(call: &Call<'_>, old: pg_sys::HeapTuple, at_once: bool
         unsafe {
             let Some(values) = call.texts(old, &key.columns) else { continue };
             state::with(|s| s.has_left(&key.id(&values)));
-            if at_once && key.below(root).hold_parent.first(&values).is_none() {
+            if at_once && !may_leave_rows(key) && key.below(root).hold_parent.first(&values).is_none() {
                 continue;
             }
             let id = key.id(&values);
             // What was noted when the row went: by now its own parent may be another.
             let noted = state::with(|s| s.before(&id).or_else(|| s.orphans(&id)));
             let owner = noted.unwrap_or_else(|| owner_of(call, &parent, old, side_of(old)));
-            state::with(|s| s.set_orphans(id, Some(owner)));
+            leaves_rows(key, id, owner);
         }
     }
+}
+
+/// Whether rows may refer to a key that nobody has any more, without a word of a foreign key.
+fn may_leave_rows(key: &Key) -> bool {
+    // SAFETY: reads a variable of the process.
+    key.is_loose || unsafe { pg_sys::SessionReplicationRole } == pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32
+}
+
+/// Notes whose the rows are that refer to a key that nobody has any more.
+fn leaves_rows(key: &Key, id: state::ParentId, owner: Owner) {
+    state::with(|s| {
+        if may_leave_rows(key) {
+            s.uncheck(id.clone());
+        }
+        s.set_orphans(id, Some(owner));
+    });
 }
 
 /// Notes whose the rows below a row are that is being deleted.
@@ -402,11 +483,47 @@ unsafe fn leave_below(call: &Call<'_>, old: pg_sys::HeapTuple, owner: &Owner) {
 /// Rows that waited for this parent find it.
 fn adopt(root: u32, key: &Key, values: &[Vec<u8>], is: &Owner) {
     let id = key.id(values);
-    let Some(was) = state::with(|s| s.orphans(&id)) else { return };
+    let noted = state::with(|s| s.orphans(&id));
+    if key.is_loose {
+        // Rows that others are about to leave without a parent are waited for.
+        lock(root, &id, pg_sys::ShareLock);
+    } else if noted.is_none() {
+        return;
+    }
+    let was = noted.unwrap_or_else(Owner::nobody);
     if was != *is {
+        if key.is_loose && !key.below(root).is_indexed() && !state::with(|s| s.may_look()) {
+            if state::with(|s| s.gives_up(root)) {
+                plan::rebase_below(root);
+            }
+            return;
+        }
         move_rows(root, key, values, (&was, is), Rows::All, false);
     }
     state::with(|s| s.set_orphans(id, None));
+}
+
+/// What stands for a parent in a lock. Few for all of a table, since a transaction may bring many.
+fn lock_of(root: u32, id: &[u8]) -> u32 {
+    root << 8 | (state::hash(id) & 0xff) as u32
+}
+
+/// Keeps, until the transaction ends, those who bring a parent (`ShareLock`) from those who leave rows without it
+/// (`ExclusiveLock`): the lock of `pg_advisory_xact_lock(6516586, …)`.
+fn lock(root: u32, id: &[u8], mode: u32) {
+    // SAFETY: inside a transaction, which gives the lock back.
+    unsafe {
+        let tag = pg_sys::LOCKTAG {
+            locktag_field1: pg_sys::MyDatabaseId.to_u32(),
+            locktag_field2: PARENT_LOCKS,
+            locktag_field3: lock_of(root, id),
+            // A key of two numbers.
+            locktag_field4: 2,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
+            locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
+        };
+        pg_sys::LockAcquire(&tag, mode as i32, false, false);
+    }
 }
 
 /// Writes the rows below a parent into the log anew, as moved.

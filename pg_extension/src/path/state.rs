@@ -6,12 +6,15 @@ use crate::invalidation::Inbox;
 use pgrx::pg_guard;
 use pgrx::pg_sys;
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
 /// Parents remembered in a transaction; beyond it all are asked for again.
 const MAX_CACHED: usize = 65_536;
+
+/// How many parents that come look for rows one by one where no index finds those, in a transaction.
+const MAX_LOOKS: u32 = 100;
 
 /// A parent's row: table, columns and values of a key, in one string of bytes.
 pub type ParentId = Box<[u8]>;
@@ -35,7 +38,15 @@ pub struct State {
     missing: HashMap<ParentId, Owner>,
     /// What to put back into `missing` when a savepoint is rolled back.
     undo: Vec<(i32, ParentId, Option<Owner>)>,
+    /// Those of `missing` that no foreign key has looked below when they went; more of them do no harm.
+    unchecked: HashSet<ParentId>,
     moving: Option<Moving>,
+    /// Tables whose parents find nobody when they come.
+    settled: Vec<u32>,
+    /// How often a table without an index was read for a parent that came.
+    looks: u32,
+    /// By the parents' root: below what new bases were asked for instead, and at which depth of savepoints.
+    given_up: HashMap<u32, i32>,
 }
 
 /// Rows of a table that are being written anew.
@@ -62,7 +73,7 @@ impl Moving {
     }
 }
 
-fn hash(id: &[u8]) -> u64 {
+pub fn hash(id: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     id.hash(&mut hasher);
     hasher.finish()
@@ -102,7 +113,11 @@ impl State {
             leaving: HashMap::new(),
             missing: HashMap::new(),
             undo: Vec::new(),
+            unchecked: HashSet::new(),
             moving: None,
+            settled: Vec::new(),
+            looks: 0,
+            given_up: HashMap::new(),
         }
     }
 
@@ -112,6 +127,7 @@ impl State {
     fn hear(&mut self) {
         let Some(news) = self.inbox.take() else { return };
         self.cache.clear();
+        self.settled.clear();
         if self.edges.iter().any(|(child, e)| news.concerns(*child) || e.as_ref().is_some_and(|e| e.concerns(&news)))
             || self.parents.iter().any(|(root, p)| news.concerns(*root) || p.concerns(&news))
         {
@@ -203,10 +219,38 @@ impl State {
         !self.leaving.is_empty() && self.leaving.contains_key(&hash(id))
     }
 
-    /// The parents that nobody's rows of this transaction refer to.
-    pub fn awaited(&self) -> Vec<ParentId> {
+    /// The parents that nobody's rows of this transaction refer to, and those that left rows where no foreign key looked;
+    /// with whose the rows are.
+    pub fn unsettled(&self) -> Vec<(ParentId, Owner)> {
         let nobody = Owner::nobody();
-        self.missing.iter().filter(|(_, o)| **o == nobody).map(|(id, _)| id.clone()).collect()
+        let missing = self.missing.iter().filter(|(id, o)| **o == nobody || self.unchecked.contains(*id));
+        missing.map(|(id, o)| (id.clone(), o.clone())).collect()
+    }
+
+    /// Whether a parent that comes concerns nobody, as far as is known.
+    pub fn is_settled(&mut self, root: u32) -> bool {
+        self.hear();
+        self.is_quiet() && self.settled.contains(&root)
+    }
+
+    pub fn settle(&mut self, root: u32) {
+        self.settled.push(root);
+    }
+
+    /// A parent that is not there any more may have left rows.
+    pub fn uncheck(&mut self, id: ParentId) {
+        self.unchecked.insert(id);
+    }
+
+    /// Whether a table may be read once more for a parent that came.
+    pub fn may_look(&mut self) -> bool {
+        self.looks += 1;
+        self.looks <= MAX_LOOKS
+    }
+
+    /// Whether this is the first time that new bases are asked for below a table.
+    pub fn gives_up(&mut self, root: u32) -> bool {
+        self.given_up.insert(root, level()).is_none()
     }
 
     /// Whether rows wait for parents.
@@ -252,6 +296,10 @@ impl State {
         self.missing.clear();
         self.missing.shrink_to(1024);
         self.undo.clear();
+        self.unchecked.clear();
+        self.unchecked.shrink_to(1024);
+        self.looks = 0;
+        self.given_up.clear();
         self.moving = None;
     }
 
@@ -260,6 +308,7 @@ impl State {
         self.cache.clear();
         self.changing.retain(|c| c.0 < level);
         self.leaving.retain(|_, l| *l < level);
+        self.given_up.retain(|_, l| *l < level);
         while let Some((_, id, was)) = self.undo.pop_if(|u| u.0 >= level) {
             match was {
                 Some(o) => self.missing.insert(id, o),
@@ -269,7 +318,7 @@ impl State {
         self.moving.take_if(|m| m.level >= level);
     }
 
-    /// Whether no parent is changing or missing, so that one that comes concerns nobody.
+    /// Whether no parent is changing or missing.
     pub fn is_quiet(&self) -> bool {
         self.changing.is_empty() && self.missing.is_empty()
     }
@@ -281,7 +330,7 @@ impl State {
         for c in self.changing.iter_mut().filter(|c| c.0 >= level) {
             c.0 = level - 1;
         }
-        for l in self.leaving.values_mut().filter(|l| **l >= level) {
+        for l in self.leaving.values_mut().chain(self.given_up.values_mut()).filter(|l| **l >= level) {
             *l = level - 1;
         }
     }

@@ -246,6 +246,13 @@ ROLLBACK TO s;
 INSERT INTO pinned VALUES (10, 'last');
 COMMIT;
 SELECT * FROM differences();
+-- A table that comes below a parent whose rows this session has moved already.
+CREATE TABLE memos (id int PRIMARY KEY, post int REFERENCES posts);
+UPDATE posts SET tenant = 'known' WHERE id = 13;
+SELECT strategy FROM coffer.add_table('memos', parent => 'posts');
+INSERT INTO memos VALUES (1, 13);
+UPDATE posts SET tenant = 'moved' WHERE id = 13;
+SELECT * FROM differences();
 -- Deleted parents: in cascade at every depth, by hand first, set to NULL.
 DELETE FROM orgs WHERE id = 3;
 DELETE FROM tasks WHERE project = 41;
@@ -439,9 +446,142 @@ INSERT INTO guests VALUES (4, 999);
 UPDATE seats SET tenant = 'unguarded' WHERE number = 11;
 SELECT * FROM differences();
 SELECT reason FROM coffer.coverage WHERE relation = 'guests'::regclass;
+-- Without it rows wait for a parent that comes in another transaction, and stay when one goes.
+INSERT INTO seats VALUES ('came', 999);
+SELECT * FROM differences();
+SELECT r ->> 'id' AS id, tenant FROM archive WHERE relation = 'pa.guests' ORDER BY 1;
+DELETE FROM seats WHERE number = 11;
+SELECT * FROM differences();
+SELECT r ->> 'id' AS id, tenant FROM archive WHERE relation = 'pa.guests' ORDER BY 1;
+BEGIN;
+DELETE FROM seats WHERE number = 999;
+INSERT INTO guests VALUES (5, 999), (6, 998);
+DELETE FROM guests WHERE id = 4;
+SAVEPOINT s;
+INSERT INTO seats VALUES ('undone', 998);
+ROLLBACK TO s;
+COMMIT;
+SELECT * FROM differences();
+BEGIN;
+DELETE FROM seats WHERE number = 21;
+INSERT INTO seats VALUES ('other', 21), ('both', 998);
+DELETE FROM guests WHERE id = 6;
+INSERT INTO guests VALUES (7, 998);
+COMMIT;
+SELECT * FROM differences();
+UPDATE seats SET number = 11 WHERE number = 21;
+SELECT * FROM differences();
+WITH d AS (DELETE FROM seats WHERE number = 11 RETURNING number) INSERT INTO seats SELECT 'at once', number FROM d;
+INSERT INTO seats VALUES (NULL, 21);
+SELECT * FROM differences();
+SELECT r ->> 'id' AS id, tenant FROM archive WHERE relation = 'pa.guests' ORDER BY 1;
+-- Many parents that come at once, and no index to find rows by; parents that are gone without a word: new bases.
+INSERT INTO guests VALUES (8, 1150);
+SELECT r.registered_xid AS before FROM coffer.rules r WHERE r.relid = 'guests'::regclass \gset
+INSERT INTO seats SELECT 'few', i FROM generate_series(1200, 1290) i;
+SELECT r.registered_xid = :'before' AS same_base FROM coffer.rules r WHERE r.relid = 'guests'::regclass;
+INSERT INTO seats SELECT 'bulk', i FROM generate_series(1000, 1199) i;
+SELECT r.registered_xid = :'before' AS same_base FROM coffer.rules r WHERE r.relid = 'guests'::regclass;
+SELECT r.registered_xid AS before FROM coffer.rules r WHERE r.relid = 'guests'::regclass \gset
+TRUNCATE seats;
+SELECT r.registered_xid = :'before' AS same_base FROM coffer.rules r WHERE r.relid = 'guests'::regclass;
+TRUNCATE guests;
+-- The key again: as long as a row has no parent, those that come look for it.
+INSERT INTO guests VALUES (9, 9);
+ALTER TABLE guests ADD CONSTRAINT again FOREIGN KEY (chair) REFERENCES seats NOT VALID;
+SELECT strategy FROM coffer.add_table('guests', parent => 'seats');
+SELECT path_guarded, path_loose FROM coffer.rules WHERE relid = 'guests'::regclass;
+INSERT INTO seats VALUES ('nine', 9);
+ALTER TABLE guests VALIDATE CONSTRAINT again;
+SELECT * FROM differences();
+SELECT strategy FROM coffer.add_table('guests', parent => 'seats');
+SELECT path_guarded, path_loose FROM coffer.rules WHERE relid = 'guests'::regclass;
+ALTER TABLE guests DROP CONSTRAINT again;
+-- A key that is there and does not act: for replication's role, with its triggers off, for the rows that were there before it.
+CREATE TABLE desks (tenant text, id int PRIMARY KEY);
+CREATE TABLE papers (id int PRIMARY KEY, desk int REFERENCES desks ON UPDATE CASCADE ON DELETE CASCADE, body text);
+CREATE TABLE words (paper int REFERENCES papers ON UPDATE CASCADE ON DELETE CASCADE, word text);
+CREATE INDEX ON papers (desk);
+SELECT strategy FROM coffer.add_table('desks', 'tenant');
+SELECT strategy FROM coffer.add_table('papers', parent => 'desks');
+SELECT strategy FROM coffer.add_table('words', parent => 'papers');
+INSERT INTO desks VALUES ('a', 1), ('b', 2);
+INSERT INTO papers VALUES (1, 1), (2, 2);
+INSERT INTO words VALUES (1, 'one'), (2, 'two');
+SET session_replication_role = replica;
+INSERT INTO papers VALUES (3, 3);
+INSERT INTO words VALUES (3, 'three');
+RESET session_replication_role;
+SELECT * FROM differences();
+INSERT INTO desks VALUES ('c', 3);
+SELECT * FROM differences();
+SET session_replication_role = replica;
+DELETE FROM desks WHERE id = 1;
+SELECT * FROM differences();
+UPDATE desks SET id = 1 WHERE id = 2;
+SELECT * FROM differences();
+DELETE FROM papers WHERE id = 3;
+SELECT * FROM differences();
+RESET session_replication_role;
+INSERT INTO papers VALUES (3, 3);
+INSERT INTO desks VALUES ('d', 2);
+SELECT * FROM differences();
+SELECT relation, string_agg(concat(r ->> 'id', r ->> 'word', ' ', coalesce(tenant, '-')), ', ' ORDER BY r::text) FROM archive
+WHERE relation IN ('pa.papers', 'pa.words') GROUP BY relation ORDER BY relation;
+CREATE TABLE halls (tenant text, a int, b int, PRIMARY KEY (a, b));
+CREATE TABLE half_null (id int PRIMARY KEY, a int, b int, FOREIGN KEY (a, b) REFERENCES halls ON DELETE SET NULL (b));
+CREATE TABLE half_default (id int PRIMARY KEY, a int, b int DEFAULT 1, FOREIGN KEY (a, b) REFERENCES halls ON DELETE SET DEFAULT (b));
+CREATE TABLE full_match (id int PRIMARY KEY, a int, b int, FOREIGN KEY (a, b) REFERENCES halls MATCH FULL ON DELETE SET NULL ON UPDATE CASCADE);
+SELECT strategy FROM coffer.add_table('halls', 'tenant');
+SELECT strategy FROM unnest(ARRAY['half_null', 'half_default', 'full_match']) v (n) CROSS JOIN LATERAL coffer.add_table(v.n::regclass, parent => 'halls');
+INSERT INTO halls VALUES ('one', 1, 1), ('two', 1, 2), ('three', 1, 3), ('four', 1, 4);
+INSERT INTO half_null VALUES (1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, NULL);
+INSERT INTO half_default SELECT * FROM half_null;
+INSERT INTO full_match VALUES (1, 1, 1), (2, 1, 2), (3, 1, 3), (4, NULL, NULL);
+SELECT * FROM differences();
+DELETE FROM halls WHERE b = 2;
+UPDATE full_match SET (a, b) = (1, 4) WHERE id = 4;
+UPDATE halls SET a = 2, tenant = 'moved' WHERE b = 4;
+SELECT * FROM differences();
+SELECT relation, string_agg(concat(r ->> 'id', ' ', coalesce(tenant, '-')), ', ' ORDER BY r ->> 'id') FROM archive
+WHERE relation ~ '^pa.(half|full)_' GROUP BY relation ORDER BY relation;
+ALTER TABLE full_match DISABLE TRIGGER ALL;
+INSERT INTO full_match VALUES (5, 5, 5);
+ALTER TABLE full_match ENABLE TRIGGER ALL;
+INSERT INTO halls VALUES ('five', 5, 5);
+SELECT * FROM differences();
+ALTER TABLE half_default DROP CONSTRAINT half_default_a_b_fkey;
+INSERT INTO half_default VALUES (6, 6, 6), (7, 7, 7);
+SELECT strategy FROM coffer.remove_table('half_default');
+ALTER TABLE half_default ADD FOREIGN KEY (a, b) REFERENCES halls ON DELETE SET DEFAULT (b) NOT VALID;
+SELECT strategy FROM coffer.add_table('half_default', parent => 'halls');
+INSERT INTO halls VALUES ('six', 6, 6);
+UPDATE halls SET a = 7, b = 7 WHERE a = 5;
+SELECT * FROM differences();
+-- Not enforced is as good as gone.
+DO $$ BEGIN
+    EXECUTE 'ALTER TABLE half_null ' || CASE WHEN current_setting('server_version_num')::int >= 180000
+        THEN 'ALTER CONSTRAINT half_null_a_b_fkey NOT ENFORCED' ELSE 'DROP CONSTRAINT half_null_a_b_fkey' END;
+END $$;
+SELECT count(*) FROM coffer._paths('half_null'::regclass) WHERE obstacle IS NULL;
+INSERT INTO half_null VALUES (8, 8, 8);
+DELETE FROM halls WHERE (a, b) = (1, 3);
+INSERT INTO halls VALUES ('eight', 8, 8);
+SELECT * FROM differences();
 ALTER TABLE seats ALTER tenant TYPE varchar(20) USING tenant || '!';
 DROP TABLE seats CASCADE;
 SELECT relation, covered, strategy FROM coffer.coverage WHERE relation = 'guests'::regclass;
+-- Parents that come and go with a partition, where no key has a say: new bases.
+ALTER TABLE beds DROP CONSTRAINT beds_zone_fkey;
+SELECT r.registered_xid AS before FROM coffer.rules r WHERE r.relid = 'beds'::regclass \gset
+TRUNCATE zones_2;
+SELECT r.registered_xid = :'before' AS same_base FROM coffer.rules r WHERE r.relid = 'beds'::regclass;
+SELECT r.registered_xid AS before FROM coffer.rules r WHERE r.relid = 'beds'::regclass \gset
+ALTER TABLE zones DETACH PARTITION zones_2;
+SELECT r.registered_xid = :'before' AS same_base FROM coffer.rules r WHERE r.relid = 'beds'::regclass;
+SELECT r.registered_xid AS before FROM coffer.rules r WHERE r.relid = 'beds'::regclass \gset
+DROP TABLE zones_1;
+SELECT r.registered_xid = :'before' AS same_base FROM coffer.rules r WHERE r.relid = 'beds'::regclass;
 SELECT relation, strategy FROM coffer.remove_table('beds');
 SELECT regexp_replace(tgname, '_[0-9]+$', '') AS tgname FROM pg_trigger WHERE tgrelid = 'zones'::regclass AND tgname ~* 'coffer' ORDER BY 1;
 SELECT count(*) FROM pg_drop_replication_slot('regress_path');
