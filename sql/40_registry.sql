@@ -55,6 +55,7 @@ DECLARE
     before  coffer.rules;
     now_r   coffer.rules;
 BEGIN
+    PERFORM coffer._absorb(root);
     SELECT * INTO p FROM coffer._plan(root, tenant);
     IF plan_strategy = 3 AND p.key_index = 0 AND NOT coffer._is_published(root) THEN
         -- The log has to name a row by the key that its tenant is kept by: the whole old row will not do.
@@ -367,6 +368,7 @@ AS $$
 DECLARE
     p  record;
 BEGIN
+    PERFORM coffer._absorb(rel);
     SELECT * INTO p FROM coffer._plan(rel, NULL);
     PERFORM coffer._apply_identity(rel, p.identity, p.key_index);
     UPDATE coffer.rule_relations m SET tenant = s.tenant FROM pg_class c JOIN coffer._schema_rules s ON s.nspid = c.relnamespace

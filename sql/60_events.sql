@@ -10,7 +10,8 @@ CREATE FUNCTION coffer._auto_column() RETURNS name
 LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
 AS $$ SELECT s.value::name FROM coffer.settings s WHERE s.name = 'auto_tenant_column' $$;
 
--- A partition's own rule, exclusion and triggers end when it is attached: the root's are in force.
+-- What a partition had by itself ends when it is attached: a rule of its own or of its schema, exclusion, triggers. The root's
+-- are in force.
 CREATE FUNCTION coffer._absorb(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
@@ -25,10 +26,12 @@ BEGIN
         RAISE EXCEPTION 'coffer: % cannot become a partition of %: the tenants of % are found through it', gone::regclass, root::regclass, below
             USING ERRCODE = 'CF001', HINT = 'Call coffer.remove_table() for those first, and cover them again by a foreign key to the partitioned table.';
     END IF;
+    DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root;
     FOR gone IN
-        DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root RETURNING r.relid
+        SELECT m.relid FROM coffer.rule_relations m JOIN coffer._tree($1) t ON t.relid = m.relid
+        WHERE m.root = m.relid AND m.relid <> $1 ORDER BY m.relid
     LOOP
-        -- Or the log would wait for a first base of it for ever.
+        -- Or the log would wait for a first base of it for ever, or have its rows twice: by itself and with the root.
         PERFORM coffer._mark('registry', json_build_object('relid', gone::int8, 'action', 'remove', 'rebase', false));
         -- Its own triggers beside the clones would have the root's made anew, and the root locked against its readers.
         PERFORM coffer._drop_triggers(gone);
@@ -133,7 +136,6 @@ BEGIN
 
     SELECT bool_or(c.relreplident <> m.own_identity) INTO altered
     FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid WHERE m.root = $1 AND c.relkind = 'r';
-    PERFORM coffer._absorb(root);
     FOR gone IN
         SELECT m.relid FROM coffer.rule_relations m
         WHERE m.root = $1 AND NOT EXISTS (SELECT FROM coffer._tree($1) t WHERE t.relid = m.relid)
