@@ -98,6 +98,28 @@ BEGIN
     RETURN coffer._plan_path(root, NULL);
 END $$;
 
+-- What is no partition of a table any more is a table of its own. `was_column`: see coffer._consider.
+CREATE FUNCTION coffer._let_go(root oid, was_column name) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+DECLARE
+    gone  oid;
+BEGIN
+    FOR gone IN
+        SELECT m.relid FROM coffer.rule_relations m
+        WHERE m.root = $1 AND NOT EXISTS (SELECT FROM coffer._tree($1) t WHERE t.relid = m.relid)
+    LOOP
+        -- A partition below one that is detached with it is that one's by now.
+        CONTINUE WHEN NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.root = $1 AND m.relid = gone);
+        IF EXISTS (SELECT FROM pg_class c WHERE c.oid = gone) THEN
+            PERFORM coffer._restore_identity(gone);
+            PERFORM coffer._consider(gone, 'CREATE TABLE', was_column);
+        ELSE
+            DELETE FROM coffer.rule_relations m WHERE m.relid = gone;
+        END IF;
+    END LOOP;
+END $$;
+
 -- Looks at a covered table after a DDL and repairs what the rule relies on.
 CREATE FUNCTION coffer._recheck(root oid, command text) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
@@ -107,7 +129,6 @@ DECLARE
     now_r     coffer.rules;
     col       name;
     findings  text[];
-    gone      oid;
     rebase    bool;
     altered   bool;
     way       coffer._way;
@@ -136,19 +157,7 @@ BEGIN
 
     SELECT bool_or(c.relreplident <> m.own_identity) INTO altered
     FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid WHERE m.root = $1 AND c.relkind = 'r';
-    FOR gone IN
-        SELECT m.relid FROM coffer.rule_relations m
-        WHERE m.root = $1 AND NOT EXISTS (SELECT FROM coffer._tree($1) t WHERE t.relid = m.relid)
-    LOOP
-        -- A partition below one that is detached with it is that one's by now.
-        CONTINUE WHEN NOT EXISTS (SELECT FROM coffer.rule_relations m WHERE m.root = $1 AND m.relid = gone);
-        IF EXISTS (SELECT FROM pg_class c WHERE c.oid = gone) THEN
-            PERFORM coffer._restore_identity(gone);
-            PERFORM coffer._consider(gone, 'CREATE TABLE', col);
-        ELSE
-            DELETE FROM coffer.rule_relations m WHERE m.relid = gone;
-        END IF;
-    END LOOP;
+    PERFORM coffer._let_go(root, col);
     -- A renamed column is still the same key.
     UPDATE coffer.rules u SET key_columns = k.sorted FROM coffer._keys(root) k WHERE u.relid = root AND k.index_oid = u.key_index;
     IF r.strategy = 2 THEN
@@ -210,6 +219,7 @@ BEGIN
     IF FOUND THEN
         -- From one tenant's schema into another's its rows change hands without a change of theirs.
         IF had.relid IS NULL OR had.tenant IS DISTINCT FROM whose OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
+            PERFORM coffer._let_go(rel, NULL);
             PERFORM coffer._cover_schema_table(rel);
             UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
             PERFORM coffer._changed(rel, 'add', true, had.relid IS NULL AND coffer._is_fresh(rel));
@@ -225,7 +235,7 @@ BEGIN
     END IF;
     IF had.relid IS NOT NULL THEN
         -- It was moved out of a tenant's schema.
-        PERFORM coffer._restore_identity(rel);
+        PERFORM coffer._restore_identity(m.relid) FROM coffer.rule_relations m WHERE m.root = rel;
         PERFORM coffer._changed(rel, 'remove');
     END IF;
     IF auto IS NOT NULL AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = auto AND a.attnum > 0
