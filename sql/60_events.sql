@@ -202,11 +202,12 @@ CREATE FUNCTION coffer._consider(rel oid, command text, was_column name DEFAULT 
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
-    c     pg_class;
-    auto  name := coffer._auto_column();
-    had   coffer.rule_relations;
-    told  text;
-    whose text;
+    c       pg_class;
+    auto    name := coffer._auto_column();
+    had     coffer.rule_relations;
+    told    text;
+    whose   text;
+    rebase  bool;
 BEGIN
     SELECT * INTO c FROM pg_class k WHERE k.oid = rel;
     IF c.oid IS NULL OR c.relispartition OR coffer._obstacle(rel) IS NOT NULL
@@ -218,9 +219,17 @@ BEGIN
     SELECT s.tenant INTO whose FROM coffer._schema_rules s WHERE s.nspid = c.relnamespace;
     IF FOUND THEN
         -- From one tenant's schema into another's its rows change hands without a change of theirs.
-        IF had.relid IS NULL OR had.tenant IS DISTINCT FROM whose OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
+        rebase := had.relid IS NULL OR had.tenant IS DISTINCT FROM whose;
+        IF rebase OR EXISTS (SELECT FROM coffer._findings(rel)) THEN
+            -- A partition that is created is empty; one that is attached brings rows that are not in the log.
+            rebase := rebase OR EXISTS (SELECT FROM coffer._findings(rel) f
+                                        WHERE f.rebase OR command = 'ALTER TABLE' OR f.finding NOT LIKE '% is a new partition');
             PERFORM coffer._let_go(rel, NULL);
             PERFORM coffer._cover_schema_table(rel);
+            rebase := rebase OR EXISTS (SELECT FROM coffer.rule_relations m
+                                        WHERE m.relid = rel AND (m.own_identity, m.key_index) <> (had.own_identity, had.key_index));
+        END IF;
+        IF rebase THEN
             UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = rel;
             PERFORM coffer._changed(rel, 'add', true, had.relid IS NULL AND coffer._is_fresh(rel));
             IF had.tenant = whose THEN
@@ -364,14 +373,15 @@ BEGIN
     END IF;
     PERFORM coffer._adopt_schemas();
     FOR cmd IN
-        SELECT DISTINCT d.classid = 'pg_namespace'::regclass AS is_schema, d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
+        SELECT DISTINCT d.classid = 'pg_namespace'::regclass AS is_schema, d.object_type LIKE 'table%' AS is_table,
+               d.classid, d.objid, d.command_tag, d.object_type, d.in_extension,
                d.object_type IN ('table', 'table column', 'index', 'trigger', 'table constraint', 'policy', 'rule', 'statistics object', 'sequence') AS relevant,
                CASE d.classid WHEN 'pg_type'::regclass THEN d.objid
                     WHEN 'pg_constraint'::regclass THEN (SELECT nullif(k.contypid, 0) FROM pg_constraint k WHERE k.oid = d.objid)
                     WHEN 'pg_class'::regclass THEN (SELECT c.reltype FROM pg_class c WHERE c.oid = d.objid AND c.relkind = 'c') END AS type
         FROM pg_event_trigger_ddl_commands() d
         WHERE d.objid IS NOT NULL AND coalesce(d.schema_name, '') !~ '^pg_temp' AND d.schema_name IS DISTINCT FROM 'coffer'
-        ORDER BY is_schema DESC
+        ORDER BY is_schema DESC, is_table DESC
     LOOP
         BEGIN
             IF cmd.object_type = 'schema' AND cmd.command_tag = 'CREATE SCHEMA' THEN
@@ -400,7 +410,7 @@ BEGIN
                 IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
                     PERFORM coffer._recheck(rel, TG_TAG);
                     touched := touched || rel;
-                ELSIF cmd.object_type LIKE 'table%' AND cmd.objid = rel AND NOT cmd.in_extension THEN
+                ELSIF cmd.is_table AND (cmd.objid = rel AND NOT cmd.in_extension OR EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel)) THEN
                     PERFORM coffer._consider(rel, cmd.command_tag);
                     IF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
                         touched := touched || rel;
