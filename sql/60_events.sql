@@ -283,9 +283,12 @@ CREATE FUNCTION coffer._doubt(root oid) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 BEGIN
-    IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = root) THEN
+    IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = $1)
+       OR EXISTS (SELECT FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid JOIN coffer._schema_rules s ON s.nspid = c.relnamespace
+                  WHERE m.relid = $1 AND m.root = $1) THEN
         PERFORM coffer._absorb(root);
-        UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = root;
+        UPDATE coffer.rules r SET registered_xid = pg_current_xact_id(), registered_at = now() WHERE r.relid = $1;
+        UPDATE coffer.rule_relations m SET registered_xid = pg_current_xact_id() WHERE m.relid = $1;
         PERFORM coffer._changed(root, 'add', true);
     END IF;
 END $$;
@@ -360,11 +363,25 @@ AS $$
     END
 $$;
 
+-- A table and the tables that inherit from it: a change of its columns is one of theirs, too, and no event names them.
+CREATE FUNCTION coffer._heirs(rel oid) RETURNS SETOF oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, coffer, pg_temp
+AS $$
+    WITH RECURSIVE h (oid) AS (
+        SELECT rel WHERE rel IS NOT NULL
+        UNION
+        SELECT c.oid FROM h JOIN pg_inherits i ON i.inhparent = h.oid JOIN pg_class c ON c.oid = i.inhrelid
+        WHERE c.relkind = 'r' AND NOT c.relispartition
+    )
+    SELECT h.oid FROM h
+$$;
+
 CREATE FUNCTION coffer._on_ddl() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
     cmd      record;
+    top      oid;
     rel      oid;
     touched  oid[] := '{}';
 BEGIN
@@ -403,28 +420,28 @@ BEGIN
                     touched := touched || rel;
                 END LOOP;
             ELSIF cmd.relevant THEN
-                rel := coffer._root(coffer._table_of(cmd.classid, cmd.objid));
-                IF rel IS NULL OR rel = ANY (touched) THEN
-                    CONTINUE;
-                END IF;
-                IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
-                    PERFORM coffer._recheck(rel, TG_TAG);
-                    touched := touched || rel;
-                ELSIF cmd.is_table AND (cmd.objid = rel AND NOT cmd.in_extension OR EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel)) THEN
-                    PERFORM coffer._consider(rel, cmd.command_tag);
+                top := coffer._root(coffer._table_of(cmd.classid, cmd.objid));
+                FOR rel IN SELECT h FROM coffer._heirs(top) h WHERE h = top OR cmd.is_table LOOP
+                    CONTINUE WHEN rel = ANY (touched);
+                    IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
+                        PERFORM coffer._recheck(rel, TG_TAG);
+                        touched := touched || rel;
+                        CONTINUE;
+                    END IF;
+                    IF cmd.is_table AND (cmd.objid = top AND NOT cmd.in_extension OR EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel)) THEN
+                        PERFORM coffer._consider(rel, cmd.command_tag);
+                    END IF;
                     IF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
                         touched := touched || rel;
                     END IF;
-                ELSIF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
-                    touched := touched || rel;
-                END IF;
+                END LOOP;
             END IF;
         EXCEPTION
             WHEN SQLSTATE 'CF001' OR transaction_rollback OR lock_not_available OR insufficient_resources THEN
                 RAISE;
             WHEN OTHERS THEN
-                PERFORM coffer._refuse_if_lost(rel, SQLERRM);
-                PERFORM coffer._doubt(rel);
+                -- What was looked at before it is undone with it.
+                PERFORM coffer._refuse_if_lost(t, SQLERRM), coffer._doubt(t) FROM unnest(touched || rel) t;
                 RAISE WARNING 'coffer: after %: %', TG_TAG, SQLERRM USING HINT = 'See coffer.doctor().';
         END;
     END LOOP;
