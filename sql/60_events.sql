@@ -433,6 +433,12 @@ BEGIN
                     END IF;
                     IF EXISTS (SELECT FROM coffer.rule_relations m WHERE m.relid = rel) THEN
                         touched := touched || rel;
+                    ELSIF cmd.is_table AND EXISTS (SELECT FROM coffer.rule_relations m JOIN coffer._tree(rel) t ON t.relid = m.relid) THEN
+                        -- Under a root that is not covered no partition is.
+                        PERFORM coffer._absorb(rel);
+                        PERFORM coffer._restore_identity(m.relid) FROM coffer.rule_relations m JOIN coffer._tree(rel) t ON t.relid = m.relid;
+                        RAISE WARNING 'coffer: % is not covered by the backup, and what became a partition of it is not any more', rel::regclass
+                            USING HINT = format('SELECT * FROM coffer.add_table(%L, ...), coffer.add_shared(%1$L) or coffer.exclude(%1$L, ...).', rel::regclass::text);
                     END IF;
                 END LOOP;
             END IF;
