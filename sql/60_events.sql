@@ -411,7 +411,8 @@ BEGIN
             ELSIF cmd.object_type = 'schema' AND cmd.command_tag = 'ALTER SCHEMA' THEN
                 touched := touched || coffer._schema_altered(cmd.objid);
             ELSIF cmd.type IS NOT NULL THEN
-                FOR rel IN SELECT m.relid FROM coffer.rule_relations m WHERE m.relid = m.root AND m.types ? cmd.type::text LOOP
+                FOR rel IN SELECT m.relid FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid
+                           WHERE m.relid = m.root AND (m.types ? cmd.type::text OR c.reloftype = cmd.type) LOOP
                     IF EXISTS (SELECT FROM coffer.rules r WHERE r.relid = rel) THEN
                         PERFORM coffer._recheck(rel, TG_TAG);
                     ELSE
