@@ -1,4 +1,5 @@
-//! A schema per tenant, found by itself; a database per tenant, several in one agent; and both beside shared tables.
+//! A schema per tenant, found by itself; a database per tenant, several in one agent; and both beside shared tables. Partitions
+//! and tables that inherit.
 
 use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::block_on;
@@ -11,6 +12,8 @@ on_majors! {
     a_database_per_tenant: a_database_per_tenant;
     schemas_of_another_name: schemas_of_another_name;
     tables_that_change_schemas: tables_that_change_schemas;
+    partitions_in_a_tenants_schema: partitions_in_a_tenants_schema;
+    columns_of_parents: columns_of_parents;
 }
 
 const OF_A_TENANT: &str = "
@@ -270,4 +273,119 @@ fn tables_that_change_schemas(major: u32) {
     let uncovered =
         "SELECT string_agg(relation::text, ' ' ORDER BY relation::text) FROM coffer.coverage WHERE NOT covered";
     assert_eq!(cluster.psql("shop", uncovered), "heap keyed");
+}
+
+/// Partitions in a tenant's schema that are made, attached and detached, also to a table that every tenant has rows in. Each
+/// point has their rows once, and those of before stay.
+fn partitions_in_a_tenants_schema(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE SCHEMA acme; SET search_path = acme;
+         CREATE TABLE keyed (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
+         CREATE TABLE keyed_1 PARTITION OF keyed FOR VALUES FROM (0) TO (10);
+         CREATE TABLE keyed_2 (id int PRIMARY KEY, v text);
+         CREATE TABLE heap (id int, v text) PARTITION BY RANGE (id);
+         CREATE TABLE heap_1 PARTITION OF heap FOR VALUES FROM (0) TO (10);
+         CREATE TABLE given (tenant text, id int, PRIMARY KEY (tenant, id));
+         CREATE TABLE public.mixed (tenant text, id int, PRIMARY KEY (tenant, id)) PARTITION BY RANGE (id);
+         SELECT coffer.add_schema('acme', 'Acme'); SELECT coffer.add_table('public.mixed', 'tenant');
+         INSERT INTO keyed SELECT i, 'v' FROM generate_series(1, 3) i; INSERT INTO keyed_2 SELECT i, 'v' FROM generate_series(11, 13) i;
+         INSERT INTO heap SELECT i, 'v' FROM generate_series(1, 3) i; INSERT INTO given VALUES ('Acme', 1), ('Acme', 2), ('other', 3);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["Acme"]);
+    let rows = |db: &str| {
+        let tables = ["keyed", "keyed_1", "keyed_2", "heap", "heap_1", "given"];
+        let each = tables
+            .map(|t| cluster.psql(db, &format!("SELECT string_agg(t::text, ' ' ORDER BY t::text) FROM acme.{t} t")));
+        each.join(" / ")
+    };
+    let check = |point: &str, want: &str| {
+        let made = Database::restore(&agent, &cluster, "Acme", &format!("name:{point}"));
+        assert_eq!(rows(&made.name), want, "at {point}");
+    };
+    let mut points = Vec::new();
+    let mut point = |name: &'static str| {
+        cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
+        // Of a table that all have rows in, the tenant's.
+        let own = if points.len() < 3 { rows("shop") } else { rows("shop").replace(" (other,3)", "") };
+        check(name, &own);
+        points.push((name, own));
+    };
+    point("before");
+    cluster.script(
+        "shop",
+        "CREATE TABLE acme.heap_2 PARTITION OF acme.heap FOR VALUES FROM (10) TO (20);
+         INSERT INTO acme.heap VALUES (10, 'new'), (11, 'new'), (12, 'new');
+         UPDATE acme.heap SET v = 'changed' WHERE id = 11; DELETE FROM acme.heap WHERE id IN (3, 12);",
+    );
+    point("made");
+    assert_eq!(agent.log().matches("bases are recorded").count(), 1, "a partition that is made asks for no base");
+    let attach = |to: &str, what: &str, bounds: &str| {
+        let sql = format!("ALTER TABLE {to} ATTACH PARTITION acme.{what} FOR VALUES {bounds}");
+        with_a_new_base(&cluster, &agent, &sql);
+    };
+    attach("acme.keyed", "keyed_2", "FROM (10) TO (20)");
+    cluster.psql("shop", "DELETE FROM acme.keyed WHERE id IN (1, 11)");
+    point("attached");
+    attach("public.mixed", "given", "FROM (0) TO (10)");
+    cluster.psql("shop", "DELETE FROM mixed WHERE id = 1");
+    point("shared");
+    with_a_new_base(&cluster, &agent, "ALTER TABLE acme.keyed DETACH PARTITION acme.keyed_1");
+    let based = agent.log().matches("bases are recorded").count();
+    cluster.script("shop", "ALTER TABLE acme.keyed ADD COLUMN n int; DELETE FROM acme.keyed_1 WHERE id = 2;");
+    point("detached");
+    assert!(points[3].1.ends_with("(Acme,2)"), "{points:?}");
+    for (name, want) in &points {
+        check(name, want);
+    }
+    assert_eq!(
+        agent.log().matches("bases are recorded").count(),
+        based,
+        "a partition that is gone is none of the table's"
+    );
+}
+
+/// Columns that a table's heirs have from it change with it: the heirs are written to as before, and come back so.
+fn columns_of_parents(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE parent (tenant int NOT NULL, id int PRIMARY KEY, v text);
+         CREATE TABLE tagged (PRIMARY KEY (id)) INHERITS (parent);
+         CREATE TABLE keyed (PRIMARY KEY (tenant, id)) INHERITS (parent);
+         SELECT coffer.discover('tenant', true);
+         INSERT INTO tagged SELECT 1 + i % 2, i, 'x' FROM generate_series(1, 6) i;
+         INSERT INTO keyed SELECT 1 + i % 2, i, repeat('long', 4000) FROM generate_series(11, 16) i;",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let check = |point: &str| {
+        cluster.psql("shop", &format!("SELECT coffer.restore_point('{point}')"));
+        for tenant in ["1", "2"] {
+            let rows = format!(
+                "SELECT string_agg(concat_ws(',', tableoid::regclass, number, md5(v), n), ' ' ORDER BY number) FROM parent WHERE owner = {tenant}"
+            );
+            let made = Database::restore(&agent, &cluster, tenant, &format!("name:{point}"));
+            assert_eq!(cluster.psql(&made.name, &rows), cluster.psql("shop", &rows), "tenant {tenant} at {point}");
+        }
+    };
+    cluster.script(
+        "shop",
+        "ALTER TABLE parent RENAME tenant TO owner; ALTER TABLE parent RENAME id TO number; ALTER TABLE parent ADD COLUMN n int DEFAULT 7;",
+    );
+    check("renamed");
+    cluster.script(
+        "shop",
+        "DELETE FROM parent WHERE number IN (1, 2, 11, 12); UPDATE parent SET owner = 3 - owner WHERE number IN (3, 4, 13, 14);",
+    );
+    check("written");
+    assert_eq!(agent.log().matches("bases are recorded").count(), 1, "names are no rows");
+    with_a_new_base(&cluster, &agent, "ALTER TABLE tagged ADD COLUMN at timestamptz DEFAULT clock_timestamp()");
+    check("based");
 }

@@ -173,6 +173,24 @@ SELECT strategy FROM coffer.add_table('n12', 't');
 CREATE TABLE n13 (t int NOT NULL, id int, PRIMARY KEY (t, id));
 SELECT strategy FROM coffer.add_table('n13', 't');
 ALTER TABLE n13 ALTER t TYPE bigint;
+-- What a table's columns are called, they are called in those that inherit from it.
+CREATE TABLE n14 (t int NOT NULL, id int PRIMARY KEY, x text);
+CREATE TABLE n15 (PRIMARY KEY (id)) INHERITS (n14);
+CREATE TABLE n16 (PRIMARY KEY (t, id)) INHERITS (n15);
+ALTER TABLE n14 RENAME t TO tenant;
+ALTER TABLE n14 RENAME id TO number;
+SELECT relation, strategy, tenant_column, key_columns FROM rule WHERE relation::text ~ '^n1[456]$' ORDER BY relation::text COLLATE "C";
+INSERT INTO n15 VALUES (1, 1, 'x'), (1, 2, 'x');
+INSERT INTO n16 VALUES (1, 3, 'x');
+UPDATE n14 SET tenant = 2 WHERE number > 1;
+DELETE FROM n14;
+-- What a type's attributes are called, the columns of tables of that type are.
+CREATE TYPE shape AS (t int, id int);
+CREATE TABLE n17 OF shape (PRIMARY KEY (id));
+ALTER TYPE shape RENAME ATTRIBUTE t TO tenant CASCADE;
+SELECT relation, strategy, tenant_column, key_columns FROM rule WHERE relation = 'n17'::regclass;
+INSERT INTO n17 VALUES (1, 1);
+DELETE FROM n17;
 -- Nothing is left.
 SET client_min_messages = warning;
 DELETE FROM coffer.settings;

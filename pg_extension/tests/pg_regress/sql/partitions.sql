@@ -92,4 +92,15 @@ SELECT strategy FROM coffer.remove_table('leaves');
 ALTER TABLE tree ATTACH PARTITION twig FOR VALUES FROM (0) TO (10);
 ALTER TABLE leaves DROP CONSTRAINT leaves_twig_fkey, ADD FOREIGN KEY (twig) REFERENCES tree;
 SELECT strategy, parent FROM coffer.add_table('leaves', parent => 'tree');
+-- Under a root that is not covered, nothing is.
+SET client_min_messages = warning;
+CREATE TABLE bare (tenant int NOT NULL, id int NOT NULL) PARTITION BY RANGE (id);
+CREATE TABLE bare_1 (tenant int NOT NULL, id int NOT NULL);
+SELECT strategy FROM coffer.add_table('bare_1', 'tenant');
+ALTER TABLE bare ATTACH PARTITION bare_1 FOR VALUES FROM (0) TO (10);
+SELECT count(*) FROM coffer.rules WHERE relid = 'bare_1'::regclass;
+SELECT relreplident FROM pg_class WHERE oid = 'bare_1'::regclass;
+SELECT strategy FROM coffer.add_table('bare', 'tenant');
+SELECT relreplident FROM pg_class WHERE oid = 'bare_1'::regclass;
+SET client_min_messages = error;
 DROP SCHEMA fork CASCADE;

@@ -51,3 +51,66 @@ DROP SCHEMA acme, cust_1, cust_2, other CASCADE;
 DELETE FROM coffer.schema_patterns;
 SELECT count(*) FROM coffer.schema_rules;
 SELECT count(*) FROM coffer.rule_relations;
+
+-- Partitions in a tenant's schema: what the log says of them, and how it names their rows.
+CREATE SCHEMA acme;
+CREATE SCHEMA plain;
+CREATE FUNCTION plain.heard() RETURNS TABLE (relation regclass, said jsonb)
+LANGUAGE sql AS $$
+    SELECT (m.said ->> 'relid')::oid::regclass, m.said - 'relid'
+    FROM (SELECT (c.data::jsonb ->> 'payload')::jsonb AS said FROM pg_logical_slot_get_changes('regress_schemas', NULL, NULL, 'format', 'json') c
+          WHERE c.data::jsonb ->> 'kind' = 'registry') m
+$$;
+CREATE VIEW plain.tree AS
+SELECT m.relid::regclass AS relation, m.root::regclass, c.relreplident AS ri
+FROM coffer.rule_relations m JOIN pg_class c ON c.oid = m.relid ORDER BY m.relid::regclass::text COLLATE "C";
+CREATE TABLE acme.heap (d int, x text) PARTITION BY RANGE (d);
+CREATE TABLE acme.heap_1 PARTITION OF acme.heap FOR VALUES FROM (0) TO (10);
+CREATE TABLE acme.old (d int, x text);
+INSERT INTO acme.heap VALUES (1, 'a');
+SELECT relation FROM coffer.add_schema('acme', 'Acme');
+SELECT count(*) FROM pg_create_logical_replication_slot('regress_schemas', 'pg_coffer');
+-- One that is made names its rows as the others do, and asks for no base; one that is attached is no table any more.
+CREATE TABLE acme.heap_2 PARTITION OF acme.heap FOR VALUES FROM (10) TO (20);
+SELECT relreplident FROM pg_class WHERE oid = 'acme.heap_2'::regclass;
+SELECT * FROM plain.heard();
+ALTER TABLE acme.heap ATTACH PARTITION acme.old FOR VALUES FROM (20) TO (30);
+SELECT * FROM plain.heard();
+SELECT * FROM plain.tree;
+ALTER TABLE acme.heap_2 REPLICA IDENTITY NOTHING;
+SELECT * FROM plain.heard();
+-- One that is detached is a table from there on, and no other DDL is about it.
+ALTER TABLE acme.heap DETACH PARTITION acme.heap_1;
+SELECT * FROM plain.heard();
+ALTER TABLE acme.heap ADD COLUMN y int;
+SELECT * FROM plain.heard();
+SELECT * FROM plain.tree;
+-- Below a partition.
+CREATE TABLE acme.heap_3 PARTITION OF acme.heap FOR VALUES FROM (30) TO (40) PARTITION BY RANGE (d);
+CREATE TABLE acme.heap_31 (y int, x text, d int);
+INSERT INTO acme.heap_31 VALUES (1, 'x', 30);
+SELECT * FROM plain.heard();
+ALTER TABLE acme.heap_3 ATTACH PARTITION acme.heap_31 FOR VALUES FROM (30) TO (35);
+SELECT * FROM plain.heard();
+ALTER TABLE acme.heap DETACH PARTITION acme.heap_3;
+SELECT * FROM plain.heard();
+SELECT * FROM plain.tree;
+-- From a tenant's schema to a table with a rule, and the other way.
+CREATE TABLE plain.shop (t int NOT NULL, id int NOT NULL, PRIMARY KEY (t, id)) PARTITION BY RANGE (id);
+SELECT strategy FROM coffer.add_table('plain.shop', 't');
+CREATE TABLE acme.shop_1 (t int NOT NULL, id int NOT NULL, PRIMARY KEY (t, id));
+CREATE TABLE plain.own (x text, d int, y int);
+SELECT strategy FROM coffer.add_table('plain.own', 'd');
+SELECT count(*) FROM plain.heard();
+ALTER TABLE plain.shop ATTACH PARTITION acme.shop_1 FOR VALUES FROM (0) TO (10);
+ALTER TABLE acme.heap ATTACH PARTITION plain.own FOR VALUES FROM (50) TO (60);
+SELECT * FROM plain.heard();
+SELECT relid::regclass FROM coffer.rules;
+ALTER TABLE plain.shop DETACH PARTITION acme.shop_1;
+ALTER TABLE acme.heap SET SCHEMA plain;
+SELECT * FROM plain.heard();
+SELECT * FROM plain.tree;
+SELECT relname, relreplident FROM pg_class WHERE relname ~ '^heap|^old|^own' AND relkind IN ('r', 'p') ORDER BY relname COLLATE "C";
+SELECT count(*) FROM (SELECT pg_drop_replication_slot('regress_schemas')) d;
+DROP SCHEMA acme, plain CASCADE;
+SELECT count(*) FROM coffer.rule_relations;
