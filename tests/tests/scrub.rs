@@ -44,6 +44,13 @@ fn alarm(agent: &Agent, store: &str) -> Option<String> {
     Some(a["message"].as_str()?.to_owned())
 }
 
+/// Of each of a tenant's fulls, oldest first: whether retention takes it for the last good one.
+fn last_good(agent: &Agent, tenant: &str) -> Vec<bool> {
+    let planned = agent.json(&["prune", "--tenant", tenant]);
+    let backups = planned["sources"][0]["tenants"][0]["backups"].as_array().expect("backups");
+    backups.iter().map(|b| b["reasons"].to_string().contains("the last good full")).collect()
+}
+
 fn name(file: &Path) -> &str {
     file.file_name().and_then(|n| n.to_str()).expect("ASCII")
 }
@@ -91,6 +98,23 @@ fn finds_damage(major: u32) {
     assert!(said.contains("missing") && said.contains("store two has it as it was"), "{said}");
     assert_eq!(cluster.psql("shop", "SELECT count(*) FROM coffer.verifications"), "0");
 
+    // Nor is it for the job that reads everything back.
+    let copy = two.join(newest.strip_prefix(&one).expect("in the store"));
+    let said = seen(&agent, "two", &copy, |f| {
+        gone(f);
+        let job = cluster.psql("shop", "SELECT coffer.verify('1')");
+        let row = wait_for("the job to end", 60, || {
+            let row = cluster.psql("shop", &format!("SELECT state, error FROM coffer.jobs WHERE job = {job}"));
+            (row.starts_with("done") || row.starts_with("failed")).then_some(row)
+        });
+        assert!(row.starts_with("failed|") && row.contains("store two") && row.contains("missing"), "{row}");
+        let noted = || cluster.psql("shop", "SELECT what, ok FROM coffer.verifications ORDER BY verified_at");
+        let noted = wait_for("what it noted", 60, || Some(noted()).filter(|n| n.contains("live")));
+        assert_eq!(noted, "live|t");
+        assert_eq!(last_good(&agent, "1"), [false, true]);
+    });
+    assert!(said.contains("store one has it as it was"), "{said}");
+
     // One bit, in a changeset.
     let changeset = of_tenant(&agent, &two, "2", "c").pop().expect("a changeset");
     let flip = |f: &Path| {
@@ -131,11 +155,7 @@ fn finds_damage(major: u32) {
     let check = "SELECT tenant, ok, what FROM coffer.verifications v JOIN coffer.backups b USING (tenant, backup) \
         WHERE b.kind = 'full' AND b.trigger = 'schedule' ORDER BY v.verified_at DESC LIMIT 1";
     wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|f|read_back").then_some(()));
-    let planned = agent.json(&["prune", "--tenant", "2"]);
-    let backups = planned["sources"][0]["tenants"][0]["backups"].as_array().expect("backups");
-    let stands_for = |b: &Value| b["reasons"].to_string().contains("the last good full");
-    let good: Vec<bool> = backups.iter().map(stands_for).collect();
-    assert_eq!(good, [true, false], "the newest full is damaged, the one before is the last good one: {planned}");
+    assert_eq!(last_good(&agent, "2"), [true, false], "the newest full is damaged, the one before is the last good one");
     copies.iter().for_each(|(whole, f)| std::fs::write(f, whole).expect("our store"));
     wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|t|read_back").then_some(()));
     wait_for("the alarms to be gone", 60, || agent.alarms("damaged_object").is_empty().then_some(()));

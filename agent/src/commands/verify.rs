@@ -17,7 +17,7 @@ use crate::validation::Validation;
 use crate::verify::drills;
 use crate::verify::listing::{Listed, list, needed};
 use crate::verify::live::{self, Compared};
-use crate::verify::objects::{Failure, is_finding, named_in, one_object};
+use crate::verify::objects::{Failure, is_finding, named_in, one_copy};
 use crate::verify::results;
 use crate::verify::server::DrillServer;
 use futures::{StreamExt, stream};
@@ -25,7 +25,6 @@ use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::runtime::Handle;
 use uuid::Uuid;
 
 /// How long a comparison with live rows waits for the repository to catch up.
@@ -65,7 +64,7 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Verif
         Some(_) => Some(opened.sources(source).await?),
         None => None,
     };
-    let mut document = verify(&opened, sources, &stores, args, &Tally::default(), json).await?;
+    let (mut document, _) = verify(&opened, sources, &stores, args, &Tally::default(), json).await?;
     if args.against_live {
         against_live(config, source, &opened, args, &mut document).await?;
     }
@@ -220,7 +219,8 @@ fn exit_code(document: &Value) -> u8 {
     }
 }
 
-/// Verifies these stores (name, required); the document. `sources`: `None` for all that the stores have.
+/// Verifies these stores (name, required); the document, and what it lists as failures. `sources`: `None` for all that the
+/// stores have.
 pub(crate) async fn verify(
     opened: &Opened,
     sources: Option<Vec<(String, Uuid)>>,
@@ -228,7 +228,7 @@ pub(crate) async fn verify(
     args: &VerifyArgs,
     tally: &Tally,
     json: bool,
-) -> Result<Value> {
+) -> Result<(Value, Vec<Failure>)> {
     let (mut objects, mut failures, mut warnings) = (HashSet::new(), Vec::new(), Vec::new());
     let sources = match sources {
         Some(named) => named,
@@ -260,8 +260,9 @@ pub(crate) async fn verify(
         }
     }
     let listed: Vec<Value> = failures.iter().map(Failure::document).collect();
-    Ok(json!({"version": 1, "ok": failures.is_empty(), "objects": objects.len(), "failures": listed,
-        "stores": stores.iter().map(|s| s.0.clone()).collect::<Vec<_>>(), "warnings": warnings}))
+    let document = json!({"version": 1, "ok": failures.is_empty(), "objects": objects.len(), "failures": listed,
+        "stores": stores.iter().map(|s| s.0.clone()).collect::<Vec<_>>(), "warnings": warnings});
+    Ok((document, failures))
 }
 
 /// Everything that one store has of a source.
@@ -281,20 +282,12 @@ async fn one_store(
     let total = wanted.iter().map(|o| o.bytes).sum();
     tally.total.fetch_add(total, Ordering::Relaxed);
     let progress = Progress::new(&format!("verifying {store}"), "bytes", total, json);
-    let rt = Handle::current();
     let mut checked = stream::iter(wanted)
         .map(|o| {
-            let (repo, keyring, rt, store) =
-                (opened.repo.clone(), opened.keyring.clone(), rt.clone(), store.to_owned());
+            let (repo, store) = (opened.repo.clone(), store.to_owned());
             async move {
-                let owner = keyring.by_uid(o.tenant).map(|t| t.tenant);
-                let object = o.clone();
-                let work = move || {
-                    let mut plain = repo.open_object(&rt, &object, Some(&store))?;
-                    one_object(&mut plain, &object, owner.as_ref())
-                };
-                let r = tokio::task::spawn_blocking(work).await.context(Kind::Other, "a worker thread broke off");
-                (o, r.and_then(|r| r))
+                let r = one_copy(&repo, &o, &store).await;
+                (o, r)
             }
         })
         .buffer_unordered(PARALLEL);
@@ -307,9 +300,7 @@ async fn one_store(
         }
         match r {
             Ok(()) => {}
-            Err(e) if is_finding(&e) => {
-                found.push(Failure::of(&o.path, Some(o.tenant), &e.during(format_args!("store {store}"))));
-            }
+            Err(e) if is_finding(&e) => found.push(Failure::of_copy(&o, store, e)),
             Err(e) => return Err(e),
         }
     }

@@ -164,11 +164,10 @@ impl Work<'_> {
         let sources = Some(vec![(self.ctx.source.clone(), self.ctx.source_uid)]);
         let before = self.catalog(tenant.uid).await?.state().clone();
         self.step.begin(0.0, 0.5, "reading back")?;
-        let mut result = verify::verify(&opened, sources, &stores, &args, &self.step.tally, true).await?;
-        let failures = result["failures"].as_array().cloned().unwrap_or_default();
-        let damaged = failures.iter().filter_map(|f| Some((f["object"].as_str()?, f["message"].as_str()?))).collect();
+        let (mut result, failures) =
+            verify::verify(&opened, sources, &stores, &args, &self.step.tally, true).await?;
         let results = Results { ctx: self.ctx, mirror: self.mirror };
-        results.read_back(tenant.uid, &before, &damaged).await?;
+        results.read_back(tenant.uid, &before, &failures).await?;
         self.step.begin(0.5, 1.0, "comparing with the live rows")?;
         let compared = live::check(self.ctx, self.mirror, &tenant, self.step.watch.clone()).await?;
         verify::add_live(&compared, &tenant, self.ctx.source_uid, &mut result);

@@ -5,14 +5,15 @@
 //! before ended; its numbering and hash chain are checked wherever it is opened.
 
 use crate::crypto::ObjectKind;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::large_objects::frames;
 use crate::merge::{check, from_io};
-use crate::repository::{Body, LogRecord, ObjectRef, paths};
+use crate::repository::{Body, LogRecord, ObjectRef, Repository, paths};
 use crate::tenant::Tenant;
 use serde_json::{Value, json};
 use std::io::Read;
 use std::sync::Arc;
+use tokio::runtime::Handle;
 use uuid::Uuid;
 
 /// Something that is not as it was written.
@@ -24,6 +25,8 @@ pub struct Failure {
     /// As the document of `coffer verify` names it.
     pub kind: &'static str,
     pub message: String,
+    /// The object, where it is one copy of it that is wrong: another store may have it as it was written.
+    pub copy: Option<ObjectRef>,
 }
 
 impl Failure {
@@ -34,11 +37,17 @@ impl Failure {
         } else {
             ["missing", "replayed", "chain_gap"].into_iter().find(|k| e.is_code(k)).unwrap_or("corrupt")
         };
-        Self { object: object.to_owned(), tenant_uid: tenant, kind, message: e.to_string() }
+        Self { object: object.to_owned(), tenant_uid: tenant, kind, message: e.to_string(), copy: None }
+    }
+
+    /// What an error says of the copy of an object that a store has.
+    pub fn of_copy(o: &ObjectRef, store: &str, e: Error) -> Self {
+        let e = e.during(format_args!("store {store}"));
+        Self { copy: Some(o.clone()), ..Self::of(&o.path, Some(o.tenant), &e) }
     }
 
     pub fn chain(object: String, message: String) -> Self {
-        Self { object, tenant_uid: None, kind: "chain_gap", message }
+        Self { object, tenant_uid: None, kind: "chain_gap", message, copy: None }
     }
 
     /// For the document of `coffer verify`.
@@ -85,6 +94,20 @@ pub fn continuity(source: Uuid, records: &[Arc<LogRecord>]) -> Vec<Failure> {
         }
     }
     out
+}
+
+/// Reads an object in a store to its end, as [`one_object`].
+///
+/// # Errors
+/// What is wrong with it ([`is_finding`]); others: it could not be read.
+pub async fn one_copy(repo: &Arc<Repository>, o: &ObjectRef, store: &str) -> Result<()> {
+    let (repo, o, store, rt) = (repo.clone(), o.clone(), store.to_owned(), Handle::current());
+    let work = move || {
+        let owner = repo.keyring().by_uid(o.tenant).map(|t| t.tenant);
+        let mut plain = repo.open_object(&rt, &o, Some(&store))?;
+        one_object(&mut plain, &o, owner.as_ref())
+    };
+    tokio::task::spawn_blocking(work).await.context(Kind::Other, "a worker thread broke off")?
 }
 
 /// Reads an object to its end. `owner`: whose rows may be in it.

@@ -3,11 +3,12 @@
 
 use super::drills::Tried;
 use super::live::Compared;
+use super::objects::{Failure, is_finding, one_copy};
 use super::rounds::Look;
 use crate::catalog;
 use crate::catalog::model::READ_BACK;
 use crate::catalog::{Catalog, Entry};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::history::History;
 use crate::jobs::Mirror;
 use crate::keyring::{Keyring, TenantEntry};
@@ -74,20 +75,49 @@ impl Results<'_> {
         Ok(())
     }
 
-    /// Notes what reading back all that a tenant has found: with the backups that the damage is in and, if there was none,
-    /// with the newest. `before`: the tenant's catalog when the reading began; what came since was not read.
-    pub async fn read_back(&self, tenant: Uuid, before: &catalog::State, damaged: &BTreeMap<&str, &str>) -> Result<()> {
+    /// Notes what reading back all that a tenant has found: with the backups of which no store has an object as it was
+    /// written and, if nothing was damaged anywhere, with the newest. `before`: the tenant's catalog when the reading began;
+    /// what came since was not read.
+    pub async fn read_back(&self, tenant: Uuid, before: &catalog::State, failures: &[Failure]) -> Result<()> {
+        let lost = self.lost(failures).await?;
         if before.fulls.is_empty() {
-            let first = damaged.iter().next().map(|(object, what)| format!("{object}: {what}"));
-            return self.record(tenant, READ_BACK, first.is_none(), first).await;
+            let first = lost.iter().next().map(|(object, what)| format!("{object}: {what}"));
+            return match first.is_some() || failures.is_empty() {
+                true => self.record(tenant, READ_BACK, first.is_none(), first).await,
+                false => Ok(()),
+            };
         }
         let mut catalog = Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await?;
-        for (backup, message) in marks(before, damaged) {
+        for (backup, message) in marks(before, &lost, failures.is_empty()) {
             let entry = Entry::Verified { backup, ok: message.is_none(), what: READ_BACK.into(), message };
             catalog.append_if(entry, |s| s.full(backup).is_some()).await?;
         }
         self.mirror.tenant_changed(tenant);
         Ok(())
+    }
+
+    /// The objects that no store has as they were written, each with what is wrong. The others can be mended.
+    async fn lost<'a>(&self, failures: &'a [Failure]) -> Result<BTreeMap<&'a str, &'a str>> {
+        let mut lost = BTreeMap::new();
+        for f in failures {
+            let is_known = lost.contains_key(f.object.as_str());
+            if !is_known && !self.is_sound_somewhere(f).await? {
+                lost.insert(f.object.as_str(), f.message.as_str());
+            }
+        }
+        Ok(lost)
+    }
+
+    async fn is_sound_somewhere(&self, f: &Failure) -> Result<bool> {
+        let Some(object) = &f.copy else { return Ok(false) };
+        for store in self.ctx.repo.stores() {
+            match one_copy(&self.ctx.repo, object, store.name()).await {
+                Ok(()) => return Ok(true),
+                Err(e) if is_finding(&e) || !store.required() && e.kind() == Kind::Unreachable => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(false)
     }
 
     /// Tells who LISTENs to `coffer_alarm` at the source, if it can be reached.
@@ -113,16 +143,17 @@ pub fn newest_check<'a>(state: &'a catalog::State, what: &str) -> Option<&'a cat
     state.checks.iter().filter(|c| c.what == what).max_by_key(|c| c.at_us)
 }
 
-/// The fulls that a reading back says something new of, and what is wrong with each.
-fn marks(state: &catalog::State, damaged: &BTreeMap<&str, &str>) -> Vec<(Uuid, Option<String>)> {
+/// The fulls that a reading back says something new of, and what is wrong with each. `all_good`: nothing was damaged in
+/// any store.
+fn marks(state: &catalog::State, lost: &BTreeMap<&str, &str>, all_good: bool) -> Vec<(Uuid, Option<String>)> {
     let newest = state.fulls.iter().max_by_key(|f| f.point_lsn).map(|f| f.id);
     let mut out = Vec::new();
     for f in &state.fulls {
-        let found = f.needs().find_map(|o| Some(format!("{}: {}", o.path, damaged.get(o.path.as_str())?)));
+        let found = f.needs().find_map(|o| Some(format!("{}: {}", o.path, lost.get(o.path.as_str())?)));
         let was_good = state.read_back(f.id);
         let is_news = match found {
             Some(_) => was_good != Some(false),
-            None => was_good == Some(false) || damaged.is_empty() && Some(f.id) == newest,
+            None => was_good == Some(false) || all_good && Some(f.id) == newest,
         };
         if is_news {
             out.push((f.id, found));
@@ -186,13 +217,14 @@ mod tests {
         let ids = |found: Vec<(Uuid, Option<String>)>| -> Vec<(u128, bool)> {
             found.into_iter().map(|(id, what)| (id.as_u128(), what.is_none())).collect()
         };
-        assert_eq!(ids(marks(&state, &BTreeMap::new())), [(3, true)]);
-        assert_eq!(ids(marks(&state, &[("b", "is missing")].into())), [(2, false)], "the newest is sound");
-        assert_eq!(ids(marks(&state, &[("a", "is missing")].into())), [(1, false), (2, false)]);
-        assert_eq!(ids(marks(&state, &[("a changeset", "is missing")].into())), []);
+        assert_eq!(ids(marks(&state, &BTreeMap::new(), true)), [(3, true)]);
+        assert_eq!(ids(marks(&state, &[("b", "is missing")].into(), false)), [(2, false)], "the newest is sound");
+        assert_eq!(ids(marks(&state, &[("a", "is missing")].into(), false)), [(1, false), (2, false)]);
+        assert_eq!(ids(marks(&state, &[("a changeset", "is missing")].into(), false)), []);
+        assert_eq!(ids(marks(&state, &BTreeMap::new(), false)), [], "not all is well, and every full is");
         let check = Check { backup: Uuid::from_u128(2), what: READ_BACK.into(), ok: false, message: None, at_us: 0 };
         state.checks = vec![check];
-        assert_eq!(ids(marks(&state, &[("b", "is missing")].into())), [], "that is known");
-        assert_eq!(ids(marks(&state, &BTreeMap::new())), [(2, true), (3, true)], "it was mended");
+        assert_eq!(ids(marks(&state, &[("b", "is missing")].into(), false)), [], "that is known");
+        assert_eq!(ids(marks(&state, &BTreeMap::new(), true)), [(2, true), (3, true)], "it was mended");
     }
 }
