@@ -155,7 +155,11 @@ fn finds_damage(major: u32) {
     let check = "SELECT tenant, ok, what FROM coffer.verifications v JOIN coffer.backups b USING (tenant, backup) \
         WHERE b.kind = 'full' AND b.trigger = 'schedule' ORDER BY v.verified_at DESC LIMIT 1";
     wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|f|read_back").then_some(()));
-    assert_eq!(last_good(&agent, "2"), [true, false], "the newest full is damaged, the one before is the last good one");
+    assert_eq!(
+        last_good(&agent, "2"),
+        [true, false],
+        "the newest full is damaged, the one before is the last good one"
+    );
     copies.iter().for_each(|(whole, f)| std::fs::write(f, whole).expect("our store"));
     wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|t|read_back").then_some(()));
     wait_for("the alarms to be gone", 60, || agent.alarms("damaged_object").is_empty().then_some(()));

@@ -302,7 +302,7 @@ fn by_schedule(major: u32) {
     });
 }
 
-/// Rows that wait for their base were not found to be the same.
+/// Rows that wait for their base were not found to be the same, nor to differ.
 fn what_was_not_compared(major: u32) {
     let cluster = Cluster::start(major);
     cluster.create_protected_db("shop");
@@ -312,24 +312,49 @@ fn what_was_not_compared(major: u32) {
          SELECT * FROM coffer.add_table('a', 'tenant'); INSERT INTO a VALUES (1, 1), (2, 1);",
     );
     let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
-    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-copy@2=sleep(30000)".into())];
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-copy@2=sleep(60000)".into())];
     agent.start();
     restored::wait_windows(&mut agent, &["1", "2"]);
     agent.env.clear();
+    let verify = |tenant: &str| {
+        let n = cluster.psql("shop", &format!("SELECT coffer.verify('{tenant}')"));
+        wait_for("the job to end", 60, || {
+            let row = cluster.psql("shop", &format!("SELECT state, error FROM coffer.jobs WHERE job = {n}"));
+            (row.starts_with("done") || row.starts_with("failed")).then_some(row)
+        })
+    };
+    let known = "SELECT count(*) FROM coffer.tenants";
+    wait_for("the tenants to be known", 60, || (cluster.psql("shop", known) == "2").then_some(()));
+    // Something that differs, and does no more when it is looked at again.
+    unseen(&cluster, "a", "INSERT INTO a VALUES (1, 2)");
+    assert!(verify("1").starts_with("failed|not everything is as it was written"));
+    unseen(&cluster, "a", "DELETE FROM a WHERE tenant = 1 AND id = 2");
     cluster.script(
         "shop",
         "CREATE TABLE b (tenant int NOT NULL, id int NOT NULL, PRIMARY KEY (tenant, id)); INSERT INTO b VALUES (1, 1);
          SELECT * FROM coffer.add_table('b', 'tenant');",
     );
-    let live = |tenant: &str| agent.json(&["verify", "--tenant", tenant, "--against-live"])["live"][0].clone();
-    let said = live("1");
-    assert_eq!(
-        (said["ok"].as_bool(), said["skipped"][0]["relation"].as_str()),
-        (Some(false), Some("public.b")),
-        "{said}"
+    let live = ["verify", "--tenant", "1", "--against-live"];
+    let (exit, said) = agent.json_err(&live);
+    assert_eq!((exit, &said["ok"], &said["failures"]), (9, &false.into(), &serde_json::json!([])), "{said}");
+    let of = &said["live"][0];
+    assert_eq!((&of["ok"], &of["skipped"][0]["relation"]), (&false.into(), &"public.b".into()), "{said}");
+    let row = verify("1");
+    assert!(
+        row.starts_with("failed|nothing is known to be wrong") && row.contains("public.b was not compared"),
+        "{row}"
     );
+    // That was no check: what the last one found stands.
+    assert_eq!(alarm(&agent, "validation_differs").expect("the alarm").0, "1");
+    assert_eq!(agent.metric("coffer_last_validation_timestamp_seconds"), 0.0);
     // Another tenant has no row there.
-    let said = live("2");
-    assert_eq!((said["ok"].as_bool(), said["skipped"].as_array().map(Vec::len)), (Some(true), Some(0)), "{said}");
-    coffer_tests::wait_for("the base of the new table", 120, || (live("1")["ok"] == true).then_some(()));
+    let said = agent.json(&["verify", "--tenant", "2", "--against-live"]);
+    assert_eq!((&said["live"][0]["ok"], &said["live"][0]["skipped"]), (&true.into(), &serde_json::json!([])), "{said}");
+    let noted = "SELECT ok, message FROM coffer.verifications WHERE tenant = '1' AND what = 'live'";
+    wait_for("the check", 60, || {
+        (cluster.psql("shop", noted) == "f|public.a: 1 rows that are not in the repository").then_some(())
+    });
+    wait_for("the base of the new table", 120, || verify("1").starts_with("done").then_some(()));
+    wait_for("the alarm to be gone", 20, || alarm(&agent, "validation_differs").is_none().then_some(()));
+    assert_eq!(agent.json(&live)["ok"], true);
 }

@@ -18,7 +18,7 @@ use crate::verify::drills;
 use crate::verify::listing::{Listed, list, needed};
 use crate::verify::live::{self, Compared};
 use crate::verify::objects::{Failure, is_finding, named_in, one_copy};
-use crate::verify::results;
+use crate::verify::results::{self, Verdict};
 use crate::verify::server::DrillServer;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -48,7 +48,7 @@ pub struct VerifyArgs {
     pub from: Option<String>,
 }
 
-/// Verifies; the exit code: 0, 5 or 7.
+/// Verifies; the exit code: 0, 5, 7 or 9.
 pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &VerifyArgs) -> Result<u8> {
     let opened = match args.drill {
         // What a drill found is noted in the repository.
@@ -119,9 +119,8 @@ async fn against_live(
             let compared = live::compare(&validation, t).await?;
             add_live(&compared, t, uid, document);
             let Some(Ok(o)) = &notes else { continue };
-            // A tenant of which nothing could be compared was not checked.
-            if compared.is_made() {
-                let found = (results::LIVE, compared.is_same(), compared.note());
+            if compared.verdict() != Verdict::Open {
+                let found = (results::LIVE, compared.verdict() == Verdict::Good, compared.note());
                 if let Err(e) = results::record((&o.repo, &o.keyring), (uid, t.uid), found).await {
                     notes = Some(Err(e));
                 }
@@ -153,10 +152,15 @@ async fn drills(
             let by = (opened, (name.as_str(), uid));
             let memory = merge_memory(config.limits.memory);
             let tried = drills::try_one(by, (config, memory), &server, t, Watch::default()).await?;
-            let found = (results::DRILL, tried.is_good(), tried.note());
-            results::record((&opened.repo, &opened.keyring), (uid, t.uid), found).await?;
-            if let Some(message) = tried.note().filter(|_| !tried.is_good()) {
+            let verdict = tried.verdict();
+            if verdict != Verdict::Open {
+                let found = (results::DRILL, verdict == Verdict::Good, tried.note());
+                results::record((&opened.repo, &opened.keyring), (uid, t.uid), found).await?;
+            }
+            if verdict != Verdict::Good {
                 document["ok"] = false.into();
+            }
+            if let Some(message) = tried.note().filter(|_| verdict == Verdict::Bad) {
                 let failure = json!({"object": format!("tenant {}", t.tenant), "tenant_uid": t.uid, "kind": "drill",
                     "message": message});
                 push(document, "failures", failure);
@@ -193,7 +197,7 @@ pub(crate) fn add_live(compared: &Compared, tenant: &TenantEntry, source: Uuid, 
                 "tables": [], "skipped": [], "warnings": [e.to_string()]})
         }
     };
-    if !failures.is_empty() {
+    if compared.verdict() != Verdict::Good {
         document["ok"] = false.into();
     }
     failures.into_iter().for_each(|f| push(document, "failures", f));
@@ -210,10 +214,11 @@ pub(crate) struct Tally {
     pub cancelled: AtomicBool,
 }
 
-/// 0, or what the failures of a document make.
+/// 0, or what the failures of a document make, or that not everything was looked at.
 fn exit_code(document: &Value) -> u8 {
     match document["failures"].as_array().map_or(&[][..], Vec::as_slice) {
-        [] => 0,
+        [] if document["ok"] == true => 0,
+        [] => Kind::Partial.exit_code(),
         all if all.iter().all(|f| f["kind"] == "wrong_key") => Kind::Key.exit_code(),
         _ => Kind::Verification.exit_code(),
     }
@@ -315,6 +320,13 @@ async fn one_store(
     Ok(lost)
 }
 
+/// What a comparison or a drill left out.
+fn left_out(of: &Value) -> String {
+    let s = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+    let line = |t: &Value| format!("not compared: {}: {}\n", s(&t["relation"]), s(&t["reason"]));
+    of["skipped"].as_array().into_iter().flatten().map(line).collect()
+}
+
 fn text(d: &Value) -> String {
     let s = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     let mut out = String::new();
@@ -327,16 +339,21 @@ fn text(d: &Value) -> String {
     for l in d["live"].as_array().into_iter().flatten() {
         let same: u64 = l["tables"].as_array().into_iter().flatten().filter_map(|t| t["same"].as_u64()).sum();
         out.push_str(&format!("tenant {}: {same} live rows are as archived, at {}\n", s(&l["tenant"]), s(&l["lsn"])));
-        for t in l["skipped"].as_array().into_iter().flatten() {
-            out.push_str(&format!("not compared: {}: {}\n", s(&t["relation"]), s(&t["reason"])));
-        }
+        out.push_str(&left_out(l));
     }
     for l in d["drills"].as_array().into_iter().flatten() {
         let rows: u64 = l["tables"].as_array().into_iter().flatten().filter_map(|t| t["restored"].as_u64()).sum();
-        let verdict = if l["ok"] == true { "as the repository has them" } else { "NOT as the repository has them" };
+        let tables = l["tables"].as_array().map_or(&[][..], Vec::as_slice);
+        let same = !l["lsn"].is_null() && tables.iter().all(|t| t["ok"] == true);
+        let verdict = if same { "as the repository has them" } else { "NOT as the repository has them" };
         out.push_str(&format!("tenant {}: {rows} rows restored as of {}, {verdict}\n", s(&l["tenant"]), s(&l["lsn"])));
+        out.push_str(&left_out(l));
     }
-    let verdict = if d["ok"] == true { "all good" } else { "NOT GOOD" };
+    let verdict = match exit_code(d) {
+        0 => "all good",
+        code if code == Kind::Partial.exit_code() => "good, but not everything was compared",
+        _ => "NOT GOOD",
+    };
     out.push_str(&format!("{} objects read back and authenticated: {verdict}\n", d["objects"]));
     out
 }

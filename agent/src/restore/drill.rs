@@ -49,6 +49,7 @@ pub struct Drilled {
 }
 
 impl Drilled {
+    /// Nothing differs of what was compared.
     pub fn is_same(&self) -> bool {
         self.tables.iter().all(|t| t.same)
     }

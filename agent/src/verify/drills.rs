@@ -1,6 +1,6 @@
 //! Restore drills: a tenant restored into a scratch database, compared with the repository's own merge, dropped.
 
-use super::results::Results;
+use super::results::{Results, Verdict};
 use super::server::DrillServer;
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -22,11 +22,15 @@ pub enum Tried {
 }
 
 impl Tried {
-    pub fn is_good(&self) -> bool {
-        matches!(self, Self::Done(d) if d.is_same())
+    pub fn verdict(&self) -> Verdict {
+        match self {
+            Self::Done(d) if d.is_same() && d.skipped.is_empty() => Verdict::Good,
+            Self::Done(d) if d.is_same() => Verdict::Open,
+            _ => Verdict::Bad,
+        }
     }
 
-    /// What is wrong, without any tenant's data.
+    /// What is wrong, or was left out, without any tenant's data.
     pub fn note(&self) -> Option<String> {
         match self {
             Self::Failed(e) => Some(format!("it could not be restored: {e}")),
@@ -40,7 +44,7 @@ impl Tried {
 
     /// For the document of `coffer verify`.
     pub fn document(&self, tenant: &TenantEntry) -> Value {
-        let who = json!({"tenant": tenant.tenant.key, "kind": tenant.tenant.kind.name(), "ok": self.is_good()});
+        let who = json!({"tenant": tenant.tenant.key, "kind": tenant.tenant.kind.name(), "ok": self.verdict() == Verdict::Good});
         let rest = match self {
             Self::Failed(e) => json!({"lsn": null, "tables": [], "skipped": [], "seconds": null,
                 "warnings": [e.to_string()]}),
@@ -96,4 +100,31 @@ pub async fn check(ctx: &AgentContext, mirror: &Mirror, tenant: &TenantEntry, wa
     let tried = try_one((&opened, source), (config, ctx.memory.check), &server, tenant, watch).await?;
     Results { ctx, mirror }.drill(tenant, &tried).await?;
     Ok(tried)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::history::Target;
+    use crate::restore::drill::DrilledTable;
+
+    #[test]
+    fn what_was_left_out_was_not_found_to_be_good() {
+        let tried = |same: &[bool], skipped: usize| {
+            let table = |same: &bool| DrilledTable { relation: "s.t".into(), rows: 1, restored: 1, same: *same };
+            Tried::Done(Drilled {
+                target: Target { asked: "latest".into(), lsn: coffer_wire::Lsn(1), time_us: 0 },
+                tables: same.iter().map(table).collect(),
+                skipped: vec![("s.u".to_owned(), "why".to_owned()); skipped],
+                warnings: vec![],
+                seconds: 0.0,
+            })
+        };
+        assert_eq!(tried(&[true], 0).verdict(), Verdict::Good);
+        assert_eq!(tried(&[], 0).verdict(), Verdict::Good, "a tenant without rows");
+        assert_eq!(tried(&[], 1).verdict(), Verdict::Open);
+        assert_eq!(tried(&[true], 1).verdict(), Verdict::Open);
+        assert_eq!(tried(&[true, false], 1).verdict(), Verdict::Bad);
+        assert_eq!(Tried::Failed(Error::other("no")).verdict(), Verdict::Bad);
+    }
 }

@@ -1,7 +1,7 @@
 //! The rows of a tenant in the repository against its live ones, and what such a comparison comes to for whoever asked.
 
-use super::results::Results;
-use crate::error::{Error, Kind, Result};
+use super::results::{Results, Verdict};
+use crate::error::{Error, Result};
 use crate::jobs::Mirror;
 use crate::keyring::TenantEntry;
 use crate::opened::{Opened, scratch};
@@ -24,16 +24,15 @@ pub enum Compared {
 }
 
 impl Compared {
-    pub fn is_same(&self) -> bool {
-        matches!(self, Self::Done(v) if v.is_same())
+    pub fn verdict(&self) -> Verdict {
+        match self {
+            Self::Done(v) if v.is_same() && v.skipped.is_empty() => Verdict::Good,
+            Self::Done(v) if v.is_same() => Verdict::Open,
+            _ => Verdict::Bad,
+        }
     }
 
-    /// Whether anything was looked at: without a base of any of its tables, nothing is.
-    pub fn is_made(&self) -> bool {
-        !matches!(self, Self::Done(v) if v.tables.is_empty() && !v.skipped.is_empty())
-    }
-
-    /// What is wrong, for the catalog: no key of a row stands there.
+    /// What is wrong, or was left out, for the catalog: no key of a row stands there.
     pub fn note(&self) -> Option<String> {
         match self {
             Self::Damaged(e) => Some(e.to_string()),
@@ -67,7 +66,7 @@ pub fn is_comparable(tenant: &Tenant) -> bool {
 /// As [`Validation::run`], but for what is found to be damaged.
 pub async fn compare(validation: &Validation<'_>, tenant: &TenantEntry) -> Result<Compared> {
     let first = once(validation, tenant).await?;
-    if first.is_same() { Ok(first) } else { once(validation, tenant).await }
+    if first.verdict() == Verdict::Bad { once(validation, tenant).await } else { Ok(first) }
 }
 
 async fn once(validation: &Validation<'_>, tenant: &TenantEntry) -> Result<Compared> {
@@ -92,11 +91,6 @@ pub async fn check(ctx: &AgentContext, mirror: &Mirror, tenant: &TenantEntry, wa
         patience: PATIENCE,
     };
     let compared = compare(&validation, tenant).await?;
-    if !compared.is_made() {
-        return Err(
-            Error::new(Kind::OutsideWindow, "none of its tables has a base yet: nothing was compared").code("no_base")
-        );
-    }
     Results { ctx, mirror }.live(tenant, &compared).await?;
     Ok(compared)
 }

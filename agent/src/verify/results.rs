@@ -30,6 +30,16 @@ pub const LIVE: &str = "live";
 /// For a restore into a scratch database.
 pub const DRILL: &str = "drill";
 
+/// What a check says of a tenant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Good,
+    /// Something is wrong.
+    Bad,
+    /// Of what was looked at nothing is wrong, and something was left out: that says neither.
+    Open,
+}
+
 /// See the module.
 pub struct Results<'a> {
     pub ctx: &'a AgentContext,
@@ -39,23 +49,35 @@ pub struct Results<'a> {
 impl Results<'_> {
     /// A tenant was compared with its live rows.
     pub async fn live(&self, tenant: &TenantEntry, compared: &Compared) -> Result<()> {
-        let wrong = (!compared.is_same()).then(|| compared.words());
-        self.tell(Look::Live, tenant, wrong).await;
-        self.record(tenant.uid, LIVE, compared.is_same(), compared.note()).await
+        self.checked(Look::Live, tenant, compared.verdict(), (compared.words(), compared.note())).await
     }
 
     /// A tenant was restored into a scratch database.
     pub async fn drill(&self, tenant: &TenantEntry, tried: &Tried) -> Result<()> {
-        let wrong = (!tried.is_good()).then(|| tried.note().unwrap_or_default());
-        self.tell(Look::Drill, tenant, wrong.map(|w| format!("the restore drill failed: {w}"))).await;
-        self.record(tenant.uid, DRILL, tried.is_good(), tried.note()).await
+        let words = format!("the restore drill failed: {}", tried.note().unwrap_or_default());
+        self.checked(Look::Drill, tenant, tried.verdict(), (words, tried.note())).await
+    }
+
+    /// `words`: for the alarm. What says neither leaves what was noted before, and the alarm about it, as they are.
+    async fn checked(
+        &self,
+        look: Look,
+        tenant: &TenantEntry,
+        verdict: Verdict,
+        (words, note): (String, Option<String>),
+    ) -> Result<()> {
+        if verdict == Verdict::Open {
+            count(look, &self.ctx.source, "incomplete");
+            return Ok(());
+        }
+        self.tell(look, tenant, (verdict == Verdict::Bad).then_some(words)).await;
+        self.record(tenant.uid, look.what(), verdict == Verdict::Good, note).await
     }
 
     /// The alarm and the figures; before the record: a repository that cannot be written to must not keep them back.
     async fn tell(&self, look: Look, tenant: &TenantEntry, wrong: Option<String>) {
         let (ctx, who) = (self.ctx, tenant.tenant.to_string());
-        let result = if wrong.is_none() { "same" } else { "differs" };
-        metrics::counter!(look.counter(), "source" => ctx.source.clone(), "result" => result).increment(1);
+        count(look, &ctx.source, if wrong.is_none() { "same" } else { "differs" });
         ctx.status.checks.note(look, tenant.uid, ctx.clock.now_us(), wrong.is_none());
         match wrong {
             None => ctx.alarms.clear_for(look.found(), &ctx.source, &who),
@@ -136,6 +158,11 @@ impl Results<'_> {
             Err(_) => tracing::debug!("an alarm was not told to the source in time"),
         }
     }
+}
+
+/// Counts what a look came to.
+pub fn count(look: Look, source: &str, result: &'static str) {
+    metrics::counter!(look.counter(), "source" => source.to_owned(), "result" => result).increment(1);
 }
 
 /// The newest check of a kind that a tenant's catalog has.

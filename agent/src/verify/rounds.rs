@@ -1,7 +1,7 @@
 //! Tenants in their turns: compared with their live rows, restored into a scratch database; by schedule, one after the
 //! other, for as long as the agent runs.
 
-use super::results::{DRILL, LIVE, newest_check};
+use super::results::{DRILL, LIVE, Verdict, count, newest_check};
 use super::turns::Turns;
 use super::{drills, live};
 use crate::alarms;
@@ -183,24 +183,28 @@ impl Watcher {
         let ends = Ends(Watch::default());
         let (ctx, mirror, watch) = (&*self.ctx, &*self.mirror, ends.0.clone());
         let checked = match self.look {
-            Look::Live => live::check(ctx, mirror, tenant, watch).await.map(|c| c.is_same()),
-            Look::Drill => drills::check(ctx, mirror, tenant, watch).await.map(|t| t.is_good()),
+            Look::Live => live::check(ctx, mirror, tenant, watch).await.map(|c| (c.verdict(), c.note())),
+            Look::Drill => drills::check(ctx, mirror, tenant, watch).await.map(|t| (t.verdict(), t.note())),
         };
+        let now_us = self.ctx.clock.now_us();
+        let soon_us = now_us.saturating_add(self.turns.again(now_us));
         match checked {
-            Ok(ok) => {
-                tracing::info!(tenant_uid = %tenant.uid, ok, "checked: {}", self.look.what());
+            Ok((verdict, note)) => {
+                let note = note.as_deref();
+                tracing::info!(tenant_uid = %tenant.uid, ?verdict, note, "checked: {}", self.look.what());
                 self.failures = 0;
-                self.waits.insert(tenant.uid, i64::MIN);
+                let wait_us = match (verdict, self.look) {
+                    // A base comes soon; for what a drill leaves out it takes a change of the table.
+                    (Verdict::Open, Look::Live) => soon_us,
+                    (Verdict::Open, Look::Drill) => self.turns.due(tenant.uid, now_us).unwrap_or(i64::MAX),
+                    _ => i64::MIN,
+                };
+                self.waits.insert(tenant.uid, wait_us);
                 self.ctx.alarms.clear(self.look.failed(), &self.ctx.source);
             }
             Err(e) => {
-                let now_us = self.ctx.clock.now_us();
-                self.waits.insert(tenant.uid, now_us.saturating_add(self.turns.again(now_us)));
-                if e.is_code("no_base") {
-                    return;
-                }
-                metrics::counter!(self.look.counter(), "source" => self.ctx.source.clone(), "result" => "not_made")
-                    .increment(1);
+                self.waits.insert(tenant.uid, soon_us);
+                count(self.look, &self.ctx.source, "not_made");
                 tracing::warn!(tenant_uid = %tenant.uid, "not checked ({}), and tried again: {e}", self.look.what());
                 self.failures += 1;
                 if self.failures >= FAILURES {
