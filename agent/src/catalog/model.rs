@@ -56,6 +56,9 @@ pub enum Entry {
         from_us: Option<i64>,
         to_us: Option<i64>,
         by: String,
+        /// When it is over by itself; `None`: when somebody releases it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until_us: Option<i64>,
     },
     Release {
         id: Uuid,
@@ -188,6 +191,16 @@ pub struct Hold {
     /// Number of its record; 0 where a state is from before it was kept.
     #[serde(default)]
     pub n: u64,
+    /// As in its record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_us: Option<i64>,
+}
+
+impl Hold {
+    /// Whether it is over by itself.
+    pub fn is_over(&self, now_us: i64) -> bool {
+        self.until_us.is_some_and(|until| until <= now_us)
+    }
 }
 
 /// The newest of each kind of check of a backup.
@@ -243,9 +256,9 @@ impl State {
         match r.body.clone() {
             Entry::Full(f) => self.fulls.push(f),
             Entry::Incremental(i) => self.incrementals.push(i),
-            Entry::Hold { id, number, reason, from_us, to_us, by } => {
+            Entry::Hold { id, number, reason, from_us, to_us, by, until_us } => {
                 self.holds.retain(|h| h.id != id);
-                self.holds.push(Hold { id, number, reason, from_us, to_us, by, at_us: r.at_us, n: r.n });
+                self.holds.push(Hold { id, number, reason, from_us, to_us, by, at_us: r.at_us, n: r.n, until_us });
             }
             Entry::Release { id, .. } => self.release(id),
             Entry::Verified { backup, ok, what, message } => {
@@ -273,9 +286,11 @@ impl State {
         }
     }
 
-    /// Ends a hold; with one of a bounded span, what incidents documented in it. The id may be an incident's full itself.
+    /// Ends a hold; with one of a bounded span, what incidents documented in it, unless it was to end by itself. The id may
+    /// be an incident's full itself.
     fn release(&mut self, id: Uuid) {
-        let span = self.holds.iter().find(|h| h.id == id).and_then(|h| Some(h.from_us?..=h.to_us?));
+        let hold = self.holds.iter().find(|h| h.id == id && h.until_us.is_none());
+        let span = hold.and_then(|h| Some(h.from_us?..=h.to_us?));
         self.holds.retain(|h| h.id != id);
         let inside = |f: &&FullEntry| f.id == id || span.as_ref().is_some_and(|s| s.contains(&f.point_time_us));
         let incidents = self.fulls.iter().filter(|f| f.trigger == "incident").filter(inside).map(|f| f.id);

@@ -102,7 +102,8 @@ async fn removals_and_holds_come_and_go() {
         c.append(full(n, vec![])).await.unwrap();
     }
     let id = Uuid::from_u128(50);
-    let hold = Entry::Hold { id, number: 4, reason: "lawsuit".into(), from_us: None, to_us: Some(9), by: "ann".into() };
+    let (reason, by) = ("lawsuit".to_owned(), "ann".to_owned());
+    let hold = Entry::Hold { id, number: 4, reason, from_us: None, to_us: Some(9), by, until_us: None };
     c.append(hold).await.unwrap();
     let r = c.append(Entry::Removal {
         backups: vec![Uuid::from_u128(1)],

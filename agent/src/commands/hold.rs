@@ -66,6 +66,7 @@ pub async fn hold(config: &Config, source: Option<&str>, json: bool, args: &Hold
         by: actor(),
         at_us: opened.repo.clock().now_us(),
         n: 0,
+        until_us: None,
     };
     place(&opened, uid, tenant.uid, &hold).await?;
     let mut document = to_json(&hold);
@@ -79,8 +80,8 @@ pub async fn hold(config: &Config, source: Option<&str>, json: bool, args: &Hold
 /// Records a hold in the tenant's catalog.
 pub async fn place(opened: &Opened, source: Uuid, tenant: Uuid, hold: &Hold) -> Result<()> {
     let mut catalog = Catalog::open(&opened.repo, source, tenant, None).await?;
-    let Hold { id, number, reason, from_us, to_us, by, .. } = hold.clone();
-    catalog.append(Entry::Hold { id, number, reason, from_us, to_us, by }).await.map(drop)
+    let Hold { id, number, reason, from_us, to_us, by, until_us, .. } = hold.clone();
+    catalog.append(Entry::Hold { id, number, reason, from_us, to_us, by, until_us }).await.map(drop)
 }
 
 /// Ends a hold.
@@ -168,7 +169,7 @@ async fn time_of(opened: &Opened, source: Uuid, when: Option<&When>) -> Result<O
 /// A hold as documents have it.
 pub fn to_json(h: &Hold) -> Value {
     json!({"hold": h.id, "number": (h.number > 0).then_some(h.number), "reason": h.reason, "from": h.from_us.map(rfc3339),
-        "to": h.to_us.map(rfc3339), "by": h.by, "at": rfc3339(h.at_us)})
+        "to": h.to_us.map(rfc3339), "by": h.by, "at": rfc3339(h.at_us), "until": h.until_us.map(rfc3339)})
 }
 
 /// The same in words.

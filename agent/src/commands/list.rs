@@ -119,7 +119,8 @@ fn text(d: &Value) -> String {
         for h in t["holds"].as_array().into_iter().flatten() {
             let end = |k: &str, none: &str| h[k].as_str().unwrap_or(none).to_owned();
             let (from, to) = (end("from", "the beginning"), end("to", "whatever comes"));
-            out.push_str(&format!("  hold    {} from {from} to {to}: {}\n", s(&h["hold"]), s(&h["reason"])));
+            let until = h["until"].as_str().map(|u| format!(", until {u}")).unwrap_or_default();
+            out.push_str(&format!("  hold    {} from {from} to {to}{until}: {}\n", s(&h["hold"]), s(&h["reason"])));
         }
         for b in t["backups"].as_array().into_iter().flatten() {
             out.push_str(&format!(

@@ -126,10 +126,15 @@ pub async fn run(config: &Config, source: Option<&str>, json: bool, args: &Resto
         watch: Watch::counting(progress.count.clone()),
     };
     let mut report = restore::run(&means, &request).await?;
-    if let Some(id) = report.undo.clone()
-        && let Err(e) = hold(config, &opened, uid, &request.written_tenant(), &id).await
-    {
-        report.warnings.push(format!("what an undo needs is not held, and goes when its retention says so: {e}"));
+    if let Some(id) = report.undo.clone() {
+        match hold(config, &opened, uid, &request.written_tenant(), &id).await {
+            Ok(until_us) => report.undo_until_us = until_us,
+            Err(e) => {
+                report
+                    .warnings
+                    .push(format!("what an undo needs is not held, and goes when its retention says so: {e}"));
+            }
+        }
     }
     drop(progress);
     print(&report.document(), json, args)?;
@@ -205,8 +210,8 @@ async fn undone(opened: &Opened, source: Uuid, id: Uuid, args: &RestoreArgs) -> 
     Ok((found.tenant, if args.tables.is_empty() { found.tables } else { args.tables.clone() }))
 }
 
-/// Holds what an undo needs, through a repository that is open for writing.
-async fn hold(config: &Config, opened: &Opened, source: Uuid, tenant: &Tenant, id: &str) -> Result<()> {
+/// Holds what an undo needs, through a repository that is open for writing; until when.
+async fn hold(config: &Config, opened: &Opened, source: Uuid, tenant: &Tenant, id: &str) -> Result<Option<i64>> {
     let uid = opened.keyring.tenant_uid(source, tenant);
     let opened = Opened::for_writing(config).await?;
     undo::hold(&opened.repo, source, uid, id, &actor()).await
@@ -298,7 +303,8 @@ fn text(d: &Value, args: &RestoreArgs) -> String {
         out.push_str(&format!("schema: {name}\n"));
     }
     if let Some(u) = d["undo"].as_str() {
-        out.push_str(&format!("to take it back: coffer restore --undo {u}\n"));
+        let until = d["undo_until"].as_str().map(|t| format!(" (what that needs is held until {t})"));
+        out.push_str(&format!("to take it back: coffer restore --undo {u}{}\n", until.unwrap_or_default()));
     }
     if d["dry_run"] == true && !args.dry_run {
         out.push_str("nothing was changed; add --confirm to do it\n");

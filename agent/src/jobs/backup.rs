@@ -124,6 +124,7 @@ impl Work<'_> {
             from_us: at,
             to_us: at,
             by: format!("{HOLDER} by {}", self.job.requested_by),
+            until_us: None,
         };
         let mut catalog = self.catalog(tenant.uid).await?;
         catalog.append_if(entry, |s| s.holds.iter().all(|h| h.id != id)).await?;

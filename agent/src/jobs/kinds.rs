@@ -4,6 +4,7 @@ use super::claim::{Claimed, error_text};
 use super::mirror::Mirror;
 use super::step::Step;
 use crate::catalog::{Catalog, Entry};
+use crate::clock::rfc3339;
 use crate::commands::verify::{self, VerifyArgs};
 use crate::demux::Flow;
 use crate::dsn::Dsn;
@@ -124,11 +125,11 @@ impl Work<'_> {
             Err(e) if !dry_run => return self.restored().await.ok().flatten().ok_or(e),
             Err(e) => return Err(e),
         };
-        if let Some(id) = report.undo.clone()
-            && let Err(e) =
-                undo::hold(&self.ctx.repo, self.ctx.source_uid, tenant.uid, &id, &self.job.requested_by).await
-        {
-            report.warnings.push(format!("what an undo needs is not held: {e}"));
+        if let Some(id) = report.undo.clone() {
+            match undo::hold(&self.ctx.repo, self.ctx.source_uid, tenant.uid, &id, &self.job.requested_by).await {
+                Ok(until_us) => report.undo_until_us = until_us,
+                Err(e) => report.warnings.push(format!("what an undo needs is not held: {e}")),
+            }
         }
         Ok(report.document())
     }
@@ -141,8 +142,13 @@ impl Work<'_> {
         if let Some(undo) = done.result["undo"].as_str() {
             let (repo, source, tenant) = (&self.ctx.repo, self.ctx.source_uid, self.tenant().await?.uid);
             let held = undo::hold_since(repo, source, tenant, undo, &self.job.requested_by, done.at_us).await;
-            if let (Err(e), Some(warnings)) = (held, done.result["warnings"].as_array_mut()) {
-                warnings.push(json!(format!("what an undo needs is not held: {e}")));
+            match held {
+                Ok(until_us) => done.result["undo_until"] = json!(until_us.map(rfc3339)),
+                Err(e) => {
+                    if let Some(warnings) = done.result["warnings"].as_array_mut() {
+                        warnings.push(json!(format!("what an undo needs is not held: {e}")));
+                    }
+                }
             }
             self.mirror.tenant_changed(tenant);
         }
@@ -196,6 +202,7 @@ impl Work<'_> {
             from_us: self.job.args["from_us"].as_i64(),
             to_us: self.job.args["to_us"].as_i64(),
             by: self.job.requested_by.clone(),
+            until_us: None,
         };
         let mut catalog = self.catalog(tenant.uid).await?;
         catalog.append_if(entry, |s| s.holds.iter().all(|h| h.id != id)).await?;

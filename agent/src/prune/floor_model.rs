@@ -227,7 +227,7 @@ impl World {
         let to_us =
             (!self.dice.one_in(4)).then(|| from_us.unwrap_or(self.life.now()) + self.dice.below(20) as i64 * DAY_US);
         let (id, by) = (random::uuid(), String::new());
-        let entry = Entry::Hold { id, number: 0, reason: "case".into(), from_us, to_us, by };
+        let entry = Entry::Hold { id, number: 0, reason: "case".into(), from_us, to_us, by, until_us: None };
         self.catalog(tenant).await.append(entry).await.unwrap();
         self.holds.push((tenant, id));
     }

@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::history::When;
 use crate::repository::model::{Base, BaseTable, Ship, TxnEntry, TxnIndex};
 use crate::repository::{Body, Draft, Log, ObjectRef, paths};
+use crate::restore::undo;
 use coffer_wire::Lsn;
 use std::io::Write;
 use tokio::runtime::Handle;
@@ -335,6 +336,32 @@ async fn a_floor_on_a_timeline_that_was_left_stands_for_nothing_and_takes_nothin
     d.life.act(d.life.pruner()).await;
     assert!(d.life.is_there("a", &change) && d.life.is_there("a", &base));
     d.restore(When::Lsn(Lsn(at.0 + 10))).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_floor_rises_again_when_what_an_undo_needs_was_held_for_a_month() {
+    let mut d = Days::new(&[("a", true)]).await;
+    let (tenant, id) = (d.life.tenant.uid, random::uuid());
+    for _ in 0..5 {
+        d.day().await;
+        d.fulls.push(d.full(tenant, 1).await);
+    }
+    d.life.pass_us(3_600_000_000);
+    let incident = d.full_at(tenant, 1, d.log.upto_lsn().unwrap(), "incident").await;
+    let held = undo::hold(&d.life.repo, d.life.source, tenant, &id.to_string(), "ann").await.unwrap();
+    assert_eq!(held, Some(d.life.now() + 30 * 86_400_000_000));
+    d.live(1).await;
+    d.life.pass(18);
+    let t = d.life.act(d.life.pruner()).await;
+    assert!(t.over.is_empty() && d.floor().await == Some(d.fulls[4].point_lsn), "{t:?}");
+    d.life.pass(2);
+    let t = d.life.pruner().run_unchecked().await.unwrap().tenants.into_iter().find(|t| t.uid == tenant).unwrap();
+    assert!(t.over.len() == 1 && t.log_remove.objects > 0 && !d.life.catalog().await.state().holds.is_empty(), "{t:?}");
+    let t = d.life.act(d.life.pruner()).await;
+    assert_eq!((t.over[0].id, d.floor().await), (id, d.fulls.last().map(|f| f.point_lsn)));
+    // It was nobody who released anything: an incident that it happened to cover stays.
+    let state = d.life.catalog().await.state().clone();
+    assert!(state.holds.is_empty() && state.released.is_empty() && state.full(incident.id).is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]

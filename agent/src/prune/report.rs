@@ -1,6 +1,6 @@
 //! What a run of pruning found, decided and did.
 
-use crate::catalog::Floor;
+use crate::catalog::{Floor, Hold};
 use crate::clock::rfc3339;
 use crate::error::Error;
 use crate::retention::{Policy, Reason};
@@ -39,6 +39,8 @@ pub struct TenantReport {
     pub uid: Uuid,
     pub tenant: Option<Tenant>,
     pub policy: Option<Policy>,
+    /// Holds that were to end by now; they are released when it is confirmed.
+    pub over: Vec<Hold>,
     /// In the order of their points.
     pub backups: Vec<Backup>,
     /// What the log names of the tenant's changes and bases: what stays of it, and what is below the floor and goes.
@@ -176,6 +178,7 @@ impl TenantReport {
             uid,
             tenant,
             policy: None,
+            over: Vec::new(),
             backups: Vec::new(),
             log_keep: Removed::default(),
             log_remove: Removed::default(),
@@ -226,9 +229,14 @@ impl TenantReport {
                     "not_before": rfc3339(p.not_before_us), "due": p.due, "waits_for": p.waits_for})
             })
             .collect();
+        let over: Vec<Value> = self
+            .over
+            .iter()
+            .map(|h| json!({"hold": h.id, "reason": h.reason, "until": h.until_us.map(rfc3339)}))
+            .collect();
         let removed = |r: Removed| json!({"backups": r.backups, "objects": r.objects, "bytes": r.bytes});
         json!({"tenant": self.tenant.as_ref().map(|t| t.key.clone()), "kind": self.tenant.as_ref().map(|t| t.kind.name()),
-            "uid": self.uid, "policy": self.policy.as_ref().map(Policy::to_json), "backups": backups,
+            "uid": self.uid, "policy": self.policy.as_ref().map(Policy::to_json), "holds_over": over, "backups": backups,
             "log": {"objects": self.log_keep.objects, "bytes": self.log_keep.bytes, "keep": true,
                 "reasons": [{"code": Reason::Log.code(), "text": Reason::Log.to_string()}],
                 "remove": {"objects": self.log_remove.objects, "bytes": self.log_remove.bytes,
@@ -242,6 +250,10 @@ impl TenantReport {
         let _ = writeln!(out, "{source} {}", self.name());
         if let Some(e) = &self.error {
             let _ = writeln!(out, "  failed  {e}");
+        }
+        for h in &self.over {
+            let until = h.until_us.map(rfc3339).unwrap_or_default();
+            let _ = writeln!(out, "  over    hold {} was until {until}: {}", h.id, h.reason);
         }
         for b in &self.backups {
             let reasons: Vec<String> = b.reasons.iter().map(ToString::to_string).collect();

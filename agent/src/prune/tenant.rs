@@ -3,7 +3,7 @@
 use super::orphans::needed;
 use super::report::{Backup, Pending, Removed, TenantReport};
 use super::{Orphan, Pruner, Survey};
-use crate::catalog::{Catalog, Entry, Floor, Floors, FullEntry, State, model::Removal};
+use crate::catalog::{self, Catalog, Entry, Floor, Floors, FullEntry, State, model::Removal};
 use crate::error::{Error, Kind, Result};
 use crate::failpoints;
 use crate::lease::Purpose;
@@ -20,6 +20,9 @@ use uuid::Uuid;
 const PARALLEL: usize = 8;
 /// How often a plan is made anew because somebody wrote to the catalog meanwhile.
 const ATTEMPTS: usize = 5;
+
+/// Who released a hold that nobody released.
+const OVER: &str = "prune: its time is over";
 
 /// What goes besides what the plan says.
 struct More<'a> {
@@ -45,8 +48,15 @@ impl Pruner {
         report: &mut TenantReport,
     ) -> Result<()> {
         let mut catalog = Catalog::open(&self.repo, self.source.1, report.uid, None).await?;
+        let is_over = |h: &catalog::Hold| h.is_over(survey.now_us);
+        report.over = catalog.state().holds.iter().filter(|h| is_over(h)).cloned().collect();
+        for h in report.over.iter().filter(|_| self.confirm) {
+            let (id, by) = (h.id, OVER.to_owned());
+            catalog.append_if(Entry::Release { id, by }, |s| s.holds.iter().any(|h| h.id == id)).await?;
+        }
         for _ in 0..ATTEMPTS {
-            let state = catalog.state().clone();
+            let mut state = catalog.state().clone();
+            state.holds.retain(|h| !is_over(h));
             if state.floor.is_some_and(|f| f.log_n > survey.log.newest()) {
                 return Err(Error::new(
                     Kind::Refused,

@@ -253,6 +253,7 @@ async fn restores_and_holds_keep_what_they_need() {
         from_us: Some(fulls[2].point_time_us + DAY_US / 2),
         to_us: Some(fulls[3].point_time_us),
         by: "ann".into(),
+        until_us: None,
     };
     life.catalog().await.append(hold).await.unwrap();
     let t = life.act(life.pruner()).await;
@@ -277,7 +278,8 @@ async fn a_hold_or_a_restore_that_comes_within_the_grace_stops_the_deletion() {
     assert!(t.locked && t.deleted.objects == 0, "{t:?}");
     lease.release().await;
     let id = Uuid::from_u128(1);
-    let hold = Entry::Hold { id, number: 0, reason: "case 7".into(), from_us: None, to_us: None, by: "ann".into() };
+    let (reason, by) = ("case 7".to_owned(), "ann".to_owned());
+    let hold = Entry::Hold { id, number: 0, reason, from_us: None, to_us: None, by, until_us: None };
     // The clock of who places it is behind: the number of its record says that it came later.
     life.pass(-30);
     life.catalog().await.append(hold).await.unwrap();
@@ -296,8 +298,8 @@ async fn incidents_go_some_time_after_their_hold_was_released() {
     assert_eq!(Trigger::parse(&incident.trigger), Trigger::Incident);
     let at = incident.point_time_us;
     let id = Uuid::from_u128(1);
-    let hold =
-        Entry::Hold { id, number: 3, reason: "leak".into(), from_us: Some(at), to_us: Some(at), by: "ann".into() };
+    let (reason, by) = ("leak".to_owned(), "ann".to_owned());
+    let hold = Entry::Hold { id, number: 3, reason, from_us: Some(at), to_us: Some(at), by, until_us: None };
     life.catalog().await.append(hold).await.unwrap();
     life.pass(400);
     life.ten_days().await;

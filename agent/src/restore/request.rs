@@ -198,6 +198,8 @@ pub struct Report {
     pub bytes: u64,
     pub seconds: f64,
     pub undo: Option<String>,
+    /// What the undo needs is held until then.
+    pub undo_until_us: Option<i64>,
     pub warnings: Vec<String>,
     /// Rows with a value that is not in the backup.
     pub incomplete: u64,
@@ -218,7 +220,7 @@ impl Report {
             "target": {"asked": self.target.asked, "lsn": self.target.lsn.to_string(),
                 "time": rfc3339(self.target.time_us)},
             "tables": self.tables.iter().map(row).collect::<Vec<_>>(), "bytes": self.bytes, "seconds": self.seconds,
-            "undo": self.undo, "warnings": self.warnings,
+            "undo": self.undo, "undo_until": self.undo_until_us.map(rfc3339), "warnings": self.warnings,
         });
         if let Some(found) = &self.large_objects {
             document["large_objects"] = found.document();

@@ -1,7 +1,8 @@
 //! Taking a restore in place back: a restore of the same tables to just before its commit.
 //!
 //! A restore in place leaves a marker in its own transaction, so the log says where it is, whose it was and what it
-//! changed. What the undo needs is held from then on: a restore that went wrong may be noticed late.
+//! changed. What the undo needs is held from then on, for a month: a restore that went wrong may be noticed late, and what is
+//! held for ever keeps the tenant's log for ever.
 
 use super::moment::POLL;
 use crate::catalog::{Catalog, Entry};
@@ -16,6 +17,9 @@ use uuid::Uuid;
 
 /// The hold begins this long before the restore was recorded, so that its commit is inside, in microseconds.
 const HOLD_BEFORE_US: i64 = 10 * 60 * 1_000_000;
+
+/// How long it holds, in microseconds.
+const HOLD_FOR_US: i64 = 30 * 86_400 * 1_000_000;
 
 /// What an undo is of.
 #[derive(Clone, Debug)]
@@ -73,8 +77,8 @@ pub async fn find(opened: &Opened, source: Uuid, id: Uuid, chosen: &[String], wa
     }
 }
 
-/// Holds what the undo of a restore that was just committed needs. The repository is open for writing.
-pub async fn hold(repo: &Arc<Repository>, source: Uuid, tenant: Uuid, undo: &str, by: &str) -> Result<()> {
+/// Holds what the undo of a restore that was just committed needs; until when. The repository is open for writing.
+pub async fn hold(repo: &Arc<Repository>, source: Uuid, tenant: Uuid, undo: &str, by: &str) -> Result<Option<i64>> {
     hold_since(repo, source, tenant, undo, by, repo.clock().now_us()).await
 }
 
@@ -86,17 +90,20 @@ pub async fn hold_since(
     undo: &str,
     by: &str,
     committed_us: i64,
-) -> Result<()> {
+) -> Result<Option<i64>> {
     let now_us = repo.clock().now_us();
+    let committed_us = committed_us.min(now_us);
     let id = Uuid::try_parse(undo).unwrap_or_else(|_| Uuid::new_v4());
     let mut catalog = Catalog::open(repo, source, tenant, None).await?;
     let entry = Entry::Hold {
         id,
         number: 0,
         reason: format!("undo of the restore in place {undo}"),
-        from_us: Some(committed_us.min(now_us) - HOLD_BEFORE_US),
+        from_us: Some(committed_us - HOLD_BEFORE_US),
         to_us: Some(now_us),
         by: by.to_owned(),
+        until_us: Some(committed_us + HOLD_FOR_US),
     };
-    catalog.append_if(entry, |s| s.holds.iter().all(|h| h.id != id)).await.map(drop)
+    catalog.append_if(entry, |s| s.holds.iter().all(|h| h.id != id)).await?;
+    Ok(catalog.state().holds.iter().find(|h| h.id == id).and_then(|h| h.until_us))
 }
