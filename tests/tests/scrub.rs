@@ -126,6 +126,20 @@ fn finds_damage(major: u32) {
     let said = seen(&agent, "two", &changeset, flip);
     assert!(said.contains("corrupt"), "{said}");
 
+    // Changes that no store has sound are in no full: none counts out, and the views say so.
+    let copies = [&one, &two].map(|s| {
+        let f = of_tenant(&agent, s, "2", "c").pop().expect("a changeset");
+        (std::fs::read(&f).expect("an object"), f)
+    });
+    copies.iter().for_each(|(_, f)| flip(f));
+    let check = "SELECT tenant, ok, what, backup IN (SELECT backup FROM coffer.backups) FROM coffer.verifications \
+        ORDER BY verified_at DESC LIMIT 1";
+    wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|f|read_back|f").then_some(()));
+    assert_eq!(last_good(&agent, "2"), [false, true]);
+    copies.iter().for_each(|(whole, f)| std::fs::write(f, whole).expect("our store"));
+    wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|t|read_back|f").then_some(()));
+    wait_for("the alarms to be gone", 60, || agent.alarms("damaged_object").is_empty().then_some(()));
+
     // An older full in the place of the newer one, both sound in themselves.
     let older = fulls[fulls.len() - 2].clone();
     let said = seen(&agent, "one", newest, |f| {

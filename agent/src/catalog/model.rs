@@ -8,6 +8,7 @@ use crate::repository::ObjectRef;
 use crate::repository::model::{DatabaseLocale, SequenceState, lsn_text};
 use coffer_wire::Lsn;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use uuid::Uuid;
 
 /// Version of the records' content.
@@ -65,6 +66,7 @@ pub enum Entry {
         by: String,
     },
     Verified {
+        /// Or the uid of an object that is in no backup.
         backup: Uuid,
         ok: bool,
         /// `read_back`, `live`, `drill`.
@@ -278,7 +280,8 @@ impl State {
                 self.gone.drain(..self.gone.len().saturating_sub(MOST_GONE));
                 self.fulls.retain(|f| !backups.contains(&f.id));
                 self.incrementals.retain(|i| !backups.contains(&i.id));
-                self.checks.retain(|c| !backups.contains(&c.backup));
+                let going: HashSet<Uuid> = objects.iter().map(|o| o.object).chain(backups.iter().copied()).collect();
+                self.checks.retain(|c| !going.contains(&c.backup));
                 self.released.retain(|id| !backups.contains(id));
                 self.removals.push(Removal { n: r.n, backups, objects, not_before_us, at_us: r.at_us });
             }

@@ -156,6 +156,9 @@ impl Listed {
         for (tenant, state) in &self.catalogs {
             let fulls = state.fulls.iter().filter(|f| f.needs().any(|o| o.path == object.path));
             all.extend(fulls.map(|f| (*tenant, f.id)));
+            let is_of = |o: &ObjectRef| o.path == object.path;
+            let incrementals = state.incrementals.iter().filter(|i| i.object.as_ref().is_some_and(is_of));
+            all.extend(incrementals.map(|i| (*tenant, i.id)));
         }
         // A full of a base is a backup by its own uid; parts of it may be parts of later fulls as well.
         if object.kind == ObjectKind::Full {

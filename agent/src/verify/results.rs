@@ -12,10 +12,10 @@ use crate::error::{Kind, Result};
 use crate::history::History;
 use crate::jobs::Mirror;
 use crate::keyring::{Keyring, TenantEntry};
-use crate::repository::Repository;
+use crate::repository::{ObjectRef, Repository};
 use crate::run::AgentContext;
 use crate::sql::{self, SqlContext};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -98,33 +98,29 @@ impl Results<'_> {
     }
 
     /// Notes what reading back all that a tenant has found: with the backups of which no store has an object as it was
-    /// written and, if nothing was damaged anywhere, with the newest. `before`: the tenant's catalog when the reading began;
-    /// what came since was not read.
+    /// written, with such an object itself where it is in none, and, if nothing was damaged anywhere, with the newest.
+    /// `before`: the tenant's catalog when the reading began; what came since was not read.
     pub async fn read_back(&self, tenant: Uuid, before: &catalog::State, failures: &[Failure]) -> Result<()> {
         let lost = self.lost(failures).await?;
-        if before.fulls.is_empty() {
-            let first = lost.iter().next().map(|(object, what)| format!("{object}: {what}"));
-            return match first.is_some() || failures.is_empty() {
-                true => self.record(tenant, READ_BACK, first.is_none(), first).await,
-                false => Ok(()),
-            };
-        }
         let mut catalog = Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await?;
         for (backup, message) in marks(before, &lost, failures.is_empty()) {
             let entry = Entry::Verified { backup, ok: message.is_none(), what: READ_BACK.into(), message };
-            catalog.append_if(entry, |s| s.full(backup).is_some()).await?;
+            catalog.append_if(entry, |s| s.full(backup).is_some() || before.full(backup).is_none()).await?;
+        }
+        if failures.is_empty() && before.fulls.is_empty() {
+            self.record(tenant, READ_BACK, true, None).await?;
         }
         self.mirror.tenant_changed(tenant);
         Ok(())
     }
 
-    /// The objects that no store has as they were written, each with what is wrong. The others can be mended.
-    async fn lost<'a>(&self, failures: &'a [Failure]) -> Result<BTreeMap<&'a str, &'a str>> {
+    /// What is wrong with objects, by path, that no store has as they were written. The others can be mended.
+    async fn lost<'a>(&self, failures: &'a [Failure]) -> Result<BTreeMap<&'a str, &'a Failure>> {
         let mut lost = BTreeMap::new();
         for f in failures {
             let is_known = lost.contains_key(f.object.as_str());
             if !is_known && !self.is_sound_somewhere(f).await? {
-                lost.insert(f.object.as_str(), f.message.as_str());
+                lost.insert(f.object.as_str(), f);
             }
         }
         Ok(lost)
@@ -170,23 +166,25 @@ pub fn newest_check<'a>(state: &'a catalog::State, what: &str) -> Option<&'a cat
     state.checks.iter().filter(|c| c.what == what).max_by_key(|c| c.at_us)
 }
 
-/// The fulls that a reading back says something new of, and what is wrong with each. `all_good`: nothing was damaged in
-/// any store.
-fn marks(state: &catalog::State, lost: &BTreeMap<&str, &str>, all_good: bool) -> Vec<(Uuid, Option<String>)> {
+/// What a reading back says something new of, and what is wrong with each: fulls, incrementals, and objects that are in
+/// neither. `all_good`: nothing was damaged in any store.
+fn marks(state: &catalog::State, lost: &BTreeMap<&str, &Failure>, all_good: bool) -> Vec<(Uuid, Option<String>)> {
     let newest = state.fulls.iter().max_by_key(|f| f.point_lsn).map(|f| f.id);
-    let mut out = Vec::new();
-    for f in &state.fulls {
-        let found = f.needs().find_map(|o| Some(format!("{}: {}", o.path, lost.get(o.path.as_str())?)));
-        let was_good = state.read_back(f.id);
-        let is_news = match found {
-            Some(_) => was_good != Some(false),
-            None => was_good == Some(false) || all_good && Some(f.id) == newest,
-        };
-        if is_news {
-            out.push((f.id, found));
-        }
-    }
-    out
+    let wrong = |o: &ObjectRef| Some(format!("{}: {}", o.path, lost.get(o.path.as_str())?.message));
+    let mut all: Vec<(Uuid, Option<String>)> = state.fulls.iter().map(|f| (f.id, f.needs().find_map(wrong))).collect();
+    all.extend(state.incrementals.iter().map(|i| (i.id, i.object.as_ref().and_then(wrong))));
+    let of_backups: HashSet<&str> = state.objects().map(|o| o.path.as_str()).collect();
+    let copies = lost.values().filter_map(|f| f.copy.as_ref());
+    all.extend(copies.filter(|o| !of_backups.contains(o.path.as_str())).map(|o| (o.object, wrong(o))));
+    // What was wrong before and is not by now.
+    let known: HashSet<Uuid> = all.iter().map(|(id, _)| *id).collect();
+    let mended = state.checks.iter().filter(|c| c.what == READ_BACK && !known.contains(&c.backup));
+    all.extend(mended.map(|c| (c.backup, None)));
+    all.retain(|(id, found)| match (found, state.read_back(*id)) {
+        (Some(_), was_good) => was_good != Some(false),
+        (None, was_good) => was_good == Some(false) || all_good && Some(*id) == newest,
+    });
+    all
 }
 
 /// Notes a check of a tenant of a source with its newest backup, if it has one: what was checked, whether it was good,
@@ -211,10 +209,10 @@ pub async fn record(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::FullEntry;
     use crate::catalog::model::Check;
+    use crate::catalog::{FullEntry, IncrementalEntry};
     use crate::crypto::ObjectKind;
-    use crate::repository::ObjectRef;
+    use crate::error::Error;
     use coffer_wire::Lsn;
 
     #[test]
@@ -237,21 +235,41 @@ mod tests {
             objects: objects.iter().map(|o| object(o)).collect(),
             ..FullEntry::default()
         };
+        let incremental = IncrementalEntry {
+            id: Uuid::from_u128(4),
+            from_lsn: Lsn(1),
+            to_lsn: Lsn(2),
+            to_time_us: 0,
+            log_n: 0,
+            object: Some(object("i")),
+            rows: 1,
+            bytes: 1,
+            read_back_us: None,
+        };
         let mut state = catalog::State {
             fulls: vec![full(1, &["a"]), full(2, &["a", "b"]), full(3, &["c"])],
+            incrementals: vec![incremental],
             ..catalog::State::default()
         };
         let ids = |found: Vec<(Uuid, Option<String>)>| -> Vec<(u128, bool)> {
             found.into_iter().map(|(id, what)| (id.as_u128(), what.is_none())).collect()
         };
+        let failure = |path: &str| {
+            let copy = ObjectRef { object: Uuid::from_u128(77), ..object(path) };
+            Failure::of_copy(&copy, "eu", Error::other("is missing"))
+        };
+        let found = |state: &catalog::State, path: &str| ids(marks(state, &[(path, &failure(path))].into(), false));
         assert_eq!(ids(marks(&state, &BTreeMap::new(), true)), [(3, true)]);
-        assert_eq!(ids(marks(&state, &[("b", "is missing")].into(), false)), [(2, false)], "the newest is sound");
-        assert_eq!(ids(marks(&state, &[("a", "is missing")].into(), false)), [(1, false), (2, false)]);
-        assert_eq!(ids(marks(&state, &[("a changeset", "is missing")].into(), false)), []);
         assert_eq!(ids(marks(&state, &BTreeMap::new(), false)), [], "not all is well, and every full is");
-        let check = Check { backup: Uuid::from_u128(2), what: READ_BACK.into(), ok: false, message: None, at_us: 0 };
-        state.checks = vec![check];
-        assert_eq!(ids(marks(&state, &[("b", "is missing")].into(), false)), [], "that is known");
-        assert_eq!(ids(marks(&state, &BTreeMap::new(), true)), [(2, true), (3, true)], "it was mended");
+        assert_eq!(found(&state, "b"), [(2, false)], "the newest is sound");
+        assert_eq!(found(&state, "a"), [(1, false), (2, false)]);
+        assert_eq!(found(&state, "i"), [(4, false)], "an incremental");
+        assert_eq!(found(&state, "a changeset"), [(77, false)], "no backup is the worse for it");
+        let check =
+            |n| Check { backup: Uuid::from_u128(n), what: READ_BACK.into(), ok: false, message: None, at_us: 0 };
+        state.checks = vec![check(2), check(77)];
+        assert_eq!(found(&state, "b"), [(77, true)], "the one is known, the other is mended");
+        assert_eq!(found(&state, "a changeset"), [(2, true)]);
+        assert_eq!(ids(marks(&state, &BTreeMap::new(), true)), [(2, true), (3, true), (77, true)], "all is mended");
     }
 }

@@ -301,7 +301,11 @@ impl Scrub {
 
     /// Notes with every backup that an object belongs to that it is damaged, or is no more.
     async fn record(&self, object: &ObjectRef, stores: &BTreeMap<String, Listed>, message: Option<&str>) -> Result<()> {
-        let backups: BTreeSet<(Uuid, Uuid)> = stores.values().flat_map(|l| l.backups_with(object)).collect();
+        let mut backups: BTreeSet<(Uuid, Uuid)> = stores.values().flat_map(|l| l.backups_with(object)).collect();
+        // A change of the log, or what a base read beside the rows, stands for itself.
+        if backups.is_empty() && self.ctx.keyring.by_uid(object.tenant).is_some() {
+            backups.insert((object.tenant, object.object));
+        }
         for (tenant, backup) in backups {
             let mut catalog = Catalog::open(&self.ctx.repo, self.ctx.source_uid, tenant, None).await?;
             let (ok, what) = (message.is_none(), READ_BACK);
