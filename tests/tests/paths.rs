@@ -336,6 +336,8 @@ fn parents_that_others_bring(major: u32) {
              CREATE TABLE lists (id int PRIMARY KEY, org int NOT NULL REFERENCES orgs DEFERRABLE INITIALLY DEFERRED);
              CREATE TABLE items (list int NOT NULL REFERENCES lists DEFERRABLE INITIALLY DEFERRED, body text);
              CREATE TABLE notes (org int REFERENCES orgs DEFERRABLE INITIALLY DEFERRED, body text);
+             CREATE TABLE shelves (id int PRIMARY KEY, org int REFERENCES orgs DEFERRABLE INITIALLY DEFERRED);
+             CREATE TABLE books (shelf int REFERENCES shelves, body text);
              SELECT coffer.discover('tenant', true);
              DO $$BEGIN IF EXISTS (SELECT FROM pg_settings WHERE name = 'output_plugin_libraries') THEN
                  EXECUTE 'ALTER ROLE postgres SET output_plugin_libraries = pg_coffer'; END IF; END$$;",
@@ -347,7 +349,12 @@ fn parents_that_others_bring(major: u32) {
         };
         for (n, end) in ENDS.iter().enumerate() {
             let org = n + 1;
+            // Nobody's, and what lies below, until the shelf is led to somebody who is not there yet.
+            run(&other, &format!("INSERT INTO shelves VALUES ({org}); INSERT INTO books VALUES ({org}, 'theirs')"))
+                .await;
             run(&early, "BEGIN").await;
+            run(&early, &format!("UPDATE shelves SET org = {org} WHERE id = {org}")).await;
+            run(&early, &format!("INSERT INTO books VALUES ({org}, 'joined')")).await;
             run(&early, &format!("INSERT INTO notes VALUES ({org}, 'early'), ({org}, 'early'), (NULL, 'of nobody')"))
                 .await;
             run(&early, &format!("INSERT INTO items VALUES ({org}0, 'two steps'), ({org}1, 'a list of theirs')")).await;
@@ -373,6 +380,7 @@ fn parents_that_others_bring(major: u32) {
             }
         }
         for (table, tenant) in [
+            ("books", "(SELECT o.tenant FROM shelves s JOIN orgs o ON o.id = s.org WHERE s.id = t.shelf)"),
             ("notes", "(SELECT o.tenant FROM orgs o WHERE o.id = t.org)"),
             ("items", "(SELECT o.tenant FROM lists l JOIN orgs o ON o.id = l.org WHERE l.id = t.list)"),
         ] {

@@ -78,6 +78,9 @@ pub unsafe extern "C-unwind" fn coffer_path(fcinfo: pg_sys::FunctionCallInfo) ->
             }
             let (was, is) = resolve::tenants(&call, old, new);
             call.write_tag(op, key_row, was.as_ref(), is.as_ref());
+            if op == TagOp::Update {
+                resolve::own_row_moved(&call, second);
+            }
             was != is
         };
         if op == TagOp::Update && moves {

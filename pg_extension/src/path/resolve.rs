@@ -133,6 +133,23 @@ pub unsafe fn stays(call: &Call<'_>, old: Option<pg_sys::HeapTuple>) -> bool {
     unsafe { dead::written_by_us((*old).t_data) }.is_none_or(|by| by >= before)
 }
 
+/// Notes a row of our own that finds its parent when others' rows below wait with it.
+///
+/// # Safety
+/// The tuple is of the trigger's relation.
+pub unsafe fn own_row_moved(call: &Call<'_>, new: pg_sys::HeapTuple) {
+    let root = call.table.root;
+    if !matches!(state::with(|s| s.moving_rows(root)), Some(Rows::Own(_))) {
+        return;
+    }
+    for (n, key) in parent_of(root).keys.iter().enumerate() {
+        // SAFETY: by the caller.
+        if let Some(values) = unsafe { call.texts(new, &key.columns) } {
+            state::with(|s| s.note_moved(&key.id(&values), (root, n, values)));
+        }
+    }
+}
+
 /// Whose the row is that refers to this parent.
 fn find(edge: &Rc<Edge>, values: &Values, side: Side) -> (Owner, Holds) {
     let Some(key) = values else { return (Owner::nobody(), Holds::Long) };
@@ -271,6 +288,10 @@ pub unsafe fn parent_changed(call: &Call<'_>, old: pg_sys::HeapTuple, new: pg_sy
                 let was = state::with(|s| s.before(&id)).unwrap_or_else(|| owner_of(call, &parent, old, side_of(old)));
                 if was != is {
                     move_rows(root, key, &values, (&was, &is), Rows::All, true);
+                } else if is == Owner::nobody() {
+                    // Its own parent may be found at the commit, and then all that lies below.
+                    key.below(root).hold_parent.first(&values);
+                    state::with(|s| s.stays_nobodys(key.id(&values)));
                 }
                 state::with(|s| s.end(&id));
                 continue;
@@ -499,6 +520,8 @@ fn adopt(root: u32, key: &Key, values: &[Vec<u8>], is: &Owner) {
             return;
         }
         move_rows(root, key, values, (&was, is), Rows::All, false);
+    } else if key.is_loose && was == Owner::nobody() {
+        state::with(|s| s.stays_nobodys(id.clone()));
     }
     state::with(|s| s.set_orphans(id, None));
 }
@@ -553,7 +576,12 @@ fn move_rows(root: u32, key: &Key, values: &[Vec<u8>], owners: (&Owner, &Owner),
         let outer = state::with(|s| s.set_moving(Some(Moving::new(m.table, owners, rows))));
         m.rewrite.change(values);
         state::with(|s| s.set_moving(outer));
-        // Nobody else sees rows of our own, so nobody adds any below.
+        // Of what lies below, what we did not write ourselves comes along here.
+        for (root, n, values) in state::with(|s| s.take_moved()) {
+            if let Some(key) = parent_of(root).keys.get(n) {
+                move_rows(root, key, &values, owners, Rows::All, false);
+            }
+        }
         if let Some(hold) = &m.hold
             && rows == Rows::All
         {

@@ -41,6 +41,10 @@ pub struct State {
     /// Those of `missing` that no foreign key has looked below when they went; more of them do no harm.
     unchecked: HashSet<ParentId>,
     moving: Option<Moving>,
+    /// Rows of our own that were nobody's before and are, so that whatever lies below is, too; at which depth of savepoints.
+    nobodys: HashMap<ParentId, i32>,
+    /// Those of them that were moved just now: their root, which of its keys, the values.
+    moved: Vec<Moved>,
     /// Tables whose parents find nobody when they come.
     settled: Vec<u32>,
     /// How often a table without an index was read for a parent that came.
@@ -58,6 +62,9 @@ pub struct Moving {
     to: Owner,
     rows: Rows,
 }
+
+/// A row: its root, which of its keys, the values.
+pub type Moved = (u32, usize, Vec<Vec<u8>>);
 
 /// Which of the rows below a parent move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +122,8 @@ impl State {
             undo: Vec::new(),
             unchecked: HashSet::new(),
             moving: None,
+            nobodys: HashMap::new(),
+            moved: Vec::new(),
             settled: Vec::new(),
             looks: 0,
             given_up: HashMap::new(),
@@ -283,6 +292,21 @@ impl State {
         self.moving.as_ref().filter(|m| m.table == table).map(|m| m.rows)
     }
 
+    /// A row of our own was nobody's, or was not there, and is nobody's.
+    pub fn stays_nobodys(&mut self, id: ParentId) {
+        self.nobodys.entry(id).or_insert(level());
+    }
+
+    pub fn note_moved(&mut self, id: &[u8], row: Moved) {
+        if self.nobodys.contains_key(id) {
+            self.moved.push(row);
+        }
+    }
+
+    pub fn take_moved(&mut self) -> Vec<Moved> {
+        std::mem::take(&mut self.moved)
+    }
+
     pub fn set_moving(&mut self, moving: Option<Moving>) -> Option<Moving> {
         std::mem::replace(&mut self.moving, moving)
     }
@@ -301,6 +325,8 @@ impl State {
         self.looks = 0;
         self.given_up.clear();
         self.moving = None;
+        self.nobodys.clear();
+        self.moved.clear();
     }
 
     fn roll_back_to(&mut self, level: i32) {
@@ -309,6 +335,7 @@ impl State {
         self.changing.retain(|c| c.0 < level);
         self.leaving.retain(|_, l| *l < level);
         self.given_up.retain(|_, l| *l < level);
+        self.nobodys.retain(|_, l| *l < level);
         while let Some((_, id, was)) = self.undo.pop_if(|u| u.0 >= level) {
             match was {
                 Some(o) => self.missing.insert(id, o),
@@ -330,7 +357,8 @@ impl State {
         for c in self.changing.iter_mut().filter(|c| c.0 >= level) {
             c.0 = level - 1;
         }
-        for l in self.leaving.values_mut().chain(self.given_up.values_mut()).filter(|l| **l >= level) {
+        let levels = self.leaving.values_mut().chain(self.given_up.values_mut()).chain(self.nobodys.values_mut());
+        for l in levels.filter(|l| **l >= level) {
             *l = level - 1;
         }
     }
