@@ -63,6 +63,11 @@ struct Found {
 
 /// Reads the facts of these ships.
 pub(super) async fn read(repo: &Repository, keyring: &Keyring, ships: &[ShipAt], from: Option<&str>) -> Result<Facts> {
+    // The first rows that could not be attributed, and with them their key, may have come since the keyring was read.
+    let unknown = |s: &ShipAt| keyring.by_uid(unresolved_uid(keyring, s)).is_none();
+    if ships.iter().find(|s| unresolved_objects(keyring, s).next().is_some()).is_some_and(unknown) {
+        keyring.refresh().await?;
+    }
     // By their places: a closure over references would make a future that cannot be sent to another thread.
     let found: Vec<(&ShipAt, Result<Found>)> = stream::iter(0..ships.len())
         .map(|i| async move { (&ships[i], one(repo, keyring, &ships[i], from).await) })
@@ -96,15 +101,20 @@ async fn one(repo: &Repository, keyring: &Keyring, ship: &ShipAt, from: Option<&
         let owner = |key: &str| keyring.tenant_uid(ship.record.source, &Tenant::normal(key));
         markers(&plain[rest..], &owner, &mut found).map_err(during)?;
     }
-    for object in unresolved_objects(keyring, &s.objects) {
+    for object in unresolved_objects(keyring, ship) {
         let plain = repo.open_small(object, from).await?;
         unresolved(&plain, &mut found).map_err(|e| e.during(format_args!("object {}", object.path)))?;
     }
     Ok(found)
 }
 
-fn unresolved_objects<'a>(keyring: &'a Keyring, objects: &'a [ObjectRef]) -> impl Iterator<Item = &'a ObjectRef> {
-    objects.iter().filter(|o| keyring.by_uid(o.tenant).is_some_and(|t| t.tenant.kind == TenantKind::Unresolved))
+fn unresolved_uid(keyring: &Keyring, ship: &ShipAt) -> Uuid {
+    keyring.tenant_uid(ship.record.source, &Tenant::reserved(TenantKind::Unresolved))
+}
+
+fn unresolved_objects<'a>(keyring: &'a Keyring, ship: &'a ShipAt) -> impl Iterator<Item = &'a ObjectRef> {
+    let uid = unresolved_uid(keyring, ship);
+    ship.ship().objects.iter().filter(move |o| o.tenant == uid)
 }
 
 /// What restore points of a ship say of sequences, in order.

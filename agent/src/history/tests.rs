@@ -3,10 +3,12 @@
 use super::*;
 use crate::clock::SystemClock;
 use crate::config::Config;
-use crate::crypto::{Codec, Header, ObjectKind, random};
+use crate::crypto::{Codec, Header, KeySource, ObjectKind, random};
 use crate::repository::model::{Base, BaseTable, Ship, TxnEntry, TxnIndex};
 use crate::repository::{Access, Body, Draft, paths};
-use coffer_wire::{Begin, Marker, put_begin, put_marker};
+use coffer_wire::{
+    Begin, Class, KeyMode, Marker, Relation, RunHeader, Strategy, put_begin, put_marker, put_relation, put_run_header,
+};
 use std::io::Write;
 use tokio::runtime::Handle;
 
@@ -15,6 +17,7 @@ const S: i64 = 1_000_000;
 
 struct World {
     _dir: tempfile::TempDir,
+    config: Config,
     repo: Arc<Repository>,
     keyring: Arc<Keyring>,
     source: Uuid,
@@ -37,7 +40,7 @@ impl World {
         let repo = Repository::open(&config, keyring.clone(), clock, Access::Write).await.unwrap();
         let source = keyring.ensure_source("shop").await.unwrap();
         let log = Log::open(&repo, source, None).await.unwrap();
-        let mut w = Self { _dir: dir, repo, keyring, source, log };
+        let mut w = Self { _dir: dir, config, repo, keyring, source, log };
         w.append(0, 10, 0, Body::Init).await;
         w
     }
@@ -101,6 +104,60 @@ impl World {
             ..Ship::default()
         };
         self.append(from, upto, max - 1, Body::Ship(ship)).await;
+    }
+
+    /// A ship of one transaction with a row of table 1 that could not be attributed.
+    async fn ship_of_nobody(&mut self, from: u64, upto: u64) {
+        let nobody = Tenant::reserved(TenantKind::Unresolved);
+        let entry = self.keyring.ensure(self.source, &nobody).await.unwrap();
+        let key = self.keyring.key(entry.key_id()).unwrap();
+        let rel = Relation {
+            relid: 1,
+            leaf: 1,
+            schema: "public".into(),
+            name: "a".into(),
+            class: Class::Data,
+            strategy: Strategy::Schema,
+            key_mode: KeyMode::FullRow,
+            columns: Vec::new(),
+            key: Vec::new(),
+        };
+        let (encoded, mut plain) = (rel.encode(), Vec::new());
+        let relations = Relation::id_of(&encoded).to_le_bytes();
+        put_begin(&mut plain, &Begin { xid: 9, commit_lsn: Lsn(upto), end_lsn: Lsn(upto), commit_time_us: 0 });
+        put_relation(&mut plain, Relation::id_of(&encoded), &encoded);
+        let run = RunHeader {
+            seq: 0,
+            tenant_kind: TenantKind::Unresolved,
+            tenant_key: "",
+            relations: &relations,
+            rows: 1,
+            rows_len: 1,
+        };
+        put_run_header(&mut plain, &run, Some(b"x"));
+        let header = Header {
+            kind: ObjectKind::Changeset,
+            codec: Codec::Lz4,
+            tenant: entry.uid,
+            object: random::uuid(),
+            source: self.source,
+            system_identifier: 7,
+            timeline: 1,
+            lsn_start: Lsn(from),
+            lsn_end: Lsn(upto),
+            key_version: key.id.version,
+        };
+        let path = paths::changeset(self.source, entry.uid, Lsn(upto), header.object);
+        let (repo, rt) = (self.repo.clone(), Handle::current());
+        let seal = move || {
+            repo.seal_to(rt, path, &header, &key, |s| {
+                s.write_all(&plain).unwrap();
+                Ok(0)
+            })
+        };
+        let object = tokio::task::spawn_blocking(seal).await.unwrap().unwrap();
+        let ship = Ship { txns: 1, objects: vec![object], ..Ship::default() };
+        self.append(from, upto, 0, Body::Ship(ship)).await;
     }
 
     async fn base(&mut self, upto: u64, cut: u64) {
@@ -217,4 +274,16 @@ async fn a_full_stands_for_the_bases_that_it_was_made_from() {
         let inputs = h.inputs(tenant, target.lsn, tables).await.unwrap();
         assert_eq!(inputs.tables[0].cut, Lsn(if from_full { 100 } else { 80 }), "made from record {log_n}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_nobody_close_the_window_for_whoever_read_the_keyring_before_them() {
+    let mut w = World::new().await;
+    w.base(20, 20).await;
+    let keyring = Keyring::open(&w.config.keys, Arc::new(SystemClock)).await.unwrap();
+    let repo = Repository::open(&w.config, keyring.clone(), Arc::new(SystemClock), Access::Read).await.unwrap();
+    w.ship_of_nobody(20, 40).await;
+    let h = History::load(&repo, &keyring, w.source, None).await.unwrap();
+    assert_eq!(h.facts.unresolved, [(1, Lsn(40))]);
+    assert_eq!(h.line.closed(1, &h.facts).len(), 2, "from the log's beginning to the base, and behind it");
 }
