@@ -374,6 +374,14 @@ fn parents_that_others_bring(major: u32) {
             )
             .await;
             run(&early, "UPDATE notes SET body = 'changed by the early one' WHERE body = 'changed'").await;
+            // What they brought, we change.
+            run(&early, &format!("INSERT INTO notes VALUES ({org}5, 'waits')")).await;
+            run(
+                &other,
+                &format!("INSERT INTO orgs VALUES ({org}5, 'b'); INSERT INTO notes VALUES ({org}5, 'below theirs')"),
+            )
+            .await;
+            run(&early, &format!("UPDATE orgs SET tenant = 'c' WHERE id = {org}5")).await;
             run(&early, "UPDATE notes SET body = 'early, changed' WHERE body = 'early'").await;
             for statement in *end {
                 run(&early, statement).await;

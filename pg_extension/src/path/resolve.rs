@@ -263,6 +263,7 @@ pub unsafe fn parent_begins(call: &Call<'_>, old: pg_sys::HeapTuple) {
         let owner = owner_of(call, &parent, old, side_of(old));
         for key in &parent.keys {
             if let Some(values) = call.texts(old, &key.columns) {
+                meet(call.table.root, key, &values, &owner);
                 state::with(|s| s.begin(key.id(&values), owner.clone()));
             }
         }
@@ -329,12 +330,32 @@ pub unsafe fn parent_ends(call: &Call<'_>, old: pg_sys::HeapTuple) {
 /// # Safety
 /// As for [`parent_begins`].
 pub unsafe fn parent_leaves(call: &Call<'_>, old: pg_sys::HeapTuple) {
-    for key in &parent_of(call.table.root).keys {
+    let parent = parent_of(call.table.root);
+    for key in &parent.keys {
         // SAFETY: by the caller.
-        if let Some(values) = unsafe { call.texts(old, &key.columns) } {
+        unsafe {
+            let Some(values) = call.texts(old, &key.columns) else { continue };
+            if state::with(|s| s.orphans(&key.id(&values))).is_some() {
+                meet(call.table.root, key, &values, &owner_of(call, &parent, old, side_of(old)));
+            }
             state::with(|s| s.leaves(&key.id(&values)));
         }
     }
+}
+
+/// A parent that another session brought is about to change: rows of our own that waited for it are no longer nobody's first.
+fn meet(root: u32, key: &Key, values: &[Vec<u8>], owner: &Owner) {
+    let (id, nobody) = (key.id(values), Owner::nobody());
+    if *owner == nobody || state::with(|s| s.orphans(&id)) != Some(nobody.clone()) {
+        return;
+    }
+    // SAFETY: inside a transaction.
+    let now = unsafe {
+        pg_sys::CommandCounterIncrement();
+        pg_sys::GetCurrentCommandId(false)
+    };
+    move_rows(root, key, values, (&nobody, owner), Rows::Own(now), false);
+    state::with(|s| s.set_orphans(id, None));
 }
 
 /// Before the transaction commits, when no constraint is left to be checked: parents that others brought find the rows
