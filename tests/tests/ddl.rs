@@ -18,6 +18,8 @@ on_majors! {
     restarted_sequences_and_views: restarted_sequences_and_views;
     types_of_another_shape: types_of_another_shape;
     values_in_other_words: values_in_other_words;
+    prepared_and_undone: prepared_and_undone;
+    names_that_come_again: names_that_come_again;
     parts_of_tables: parts_of_tables;
 }
 
@@ -621,4 +623,87 @@ fn parts_of_tables(major: u32) {
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         assert_eq!(agent.log().matches("bases are recorded").count(), based, "no row means anything else than before");
     });
+}
+
+const TWO_TABLES: &str = "
+    CREATE TABLE t (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id));
+    CREATE TABLE d (id int PRIMARY KEY, tenant int NOT NULL, v text);
+    SELECT coffer.discover('tenant', true);
+    INSERT INTO t SELECT t, i, 'x' || i FROM generate_series(1, 2) t, generate_series(1, 3) i;
+    INSERT INTO d SELECT i, 1 + i % 2, 'y' || i FROM generate_series(1, 6) i;";
+
+/// Tenant 1 as it is in both, whatever their columns.
+const BOTH_TABLES: &str = "SELECT concat_ws(' | ', (SELECT string_agg(t::text, ' ' ORDER BY id) FROM t WHERE tenant = 1),
+                                                   (SELECT string_agg(d::text, ' ' ORDER BY id) FROM d WHERE tenant = 1))";
+
+/// Restores tenant 1 to each point, and compares.
+fn compare_points(agent: &Agent, cluster: &Cluster, points: &[(&str, String)]) {
+    for (name, want) in points {
+        let made = Database::restore(agent, cluster, "1", &format!("name:{name}"));
+        assert_eq!(cluster.psql(&made.name, BOTH_TABLES), *want, "{name}");
+    }
+}
+
+/// Definitions that change in a transaction that is prepared, and decided on by another agent's time, and those that a
+/// savepoint takes back.
+fn prepared_and_undone(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script("shop", TWO_TABLES);
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let point = |name: &'static str| {
+        cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
+        (name, cluster.psql("shop", BOTH_TABLES))
+    };
+    let mut points = vec![point("before")];
+    cluster.script(
+        "shop",
+        "BEGIN; UPDATE t SET v = 'old shape' WHERE id = 2; ALTER TABLE t ADD COLUMN n int DEFAULT 7; ALTER TABLE d RENAME v TO w;
+         INSERT INTO t VALUES (1, 10, 'p', 8); DELETE FROM d WHERE id = 2; PREPARE TRANSACTION 'stays';",
+    );
+    assert_eq!(agent.stop(), Some(0));
+    agent.start();
+    cluster.psql("shop", "COMMIT PREPARED 'stays'");
+    points.push(point("prepared"));
+    cluster.script(
+        "shop",
+        "BEGIN; ALTER TABLE t DROP COLUMN v; TRUNCATE d; INSERT INTO t VALUES (1, 20, 1); PREPARE TRANSACTION 'goes'; ROLLBACK PREPARED 'goes';
+         UPDATE t SET v = 'after' WHERE id = 3;",
+    );
+    points.push(point("rolled back"));
+    cluster.script(
+        "shop",
+        "BEGIN; INSERT INTO t VALUES (1, 30, 'first', 1); SAVEPOINT s;
+         ALTER TABLE t DROP COLUMN v; TRUNCATE d; ALTER TABLE t ADD COLUMN x int DEFAULT 3; INSERT INTO t VALUES (1, 40, 1, 4);
+         ROLLBACK TO s; UPDATE t SET v = v || '!' WHERE id < 30; DELETE FROM d WHERE id = 4; COMMIT;",
+    );
+    points.push(point("undone"));
+    compare_points(&agent, &cluster, &points);
+}
+
+/// Columns and tables that go and come again under their names, and tables that swap them.
+fn names_that_come_again(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script("shop", TWO_TABLES);
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let mut points = Vec::new();
+    let steps = [
+        ("before", "SELECT 1"),
+        ("column", "ALTER TABLE t DROP COLUMN v; ALTER TABLE t ADD COLUMN v int DEFAULT 5; UPDATE t SET v = 6 WHERE id = 1"),
+        ("swapped", "BEGIN; ALTER TABLE t RENAME TO x; ALTER TABLE d RENAME TO t; ALTER TABLE x RENAME TO d; INSERT INTO t VALUES (8, 1, 'of d');
+                     DELETE FROM d WHERE id = 2; COMMIT"),
+        ("made anew", "BEGIN; DROP TABLE t; CREATE TABLE t (tenant int NOT NULL, id int, w date, PRIMARY KEY (tenant, id)); COMMIT;
+                       INSERT INTO t VALUES (1, 1, '2026-01-01'); UPDATE d SET v = 9 WHERE id = 3"),
+    ];
+    for (name, sql) in steps {
+        cluster.script("shop", &format!("{sql}; SELECT coffer.restore_point('{name}');"));
+        points.push((name, cluster.psql("shop", BOTH_TABLES)));
+        // The definitions have to be archived before they change again.
+        compare_points(&agent, &cluster, &points);
+    }
 }

@@ -150,6 +150,20 @@ fn forged(major: u32) {
     world.seen();
     world.emit(&world.delete_tag(&right, 2), "DELETE FROM tagged WHERE id = 2");
     assert_eq!(world.seen(), ["delete normal mallory"]);
+    // It is about its own row, operation and table: beside any other change it is no tag.
+    let (row, old) = (5.to_string(), Some(of("mallory")));
+    let of_row = Tag { relid: world.tagged, op: TagOp::Delete, key: row.as_bytes(), old, new: None };
+    let (update, elsewhere) = (Tag { op: TagOp::Update, new: old, ..of_row }, Tag { relid: world.keyed, ..of_row });
+    for (message, id) in [
+        (world.delete_tag(&right, 3), 4),
+        (tag::encode_tag(&right, &update), 5),
+        (tag::encode_tag(&right, &elsewhere), 5),
+    ] {
+        world.emit(&message, &format!("DELETE FROM tagged WHERE id = {id}"));
+        assert_eq!(world.seen(), ["opaque unresolved -"], "{id}");
+        world.cluster.psql("shop", &format!("INSERT INTO tagged VALUES ({id}, 'victim', 'again')"));
+        world.seen();
+    }
     world.genuine_tags(true);
     world.seen();
     world.emit(&world.move_tag(&right, 10), "UPDATE tagged SET v = 'z' WHERE id = 10");
