@@ -625,12 +625,22 @@ fn parts_of_tables(major: u32) {
     });
 }
 
-const TWO_TABLES: &str = "
-    CREATE TABLE t (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id));
-    CREATE TABLE d (id int PRIMARY KEY, tenant int NOT NULL, v text);
-    SELECT coffer.discover('tenant', true);
-    INSERT INTO t SELECT t, i, 'x' || i FROM generate_series(1, 2) t, generate_series(1, 3) i;
-    INSERT INTO d SELECT i, 1 + i % 2, 'y' || i FROM generate_series(1, 6) i;";
+/// Two tables of two tenants, backed up.
+fn two_tables(cluster: &Cluster) -> Agent {
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE t (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id));
+         CREATE TABLE d (id int PRIMARY KEY, tenant int NOT NULL, v text);
+         SELECT coffer.discover('tenant', true);
+         INSERT INTO t SELECT t, i, 'x' || i FROM generate_series(1, 2) t, generate_series(1, 3) i;
+         INSERT INTO d SELECT i, 1 + i % 2, 'y' || i FROM generate_series(1, 6) i;",
+    );
+    let mut agent = Agent::new(&Setup::of(cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    agent
+}
 
 /// Tenant 1 as it is in both, whatever their columns.
 const BOTH_TABLES: &str = "SELECT concat_ws(' | ', (SELECT string_agg(t::text, ' ' ORDER BY id) FROM t WHERE tenant = 1),
@@ -648,11 +658,7 @@ fn compare_points(agent: &Agent, cluster: &Cluster, points: &[(&str, String)]) {
 /// savepoint takes back.
 fn prepared_and_undone(major: u32) {
     let cluster = Cluster::start(major);
-    cluster.create_protected_db("shop");
-    cluster.script("shop", TWO_TABLES);
-    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
-    agent.start();
-    restored::wait_windows(&mut agent, &["1", "2"]);
+    let mut agent = two_tables(&cluster);
     let point = |name: &'static str| {
         cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
         (name, cluster.psql("shop", BOTH_TABLES))
@@ -686,11 +692,7 @@ fn prepared_and_undone(major: u32) {
 /// Columns and tables that go and come again under their names, and tables that swap them.
 fn names_that_come_again(major: u32) {
     let cluster = Cluster::start(major);
-    cluster.create_protected_db("shop");
-    cluster.script("shop", TWO_TABLES);
-    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
-    agent.start();
-    restored::wait_windows(&mut agent, &["1", "2"]);
+    let agent = two_tables(&cluster);
     let mut points = Vec::new();
     let steps = [
         ("before", "SELECT 1"),
