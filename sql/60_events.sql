@@ -18,6 +18,7 @@ AS $$
 DECLARE
     gone   oid;
     below  text;
+    above  oid[];
 BEGIN
     -- A foreign key that leads to a single partition is no way to a tenant: the rows below would be nobody's.
     SELECT r.parent, string_agg(r.relid::regclass::text, ', ' ORDER BY r.relid) INTO gone, below
@@ -26,7 +27,8 @@ BEGIN
         RAISE EXCEPTION 'coffer: % cannot become a partition of %: the tenants of % are found through it', gone::regclass, root::regclass, below
             USING ERRCODE = 'CF001', HINT = 'Call coffer.remove_table() for those first, and cover them again by a foreign key to the partitioned table.';
     END IF;
-    DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root;
+    WITH ended AS (DELETE FROM coffer.rules r USING coffer._tree(root) t WHERE r.relid = t.relid AND t.relid <> root RETURNING r.parent)
+    SELECT array_agg(DISTINCT e.parent) INTO above FROM ended e;
     FOR gone IN
         SELECT m.relid FROM coffer.rule_relations m JOIN coffer._tree($1) t ON t.relid = m.relid
         WHERE m.root = m.relid AND m.relid <> $1 ORDER BY m.relid
@@ -36,6 +38,8 @@ BEGIN
         -- Its own triggers beside the clones would have the root's made anew, and the root locked against its readers.
         PERFORM coffer._drop_triggers(gone);
     END LOOP;
+    -- What their parents did for them alone.
+    PERFORM coffer._sync_parent(p) FROM unnest(above) p;
     DELETE FROM coffer.exclusions e USING coffer._tree(root) t WHERE e.relid = t.relid AND t.relid <> root;
 END $$;
 

@@ -116,7 +116,10 @@ AS $$
 BEGIN
     RETURN QUERY SELECT format('table %s', r.relid::regclass), false, string_agg(f.finding, '; '),
         CASE WHEN r.strategy = 6 THEN format('SELECT * FROM coffer.add_shared(%L);', r.relid::regclass::text)
-             ELSE format('SELECT * FROM coffer.add_table(%L, %L, class => %L);', r.relid::regclass::text, r.tenant_column, coffer._class_name(r.class)) END
+             ELSE format('SELECT * FROM coffer.add_table(%L%s, class => %L);', r.relid::regclass::text,
+                         CASE WHEN r.tenant_column IS NOT NULL THEN format(', %L', r.tenant_column)
+                              WHEN r.parent <> 0 THEN format(', parent => %L', r.parent::regclass::text) END,
+                         coffer._class_name(r.class)) END
         FROM coffer.rules r CROSS JOIN LATERAL coffer._findings(r.relid) f
         WHERE EXISTS (SELECT FROM pg_class c WHERE c.oid = r.relid)
         GROUP BY r.relid ORDER BY r.relid::regclass::text COLLATE "C";

@@ -92,6 +92,15 @@ SELECT strategy FROM coffer.remove_table('leaves');
 ALTER TABLE tree ATTACH PARTITION twig FOR VALUES FROM (0) TO (10);
 ALTER TABLE leaves DROP CONSTRAINT leaves_twig_fkey, ADD FOREIGN KEY (twig) REFERENCES tree;
 SELECT strategy, parent FROM coffer.add_table('leaves', parent => 'tree');
+-- A table whose tenants were found elsewhere leaves nothing behind there.
+CREATE TABLE owners (tenant int NOT NULL, id int PRIMARY KEY);
+CREATE TABLE branch (tenant int, id int PRIMARY KEY, owner int NOT NULL REFERENCES owners);
+ALTER TABLE tree ADD owner int;
+SELECT strategy FROM coffer.add_table('owners', 'tenant');
+SELECT strategy, parent FROM coffer.add_table('branch', parent => 'owners');
+SELECT count(*) > 0 AS watched FROM pg_trigger WHERE tgrelid = 'owners'::regclass AND tgname ~ 'coffer_parent';
+ALTER TABLE tree ATTACH PARTITION branch FOR VALUES FROM (10) TO (20);
+SELECT count(*) > 0 AS watched FROM pg_trigger WHERE tgrelid = 'owners'::regclass AND tgname ~ 'coffer_parent';
 -- Under a root that is not covered, nothing is.
 SET client_min_messages = warning;
 CREATE TABLE bare (tenant int NOT NULL, id int NOT NULL) PARTITION BY RANGE (id);
