@@ -19,8 +19,10 @@ CREATE TABLE coffer.hold_entries (
     held_at       timestamptz NOT NULL DEFAULT now(),
     released_by   text,
     released_at   timestamptz,
+    ends_at       timestamptz,                       -- by itself
     is_recorded   bool NOT NULL DEFAULT false,       -- the repository has it
-    is_dropped    bool NOT NULL DEFAULT false        -- the repository has its release
+    is_dropped    bool NOT NULL DEFAULT false,       -- the repository has its release
+    job           bigint                             -- that carries the last word on it into the repository
 );
 CREATE INDEX hold_entries_tenant ON coffer.hold_entries (tenant);
 
@@ -29,7 +31,9 @@ CREATE TABLE coffer.policy_entries (
     policy        jsonb NOT NULL,
     set_by        text NOT NULL DEFAULT session_user,
     set_at        timestamptz NOT NULL DEFAULT now(),
-    is_recorded   bool NOT NULL DEFAULT false
+    is_recorded   bool NOT NULL DEFAULT false,
+    in_force      jsonb,                             -- what the repository has
+    job           bigint                             -- that carries it there
 );
 
 CREATE TABLE coffer.backup_entries (
@@ -99,23 +103,28 @@ COMMENT ON VIEW coffer.verifications IS
 
 CREATE VIEW coffer.holds WITH (security_barrier) AS
 SELECT h.hold, h.tenant, h.reason, h.from_time, h.to_time,
-       CASE WHEN h.is_dropped THEN 'released' WHEN h.released_at IS NOT NULL THEN 'being released'
-            WHEN h.is_recorded THEN 'held' ELSE 'requested' END AS state,
-       h.held_by, h.held_at, h.released_by, h.released_at, (SELECT m.as_of FROM coffer.mirror_state m) AS as_of
-FROM coffer.hold_entries h
+       CASE WHEN h.is_dropped THEN 'released' WHEN h.released_at IS NOT NULL AND NOT f.failed THEN 'being released'
+            WHEN h.is_recorded THEN 'held' WHEN f.failed THEN 'failed' ELSE 'requested' END AS state,
+       h.held_by, h.held_at, CASE WHEN NOT f.failed THEN h.released_by END AS released_by,
+       CASE WHEN NOT f.failed THEN h.released_at END AS released_at, (SELECT m.as_of FROM coffer.mirror_state m) AS as_of,
+       CASE WHEN f.failed THEN j.error END AS error
+FROM coffer.hold_entries h LEFT JOIN coffer.job_entries j ON j.job = h.job
+CROSS JOIN LATERAL (SELECT coalesce(j.state = 'failed', false) AND NOT h.is_dropped AND (NOT h.is_recorded OR h.released_at IS NOT NULL) AS failed) f
 WHERE pg_has_role('coffer_auditor', 'USAGE')
    OR h.tenant IN (SELECT g.tenant FROM coffer.tenant_grants g WHERE pg_has_role(g.roleid, 'USAGE'));
 COMMENT ON VIEW coffer.holds IS
-'Legal holds: nothing of a tenant between the two times (empty: without an end) is removed. One is in force from the state held to the state released.';
+'Legal holds: nothing of a tenant between the two times (empty: without an end) is removed. One is in force from the state held to the state released. error: why a hold has failed, or why one that is held is not released; both can be asked for again.';
 
 CREATE VIEW coffer.policies WITH (security_barrier) AS
-SELECT p.tenant, p.policy, p.set_by, p.set_at, CASE WHEN p.is_recorded THEN 'in force' ELSE 'requested' END AS state,
-       (SELECT m.as_of FROM coffer.mirror_state m) AS as_of
-FROM coffer.policy_entries p
+SELECT p.tenant, p.policy, p.set_by, p.set_at, s.state, (SELECT m.as_of FROM coffer.mirror_state m) AS as_of, p.in_force,
+       CASE WHEN s.state = 'failed' THEN j.error END AS error
+FROM coffer.policy_entries p LEFT JOIN coffer.job_entries j ON j.job = p.job
+CROSS JOIN LATERAL (SELECT CASE WHEN p.is_recorded OR p.policy = p.in_force AND j.state IN ('done', 'failed') THEN 'in force'
+                                WHEN j.state = 'failed' THEN 'failed' ELSE 'requested' END AS state) s
 WHERE pg_has_role('coffer_auditor', 'USAGE')
    OR p.tenant IN (SELECT g.tenant FROM coffer.tenant_grants g WHERE pg_has_role(g.roleid, 'USAGE'));
 COMMENT ON VIEW coffer.policies IS
-'Retention policies that single tenants have; all others have that of the agent''s configuration.';
+'Retention policies that single tenants have; all others have that of the agent''s configuration. in_force: the one that holds meanwhile, where another is requested or has failed (empty: the configuration''s); error: why it failed.';
 
 CREATE FUNCTION coffer.hold(tenant text, reason text, from_time timestamptz DEFAULT NULL, to_time timestamptz DEFAULT NULL) RETURNS bigint
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
@@ -143,8 +152,9 @@ BEGIN
     END IF;
     INSERT INTO coffer.hold_entries AS h (tenant, reason, from_time, to_time) VALUES ($1, $2, $3, $4)
     RETURNING h.hold, h.id INTO n, name;
-    PERFORM coffer._new_job('hold', $1, jsonb_strip_nulls(jsonb_build_object('hold', n, 'id', name, 'reason', $2,
-        'from_us', (extract(epoch FROM $3) * 1000000)::int8, 'to_us', (extract(epoch FROM $4) * 1000000)::int8)));
+    UPDATE coffer.hold_entries h SET job = coffer._new_job('hold', $1, jsonb_strip_nulls(jsonb_build_object('hold', n, 'id', name,
+        'reason', $2, 'from_us', (extract(epoch FROM $3) * 1000000)::int8, 'to_us', (extract(epoch FROM $4) * 1000000)::int8)))
+    WHERE h.hold = n;
     PERFORM coffer._audit('hold', $1, jsonb_build_object('hold', n, 'reason', $2, 'from', $3, 'to', $4));
     RETURN n;
 END $$;
@@ -161,11 +171,12 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no hold %', coalesce($1::text, 'NULL') USING ERRCODE = 'undefined_object', HINT = 'See coffer.holds.';
     END IF;
-    IF h.released_at IS NOT NULL THEN
+    IF h.is_dropped OR h.released_at IS NOT NULL AND NOT EXISTS (SELECT FROM coffer.job_entries j WHERE j.job = h.job AND j.state = 'failed') THEN
         RAISE EXCEPTION 'hold % is released already, by %', $1, h.released_by USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    UPDATE coffer.hold_entries e SET released_at = now(), released_by = session_user WHERE e.hold = $1;
-    PERFORM coffer._new_job('release', h.tenant, jsonb_build_object('hold', $1, 'id', h.id));
+    UPDATE coffer.hold_entries e SET released_at = now(), released_by = session_user,
+        job = coffer._new_job('release', h.tenant, jsonb_build_object('hold', $1, 'id', h.id))
+    WHERE e.hold = $1;
     PERFORM coffer._audit('release', h.tenant, jsonb_build_object('hold', $1, 'reason', h.reason));
 END $$;
 COMMENT ON FUNCTION coffer.release IS
@@ -194,7 +205,7 @@ BEGIN
     END IF;
     INSERT INTO coffer.policy_entries AS p (tenant, policy) VALUES ($1, $2)
     ON CONFLICT ON CONSTRAINT policy_entries_pkey DO UPDATE SET policy = excluded.policy, set_by = excluded.set_by, set_at = excluded.set_at, is_recorded = false;
-    PERFORM coffer._new_job('policy', $1, jsonb_build_object('policy', $2));
+    UPDATE coffer.policy_entries p SET job = coffer._new_job('policy', $1, jsonb_build_object('policy', $2)) WHERE p.tenant = $1;
     PERFORM coffer._audit('set_policy', $1, $2);
 END $$;
 COMMENT ON FUNCTION coffer.set_policy IS

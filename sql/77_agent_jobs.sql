@@ -158,27 +158,33 @@ BEGIN
     ON CONFLICT DO NOTHING;
 
     -- A hold of the command line's gets its number here.
-    INSERT INTO coffer.hold_entries AS h (id, tenant, reason, from_time, to_time, held_by, held_at, is_recorded)
-    SELECT x.id, d.tenant, x.reason, x.from_time, x.to_time, x.held_by, x.held_at, true
+    INSERT INTO coffer.hold_entries AS h (id, tenant, reason, from_time, to_time, held_by, held_at, ends_at, is_recorded)
+    SELECT x.id, d.tenant, x.reason, x.from_time, x.to_time, x.held_by, x.held_at, x.ends_at, true
     FROM coffer._mirrored($1) d CROSS JOIN LATERAL jsonb_populate_recordset(NULL::coffer.hold_entries, d.doc -> 'holds') x
     ON CONFLICT (id) DO UPDATE SET is_recorded = true WHERE NOT h.is_recorded;
-    UPDATE coffer.hold_entries h SET is_dropped = true, released_at = coalesce(h.released_at, now()), released_by = coalesce(h.released_by, 'the command line')
+    UPDATE coffer.hold_entries h SET is_dropped = true, released_at = coalesce(h.released_at, now()),
+        -- The time that the agent went by is that of the mirror.
+        released_by = coalesce(h.released_by, CASE WHEN h.ends_at <= greatest(now(), (SELECT m.as_of FROM coffer.mirror_state m)) THEN 'its end'
+                                              ELSE 'the command line' END)
     FROM coffer._mirrored($1) d WHERE d.tenant = h.tenant AND d.doc ? 'holds' AND h.is_recorded AND NOT h.is_dropped
         AND NOT EXISTS (SELECT FROM jsonb_array_elements(d.doc -> 'holds') x WHERE (x ->> 'id')::uuid = h.id);
 
-    INSERT INTO coffer.policy_entries AS p (tenant, policy, set_by, set_at, is_recorded)
-    SELECT d.tenant, d.doc -> 'policy', 'the command line', now(), true FROM coffer._mirrored($1) d WHERE jsonb_typeof(d.doc -> 'policy') = 'object'
+    INSERT INTO coffer.policy_entries AS p (tenant, policy, set_by, set_at, is_recorded, in_force)
+    SELECT d.tenant, d.doc -> 'policy', 'the command line', now(), true, d.doc -> 'policy' FROM coffer._mirrored($1) d
+    WHERE jsonb_typeof(d.doc -> 'policy') = 'object'
     -- One that was asked for here is newer until its job is done.
-    ON CONFLICT (tenant) DO UPDATE SET policy = excluded.policy, is_recorded = true
-    WHERE p.is_recorded AND p.policy <> excluded.policy OR NOT p.is_recorded AND p.policy = excluded.policy;
+    ON CONFLICT (tenant) DO UPDATE SET policy = CASE WHEN p.is_recorded THEN excluded.policy ELSE p.policy END,
+        is_recorded = p.is_recorded OR p.policy = excluded.policy, in_force = excluded.in_force
+    WHERE p.in_force IS DISTINCT FROM excluded.in_force OR p.policy = excluded.policy AND NOT p.is_recorded;
 END $$;
 
 CREATE FUNCTION coffer._agent_mirrored(as_of timestamptz) RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
     INSERT INTO coffer.mirror_state AS m (as_of) VALUES ($1) ON CONFLICT (one) DO UPDATE SET as_of = excluded.as_of;
-    -- What became of a job is in the audit log's and the catalog's care after a year.
-    DELETE FROM coffer.job_entries j WHERE j.finished_at < clock_timestamp() - interval '400 days';
+    -- What became of a job is in the audit log's and the catalog's care after a year; what failed of a tenant's retention stands.
+    DELETE FROM coffer.job_entries j WHERE j.finished_at < clock_timestamp() - interval '400 days'
+        AND NOT (j.kind IN ('hold', 'release', 'policy') AND j.state = 'failed');
     DELETE FROM coffer.job_commits c WHERE NOT EXISTS (SELECT FROM coffer.job_entries j WHERE j.job = c.job)
 $$;
 COMMENT ON FUNCTION coffer._agent_mirrored(timestamptz) IS 'The mirrors are whole as of now.';

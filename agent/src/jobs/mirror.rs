@@ -340,7 +340,8 @@ fn document(history: &History, t: &TenantEntry) -> Value {
             // Beyond what can be said is without an end.
             let from = h.from_us.filter(|us| *us >= FIRST_US).map(time);
             let to = h.to_us.filter(|us| *us <= LAST_US).map(time);
-            json!({"id": h.id, "reason": h.reason, "from_time": from, "to_time": to, "held_by": h.by, "held_at": time(h.at_us)})
+            json!({"id": h.id, "reason": h.reason, "from_time": from, "to_time": to, "held_by": h.by, "held_at": time(h.at_us),
+                "ends_at": h.until_us.map(time)})
         })
         .collect();
     json!({"uid": t.uid, "tenant": t.tenant.key, "backups": backups, "windows": windows, "verifications": checks,

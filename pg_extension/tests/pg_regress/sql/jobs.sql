@@ -210,6 +210,40 @@ SELECT coffer.set_policy('globex', '{"daily": 3}');
 SELECT tenant FROM coffer._agent_claim_job(ARRAY['policy'], '00000000-0000-0000-0000-000000000008', 'regress');
 SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000007', 'done', NULL, NULL) FROM coffer.jobs WHERE kind = 'release';
 SELECT args FROM coffer._agent_claim_job(ARRAY['policy'], '00000000-0000-0000-0000-000000000008', 'regress');
+-- What failed says so, and what holds meanwhile; the very policy that is in force is in force as soon as its job is done.
+SELECT coffer._agent_finish_job(job, '00000000-0000-0000-0000-000000000008', 'failed', NULL, 'no such policy') FROM coffer.jobs WHERE kind = 'policy' AND state = 'running' ORDER BY job;
+SELECT tenant, policy, state, in_force, error FROM coffer.policies ORDER BY tenant;
+SELECT coffer.set_policy('acme', '{"daily": 7}');
+SELECT policy, state, in_force, error FROM coffer.policies WHERE tenant = 'acme';
+SELECT args FROM coffer._agent_claim_job(ARRAY['policy'], '00000000-0000-0000-0000-000000000008', 'regress');
+SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000008', 'done', NULL, NULL) FROM coffer.jobs WHERE kind = 'policy';
+SELECT policy, state, in_force, error FROM coffer.policies WHERE tenant = 'acme';
+SELECT coffer.hold('acme', 'in vain') AS hold \gset
+SELECT args ->> 'reason' AS reason FROM coffer._agent_claim_job(ARRAY['hold'], '00000000-0000-0000-0000-000000000009', 'regress');
+SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000009', 'failed', NULL, 'no room') FROM coffer.jobs WHERE kind = 'hold';
+-- One whose release failed is held, and can be released again. One that is over was released by nobody.
+SELECT coffer._agent_mirror('[{"uid": "00000000-0000-0000-0000-0000000000aa", "tenant": "acme", "windows": [], "verifications": [], "policy": {"daily": 7},
+    "backups": [{"backup": "00000000-0000-0000-0000-000000000b01", "kind": "full", "trigger": "manual", "point_lsn": "0/10", "point_time": "2026-02-01T00:00:00Z", "rows": 5, "bytes": 50}],
+    "holds": [{"id": "00000000-0000-0000-0000-000000000d04", "reason": "an undo", "held_by": "x", "held_at": "2020-01-01T00:00:00Z", "ends_at": "2020-02-01T00:00:00Z"},
+              {"id": "00000000-0000-0000-0000-000000000d05", "reason": "another undo", "held_by": "x", "held_at": "2020-01-01T00:00:00Z", "ends_at": "9999-02-01T00:00:00Z"},
+              {"id": "00000000-0000-0000-0000-000000000d06", "reason": "kept", "held_by": "x", "held_at": "2026-01-01T00:00:00Z", "ends_at": null}]}]');
+SELECT coffer.release(hold) FROM coffer.holds WHERE reason = 'kept';
+SELECT reason, state, released_by, error FROM coffer.holds WHERE tenant = 'acme' ORDER BY hold;
+SELECT kind FROM coffer._agent_claim_job(ARRAY['release'], '00000000-0000-0000-0000-000000000009', 'regress');
+SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000009', 'failed', NULL, 'no room') FROM coffer.jobs WHERE kind = 'release';
+SELECT reason, state, released_by, error FROM coffer.holds WHERE tenant = 'acme' ORDER BY hold;
+SELECT coffer.release(hold) FROM coffer.holds WHERE reason = 'kept';
+SELECT coffer.release(hold) FROM coffer.holds WHERE reason = 'kept';
+SELECT kind FROM coffer._agent_claim_job(ARRAY['release'], '00000000-0000-0000-0000-000000000009', 'regress');
+SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000009', 'done', NULL, NULL) FROM coffer.jobs WHERE kind = 'release';
+SELECT coffer._agent_mirror('[{"uid": "00000000-0000-0000-0000-0000000000aa", "tenant": "acme", "windows": [], "verifications": [], "holds": [], "policy": {"daily": 7},
+    "backups": [{"backup": "00000000-0000-0000-0000-000000000b01", "kind": "full", "trigger": "manual", "point_lsn": "0/10", "point_time": "2026-02-01T00:00:00Z", "rows": 5, "bytes": 50}]}]');
+SELECT reason, state, released_by, error FROM coffer.holds WHERE tenant = 'acme' ORDER BY hold;
+-- What failed is not forgotten with the other jobs.
+UPDATE coffer.job_entries SET finished_at = '2020-01-01' WHERE kind IN ('hold', 'policy') AND state IN ('done', 'failed');
+SELECT coffer._agent_mirrored('2026-03-01 00:00+00');
+SELECT tenant, policy, state, in_force, error FROM coffer.policies ORDER BY tenant;
+SELECT kind, state FROM coffer.jobs WHERE kind IN ('hold', 'policy') ORDER BY job;
 
 -- A tenant's administrator sees its own tenant and no other, in every view.
 SELECT coffer.verify('globex') AS other \gset
