@@ -44,6 +44,7 @@ const ALL: &[Benchmark] = &[
     Benchmark { name: "decode-tag", with_agent: false, run: Run::In(decode::tag) },
     Benchmark { name: "path-insert", with_agent: false, run: Run::In(tags::path_insert) },
     Benchmark { name: "path-update", with_agent: false, run: Run::In(tags::path_update) },
+    Benchmark { name: "path-update-in-all", with_agent: false, run: Run::In(tags::path_update_in_all) },
     Benchmark { name: "tag-delete", with_agent: false, run: Run::In(tags::tag_delete) },
     Benchmark { name: "snapshot", with_agent: false, run: Run::In(snapshot::one_table) },
     Benchmark { name: "snapshot-20", with_agent: false, run: Run::In(snapshot::many_tables) },
