@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD
 if [ -z "${COFFER_PG15_BIN:-}" ] && [ -f target/env.sh ]; then . target/env.sh; fi
-SUITE=(setup registry accounts large_objects strategies path partitions names schemas events decoding decode_types decode_edges reading row_jsonb durability jobs doctor security)
+SUITE=(setup registry accounts large_objects strategies path claims partitions names schemas events decoding decode_types decode_edges reading row_jsonb durability jobs doctor security)
 
 versions=() tests=()
 for a in "$@"; do

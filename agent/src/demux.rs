@@ -147,7 +147,7 @@ impl Flow {
         self.unresolved_rows.load(Ordering::Relaxed)
     }
 
-    /// Changes since the start whose session named another tenant than the row's.
+    /// How often since the start a transaction changed rows of a table that are another tenant's than the session named.
     pub fn contradictions(&self) -> u64 {
         self.contradictions.load(Ordering::Relaxed)
     }

@@ -285,8 +285,8 @@ impl AgentStatus {
                     alarms::CLAIM_CONTRADICTED,
                     &c.source,
                     format!(
-                        "{n} changes since the agent started came from sessions whose coffer.tenant names another tenant \
-                         than the row's; the rows stay whose they were"
+                        "{n} times since the agent started a transaction changed rows of a table whose tenant is another than its \
+                         session's coffer.tenant; the rows are whose the data says"
                     ),
                 );
             }

@@ -2,6 +2,7 @@
 
 mod api;
 mod catalog;
+mod claim;
 mod compat;
 mod encoding;
 mod fill_trigger;
@@ -21,3 +22,10 @@ mod tuple;
 mod wal_message;
 
 pgrx::pg_module_magic!();
+
+/// # Safety
+/// Called by the server when it loads the library.
+#[pgrx::pg_guard]
+pub unsafe extern "C-unwind" fn _PG_init() {
+    claim::define();
+}

@@ -5,15 +5,14 @@
 //! the agent as a contradiction.
 
 use crate::catalog;
+use crate::claim;
 use crate::row_trigger::{Call, Owner};
 use crate::spi::Plan;
-use crate::wal_message;
-use coffer_wire::TenantKind;
 use coffer_wire::tag::TagOp;
 use pgrx::pg_guard;
 use pgrx::pg_sys;
+use std::borrow::Cow;
 use std::cell::RefCell;
-use std::ffi::CStr;
 use std::fmt::Write;
 use std::rc::Rc;
 
@@ -77,7 +76,7 @@ pub unsafe extern "C-unwind" fn coffer_session(fcinfo: pg_sys::FunctionCallInfo)
             keep(&call, first, second);
             return pg_sys::Datum::from(0usize);
         };
-        let owner = if op == TagOp::Insert { Owner::of(claim()) } else { archived(&call, first) };
+        let owner = if op == TagOp::Insert { Owner::of(said()) } else { archived(&call, first) };
         let (old, new) = match op {
             TagOp::Insert => (None, Some(&owner)),
             TagOp::Update => (Some(&owner), Some(&owner)),
@@ -88,17 +87,8 @@ pub unsafe extern "C-unwind" fn coffer_session(fcinfo: pg_sys::FunctionCallInfo)
     }
 }
 
-/// What the session says.
-fn claim() -> Option<Vec<u8>> {
-    // SAFETY: the name ends with NUL; the answer does, and is copied at once.
-    unsafe {
-        let value = pg_sys::GetConfigOption(c"coffer.tenant".as_ptr(), true, false);
-        if value.is_null() {
-            return None;
-        }
-        let text = crate::encoding::Encoding::of_database().convert(CStr::from_ptr(value).to_bytes()).into_owned();
-        (!text.is_empty()).then_some(text)
-    }
+fn said() -> Option<Vec<u8>> {
+    claim::tenant().map(Cow::into_owned)
 }
 
 /// Whose an old row is. A session that says something else is told on.
@@ -107,11 +97,7 @@ unsafe fn archived(call: &Call<'_>, tuple: pg_sys::HeapTuple) -> Owner {
     let row = plans().whose.first(&[relid(call), unsafe { key(call, tuple) }]);
     let kept = row.and_then(|mut r| r.pop().flatten());
     let owner = Owner::of(kept.map(|t| crate::encoding::Encoding::of_database().convert(&t).into_owned()));
-    if let Some(said) = claim()
-        && (owner.kind != TenantKind::Normal || owner.key != said)
-    {
-        wal_message::write_marker("claim", format!("{{\"relid\":{}}}", call.table.root).as_bytes());
-    }
+    claim::compare(call, Some(&owner), None);
     owner
 }
 
@@ -122,7 +108,7 @@ unsafe fn keep(call: &Call<'_>, first: pg_sys::HeapTuple, second: pg_sys::HeapTu
     // SAFETY: by the caller.
     unsafe {
         if call.is_for(false, pg_sys::TRIGGER_EVENT_INSERT) {
-            match claim() {
+            match said() {
                 Some(tenant) => plans.put.change(&[relid, key(call, first), tenant]),
                 // An older row with this key may have gone without a trigger, with its partition.
                 None => plans.remove.change(&[relid, key(call, first)]),

@@ -4,6 +4,7 @@
 //! tenant changes, last of all triggers, so that its message stands right before the change that it is about. The key
 //! in it is rendered by the code that the plugin renders the change with: the plugin compares bytes.
 
+use crate::claim;
 use crate::compat;
 use crate::row_trigger::{self, Call, Owner};
 use crate::tuple;
@@ -34,11 +35,15 @@ pub unsafe extern "C-unwind" fn coffer_tag(fcinfo: pg_sys::FunctionCallInfo) -> 
         let owner = |tuple| Owner::of(call.texts(tuple, &name).and_then(|mut t| t.pop()));
         match call.before() {
             Some(TagOp::Delete) => {
-                call.write_tag(TagOp::Delete, first, Some(&owner(first)), None);
+                let was = owner(first);
+                claim::compare(&call, Some(&was), None);
+                call.write_tag(TagOp::Delete, first, Some(&was), None);
                 pg_sys::Datum::from(first)
             }
             Some(TagOp::Update) => {
-                call.write_tag(TagOp::Update, first, Some(&owner(first)), Some(&owner(second)));
+                let (was, is) = (owner(first), owner(second));
+                claim::compare(&call, Some(&was), Some(&is));
+                call.write_tag(TagOp::Update, first, Some(&was), Some(&is));
                 let mut fields = Vec::new();
                 tuple::fields_of((*second).t_data, &call.table.layout.atts, &mut fields);
                 if row_trigger::should_flatten(second, &call.table.layout, &fields) {

@@ -23,6 +23,7 @@ mod plan;
 mod resolve;
 mod state;
 
+use crate::claim;
 use crate::compat;
 use crate::row_trigger::{self, Call};
 use crate::tuple;
@@ -70,6 +71,7 @@ pub unsafe extern "C-unwind" fn coffer_path(fcinfo: pg_sys::FunctionCallInfo) ->
         };
         let key_row = old.or(new).unwrap_or(first);
         let moves = if let Some((was, is)) = known::tenants(&call, old, new) {
+            claim::compare(&call, was.as_deref(), is.as_deref());
             call.write_tag(op, key_row, was.as_deref(), is.as_deref());
             was != is
         } else {
@@ -77,6 +79,9 @@ pub unsafe extern "C-unwind" fn coffer_path(fcinfo: pg_sys::FunctionCallInfo) ->
                 return pg_sys::Datum::from(0usize);
             }
             let (was, is) = resolve::tenants(&call, old, new);
+            if !resolve::is_ours(&call) {
+                claim::compare(&call, was.as_ref(), is.as_ref());
+            }
             call.write_tag(op, key_row, was.as_ref(), is.as_ref());
             if op == TagOp::Update {
                 resolve::own_row_moved(&call, second);

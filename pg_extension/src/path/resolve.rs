@@ -121,6 +121,11 @@ unsafe fn side_of(old: pg_sys::HeapTuple) -> Side {
     if unsafe { dead::written_by_us((*old).t_data) }.is_some() { Side::Old } else { Side::Theirs }
 }
 
+/// Whether it is an update of our own that reaches the row: what moved the parent was the session's doing, this is not.
+pub fn is_ours(call: &Call<'_>) -> bool {
+    state::with(|s| s.moving_rows(call.table.root)).is_some()
+}
+
 /// Whether a row that an update of our own reaches is to be left as it is.
 ///
 /// # Safety
