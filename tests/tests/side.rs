@@ -316,6 +316,10 @@ fn classes(major: u32) {
         "shop",
         "CREATE TABLE settings (tenant int, k text, v text, PRIMARY KEY (tenant, k)); CREATE TABLE people (tenant int, id int, PRIMARY KEY (tenant, id));
          SELECT * FROM coffer.add_table('settings', 'tenant', class => 'config'); SELECT * FROM coffer.add_table('people', 'tenant', class => 'accounts');
+         CREATE TABLE skins (tenant int, id int, PRIMARY KEY (tenant, id)); CREATE TABLE trail (tenant int, id int, PRIMARY KEY (tenant, id));
+         SELECT * FROM coffer.add_table('skins', 'tenant', class => 'customization'); SELECT * FROM coffer.add_table('trail', 'tenant', class => 'audit');
+         INSERT INTO skins SELECT t, i FROM generate_series(1, 2) t, generate_series(1, 2) i;
+         INSERT INTO trail SELECT t, i FROM generate_series(1, 2) t, generate_series(1, 6) i;
          INSERT INTO settings SELECT t, 'k' || i, 'v' FROM generate_series(1, 2) t, generate_series(1, 4) i;
          INSERT INTO people SELECT t, i FROM generate_series(1, 2) t, generate_series(1, 3) i;",
     );
@@ -323,7 +327,8 @@ fn classes(major: u32) {
     cluster.psql("shop", "SELECT coffer.restore_point('good')");
     cluster.script(
         "shop",
-        "DELETE FROM settings WHERE tenant = 1; DELETE FROM people WHERE tenant = 1; DELETE FROM a WHERE tenant = 1",
+        "DELETE FROM settings WHERE tenant = 1; DELETE FROM people WHERE tenant = 1; DELETE FROM a WHERE tenant = 1;
+         DELETE FROM skins WHERE tenant = 1; DELETE FROM trail WHERE tenant = 1",
     );
     let with = |mut args: Vec<&'static str>, classes: &[&'static str]| {
         args.extend(classes.iter().flat_map(|c| ["--class", c]));
@@ -336,7 +341,8 @@ fn classes(major: u32) {
         names
     };
     let counts = |db: &str| {
-        cluster.psql(db, "SELECT (SELECT count(*) FROM a WHERE tenant = 1), (SELECT count(*) FROM settings WHERE tenant = 1), (SELECT count(*) FROM people WHERE tenant = 1)")
+        cluster.psql(db, "SELECT (SELECT count(*) FROM a WHERE tenant = 1), (SELECT count(*) FROM settings WHERE tenant = 1), (SELECT count(*) FROM people WHERE tenant = 1),
+            (SELECT count(*) FROM skins WHERE tenant = 1), (SELECT count(*) FROM trail WHERE tenant = 1)")
     };
 
     // What there is to choose from.
@@ -344,7 +350,9 @@ fn classes(major: u32) {
     let table = |relation: &str, class: &str, rows: u64| serde_json::json!({"relation": relation, "class": class, "rows": rows});
     let want = serde_json::json!([
         table("public.people", "accounts", 3),
+        table("public.trail", "audit", 6),
         table("public.settings", "config", 4),
+        table("public.skins", "customization", 2),
         table("public.a", "data", 5)
     ]);
     assert_eq!(listed["tables"], want);
@@ -356,16 +364,25 @@ fn classes(major: u32) {
     let mut args = restored::args("1", "name:good", "files", out.arg());
     args.extend(["--class", "config", "--class", "accounts"]);
     assert_eq!(relations(&agent.json(&args)), ["public.people", "public.settings"]);
-    let url = cluster.url("postgres", "some");
-    let mut args = restored::args("1", "name:good", "database", &url);
-    args.extend(["--class", "config"]);
-    assert_eq!(relations(&agent.json(&args)), ["public.settings"]);
-    assert_eq!(counts("some"), "0|4|0");
+    for (class, relation, name, rows) in [
+        ("config", "public.settings", "some", "0|4|0|0|0"),
+        ("customization", "public.skins", "skins_only", "0|0|0|2|0"),
+        ("audit", "public.trail", "trail_only", "0|0|0|0|6"),
+    ] {
+        let url = cluster.url("postgres", name);
+        let mut args = restored::args("1", "name:good", "database", &url);
+        args.extend(["--class", class]);
+        assert_eq!(relations(&agent.json(&args)), [relation]);
+        assert_eq!(counts(name), rows);
+    }
     let said = agent.json(&with(restored::in_place("1", "name:good"), &["accounts"]));
     assert_eq!(relations(&said), ["public.people"]);
-    assert_eq!(counts("shop"), "0|0|3");
+    assert_eq!(counts("shop"), "0|0|3|0|0");
+    let said = agent.json(&with(restored::in_place("1", "name:good"), &["customization", "audit"]));
+    assert_eq!(relations(&said), ["public.skins", "public.trail"]);
+    assert_eq!(counts("shop"), "0|0|3|2|6");
     agent.json(&with(restored::in_place("1", "name:good"), &["data", "config"]));
-    assert_eq!(counts("shop"), "5|4|3");
+    assert_eq!(counts("shop"), "5|4|3|2|6");
     let (exit, said) = agent.json_err(&with(restored::in_place("1", "name:good"), &["neither"]));
     assert_eq!(exit, 2, "{said}");
 }
