@@ -11,6 +11,7 @@ use serde_json::Value;
 
 on_majors! {
     forged: forged;
+    unattributed: unattributed;
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -110,6 +111,20 @@ impl World {
     fn drop_marker(&self, key: &MacKey) -> Vec<u8> {
         tag::encode_marker(key, "drop", format!("{{\"relids\":[{}]}}", self.keyed).as_bytes())
     }
+
+    /// What the agent would close windows, take bases or raise alarms for.
+    fn events(&self) -> [(&'static str, String); 7] {
+        let t = self.keyed;
+        [
+            ("registry", format!("{{\"relid\":{t},\"action\":\"remove\",\"rebase\":false}}")),
+            ("registry", format!("{{\"relid\":{t},\"action\":\"add\",\"rebase\":true}}")),
+            ("rewrite", format!("{{\"relid\":{t}}}")),
+            ("ddl", format!("{{\"tag\":\"ALTER TABLE\",\"objects\":[{t}],\"relations\":[]}}")),
+            ("definitions", "{\"tag\":\"CREATE VIEW\"}".into()),
+            ("base", "0123456789abcdef".into()),
+            ("claim", format!("{{\"relid\":{t}}}")),
+        ]
+    }
 }
 
 fn forged(major: u32) {
@@ -126,8 +141,28 @@ fn forged(major: u32) {
     {
         world.emit(&message, "UPDATE keyed SET v = v WHERE false");
     }
+    let state = || {
+        let bases = agent.log().matches("bases are recorded").count();
+        let registry = cluster.psql("shop", "SELECT string_agg(r::text, ' ' ORDER BY r.relid) FROM coffer.rules r");
+        let window = |tenant| {
+            let mut listed = restored::listed(&agent, tenant);
+            // The moving end of an open window.
+            for w in listed["window"].as_array_mut().expect("a window") {
+                w.as_object_mut().expect("a span").retain(|k, _| k.starts_with("from"));
+            }
+            (listed["window"].clone(), listed["gaps"].clone())
+        };
+        (bases, registry, window("victim"), window("mallory"))
+    };
+    let before = state();
+    for (kind, payload) in world.events() {
+        world.emit(&tag::encode_marker(&wrong, kind, payload.as_bytes()), "UPDATE keyed SET v = v WHERE false");
+    }
     world.emit(&world.move_tag(&wrong, 10), "UPDATE tagged SET v = 'y' WHERE id = 10");
     assert_eq!(world.seen(), ["update normal mallory"]);
+    cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '1min')");
+    assert_eq!(state(), before, "{}", agent.log());
+    assert!(agent.alarms("claim_contradicted").is_empty());
     cluster.psql("shop", "SELECT coffer.restore_point('unharmed')");
     let (code, said) = agent.json_err(&restored::args_now("victim", "name:forged", "/nonexistent/forged"));
     assert!(matches!(code, 3 | 4), "{code} {said}");
@@ -172,4 +207,66 @@ fn forged(major: u32) {
     assert_eq!(world.seen(), ["update normal victim"]);
     world.emit(&world.drop_marker(&right), "UPDATE keyed SET v = v WHERE false");
     assert_eq!(world.seen(), ["marker drop"]);
+    for (kind, payload) in world.events() {
+        world.emit(&tag::encode_marker(&right, kind, payload.as_bytes()), "UPDATE keyed SET v = v WHERE false");
+        assert_eq!(world.seen(), [format!("marker {kind}")]);
+    }
+}
+
+/// Rows that nobody can say whose they are close the table for every tenant, until its next base: on either side of what lies
+/// between there is a restore, and in it none that has the table.
+fn unattributed(major: u32) {
+    let world = World::new(major);
+    let cluster = &world.cluster;
+    let mut agent = Agent::new(&Setup::of(cluster, "shop"));
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-horizon@2=sleep(5000)".into())];
+    agent.start();
+    restored::wait_windows(&mut agent, &["victim", "mallory"]);
+    let point = |name: &str| cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
+    let durable = || cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '1min')");
+    let counts = |db: &str| {
+        cluster.psql(db, "SELECT concat_ws(' ', (SELECT count(*) FROM tagged), (SELECT count(*) FROM keyed))")
+    };
+    point("before");
+    world.genuine_tags(false);
+    cluster.psql("shop", "DELETE FROM tagged WHERE id IN (1, 10)");
+    world.genuine_tags(true);
+    point("between");
+    durable();
+    for tenant in ["victim", "mallory"] {
+        let listed = restored::listed(&agent, tenant);
+        let (windows, gaps) = (listed["window"].as_array().expect("spans"), listed["gaps"].as_array().expect("gaps"));
+        assert_eq!((windows.len(), gaps.len()), (1, 1), "{listed}");
+        assert_eq!(gaps[0]["reason"], "unresolved_rows: public.tagged", "{listed}");
+        let (code, said) = agent.json_err(&restored::args_now(tenant, "name:between", "/nonexistent/between"));
+        assert!(code == 4, "{code} {said}");
+    }
+    wait_for("the window to open again", 60, || {
+        let spans = |t| restored::listed(&agent, t)["window"].as_array().map(Vec::len);
+        (spans("victim") == Some(2) && spans("mallory") == Some(2)).then_some(())
+    });
+    cluster.psql("shop", "DELETE FROM tagged WHERE id IN (2, 11)");
+    point("after");
+    for (tenant, before, after) in [("victim", "9 1", "7 1"), ("mallory", "3 1", "1 1")] {
+        for (name, want) in [("before", before), ("after", after)] {
+            let made = Database::restore(&agent, cluster, tenant, &format!("name:{name}"));
+            assert_eq!(counts(&made.name), want, "{tenant} {name}");
+        }
+        // The gap stays what it was, and the point in it, and the other table is not concerned.
+        let listed = restored::listed(&agent, tenant);
+        assert_eq!(listed["gaps"].as_array().map(Vec::len), Some(1), "{listed}");
+        let (code, said) = agent.json_err(&restored::args_now(tenant, "name:between", "/nonexistent/between"));
+        assert!(code == 4, "{code} {said}");
+        let out = restored::Out::new();
+        let mut args = restored::args_now(tenant, "name:between", out.arg());
+        args.extend(["--table", "keyed"]);
+        agent.json(&args);
+    }
+    // The row that was deleted meanwhile is back with its tenant only.
+    agent.json(&restored::in_place("victim", "name:before"));
+    assert_eq!(
+        cluster.psql("shop", "SELECT string_agg(id::text, ' ' ORDER BY id) FROM tagged"),
+        "1 2 3 4 5 6 7 8 9 12"
+    );
+    assert_eq!(agent.stop(), Some(0));
 }
