@@ -14,6 +14,7 @@ on_majors! {
     tables_that_change_schemas: tables_that_change_schemas;
     partitions_in_a_tenants_schema: partitions_in_a_tenants_schema;
     columns_of_parents: columns_of_parents;
+    heirs_that_come_and_go: heirs_that_come_and_go;
 }
 
 const OF_A_TENANT: &str = "
@@ -388,4 +389,71 @@ fn columns_of_parents(major: u32) {
     assert_eq!(agent.log().matches("bases are recorded").count(), 1, "names are no rows");
     with_a_new_base(&cluster, &agent, "ALTER TABLE tagged ADD COLUMN at timestamptz DEFAULT clock_timestamp()");
     check("based");
+}
+
+/// Tables with rows that become heirs of another and cease to be: both are what they were, at each point and after it.
+fn heirs_that_come_and_go(major: u32) {
+    let cluster = Cluster::start(major);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE parent (tenant int NOT NULL, id int PRIMARY KEY, v text);
+         CREATE TABLE tagged (LIKE parent INCLUDING ALL); CREATE TABLE keyed (tenant int NOT NULL, id int, v text, PRIMARY KEY (tenant, id));
+         CREATE TABLE below (id int PRIMARY KEY, up int NOT NULL REFERENCES tagged ON DELETE CASCADE);
+         SELECT coffer.discover('tenant', true);
+         INSERT INTO parent SELECT 1 + i % 2, i, 'parent' FROM generate_series(1, 4) i;
+         INSERT INTO tagged SELECT 1 + i % 2, i, 'tagged' FROM generate_series(11, 18) i;
+         INSERT INTO keyed SELECT 1 + i % 2, i, 'keyed' FROM generate_series(21, 28) i;
+         INSERT INTO below SELECT i, i FROM generate_series(11, 18) i;",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    let rows = |db: &str, tenant: &str| {
+        let each = ["parent", "tagged", "keyed"].map(|t| {
+            cluster.psql(
+                db,
+                &format!("SELECT '{t}', string_agg(concat_ws(',', id, v), ' ' ORDER BY id) FROM ONLY {t} WHERE tenant = {tenant}"),
+            )
+        });
+        let below = format!(
+            "SELECT string_agg(b.id::text, ' ' ORDER BY b.id) FROM below b JOIN tagged t ON t.id = b.up WHERE t.tenant = {tenant}"
+        );
+        format!("{} / {}", each.join(" / "), cluster.psql(db, &below))
+    };
+    let check = |(name, want): &(&str, [String; 2])| {
+        for (tenant, want) in ["1", "2"].into_iter().zip(want) {
+            let made = Database::restore(&agent, &cluster, tenant, &format!("name:{name}"));
+            assert_eq!(rows(&made.name, tenant), *want, "tenant {tenant} at {name}");
+            let heirs =
+                cluster.psql(&made.name, "SELECT count(*) FROM pg_inherits WHERE inhparent = 'parent'::regclass");
+            assert_eq!(heirs, if *name == "heirs" { "2" } else { "0" }, "at {name}");
+        }
+    };
+    let mut points = Vec::new();
+    for (name, ddl, first) in [
+        ("apart", "", 1),
+        ("heirs", "ALTER TABLE tagged INHERIT parent; ALTER TABLE keyed INHERIT parent", 2),
+        ("apart again", "ALTER TABLE tagged NO INHERIT parent; ALTER TABLE keyed NO INHERIT parent", 3),
+    ] {
+        cluster.script(
+            "shop",
+            &format!(
+                "{ddl}; UPDATE parent SET v = v || '+' WHERE id % 10 IN (1, {first}); DELETE FROM ONLY parent WHERE id = {first};
+                 UPDATE tagged SET tenant = 3 - tenant WHERE id = 10 + {first}; DELETE FROM tagged WHERE id = 14 + {first};
+                 DELETE FROM keyed WHERE id = 24 + {first}; UPDATE keyed SET v = 'k{first}' WHERE id = 20 + {first};
+                 SELECT coffer.restore_point('{name}');"
+            ),
+        );
+        let point = (name, ["1", "2"].map(|t| rows("shop", t)));
+        // The definitions have to be archived before they change again.
+        check(&point);
+        points.push(point);
+    }
+    assert_eq!(cluster.psql("shop", "SELECT count(*) FROM coffer.coverage WHERE NOT covered"), "0");
+    points.iter().for_each(check);
+    agent.json(&restored::in_place("1", "name:apart again"));
+    assert_eq!(["1", "2"].map(|t| rows("shop", t)), points[2].1);
+    assert_eq!(agent.json(&["verify", "--against-live"])["ok"], true);
+    assert_eq!(agent.json(&["status"])["sources"][0]["unresolved_rows"], 0);
 }
