@@ -6,6 +6,7 @@ use coffer_tests::block_on;
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored::{self, Database, Scratch};
 use coffer_tests::truth::{self, Watched};
+use std::time::{Duration, Instant};
 
 on_majors! {
     shapes: shapes;
@@ -109,8 +110,32 @@ fn silence(major: u32) {
         let before = begins(agent.log());
         cluster.psql("shop", "INSERT INTO noise SELECT i, md5(i::text) FROM generate_series(1, 1500000) i");
         cluster.psql("shop", "INSERT INTO ours VALUES (1, 2)");
+        let silent = stood_still(&cluster).await;
+        println!("PostgreSQL {major}: silent for {silent:?}");
         cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '3min')");
         assert_eq!(begins(agent.log()), before, "the stream broke off:\n{}", agent.log());
         assert!(!cluster.log().contains("terminating walsender"), "{}", cluster.log());
+        assert!(silent > Duration::from_secs(2), "the server had no reason to lose patience: {silent:?}");
     });
+}
+
+/// How long the walsender stood at one place at the longest, until it has all that is written: a place is a record, and that of
+/// a commit is passed when the whole transaction is decoded.
+async fn stood_still(cluster: &Cluster) -> Duration {
+    let client = cluster.connect("shop").await;
+    let end = cluster.psql("shop", "SELECT pg_current_wal_lsn()");
+    let look = format!("SELECT sent_lsn::text, sent_lsn < '{end}' FROM pg_stat_replication");
+    let (mut place, mut since, mut longest) = (String::new(), Instant::now(), Duration::ZERO);
+    loop {
+        let seen = client.query_one(&look, &[]).await.expect("one walsender");
+        if !seen.get::<_, bool>(1) {
+            return longest;
+        }
+        let at: String = seen.get(0);
+        if at != place {
+            (place, since) = (at, Instant::now());
+        }
+        longest = longest.max(since.elapsed());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
