@@ -65,6 +65,14 @@ impl Figure {
     pub fn ratio(&self) -> f64 {
         seconds(&self.ours_runs) / seconds(&self.peer_runs)
     }
+
+    /// Name, ratio and bar, when the bar is not met.
+    pub fn miss(&self) -> Option<String> {
+        let bar = self.bar?;
+        // One that is no number has not met it.
+        let is_met = self.ratio() <= bar;
+        (!is_met).then(|| format!("{} ({:.3}, its bar is {bar:.2})", self.name, self.ratio()))
+    }
 }
 
 /// The table.
@@ -79,7 +87,7 @@ pub fn print(figures: &[Figure]) {
             f.name,
             f.ratio(),
             f.bar.map_or_else(|| "-".to_owned(), |b| format!("{b:.2}")),
-            f.bar.map_or("", |b| if f.ratio() <= b { "met" } else { "MISS" }),
+            f.bar.map_or("", |_| if f.miss().is_none() { "met" } else { "MISS" }),
             seconds(&f.ours_runs),
             seconds(&f.peer_runs),
             cpu(&f.ours_runs),
@@ -104,17 +112,13 @@ pub fn write(figures: &[Figure]) {
     let document: Vec<_> = figures
         .iter()
         .map(|f| {
-            let mut figure = json!({
-                "name": f.name, "unit": f.unit.name(), "ratio": round(f.ratio()),
+            json!({
+                "name": f.name, "unit": f.unit.name(), "ratio": round(f.ratio()), "bar": f.bar.map(round),
                 "ours_s": round(seconds(&f.ours_runs)), "peer_s": round(seconds(&f.peer_runs)),
                 "ours": f.ours, "peer": f.peer,
                 "ours_cpu_s": round(cpu(&f.ours_runs)), "peer_cpu_s": round(cpu(&f.peer_runs)),
                 "ours_runs_s": raw(&f.ours_runs), "peer_runs_s": raw(&f.peer_runs),
-            });
-            if let Some(bar) = f.bar {
-                figure["bar"] = json!(round(bar));
-            }
-            figure
+            })
         })
         .collect();
     let path = std::env::var("COFFER_BENCH_JSON").unwrap_or_else(|_| "target/bench.json".into());

@@ -3,7 +3,8 @@
 //! `make bench` builds both halves in release and runs this; `make bench BENCH='decode'` runs those whose name contains
 //! a word. A benchmark is one file here: a function from the [`World`](world::World) to [`Figure`](figure::Figure)s and a
 //! line in [`ALL`]. Figures are ratios of medians of alternating repetitions, because a shared machine's absolute seconds
-//! mean little; the raw seconds are printed beside them and everything goes to `target/bench.json`.
+//! mean little; the raw seconds are printed beside them and everything goes to `target/bench.json`. When a figure misses
+//! its bar, the run fails after the last of them.
 
 mod compaction;
 mod decode;
@@ -19,6 +20,7 @@ mod tags;
 mod world;
 
 use figure::Figure;
+use std::process::ExitCode;
 use world::World;
 
 /// One benchmark.
@@ -58,14 +60,14 @@ const ALL: &[Benchmark] = &[
     Benchmark { name: "load-one", with_agent: false, run: Run::Own(load::one_client) },
 ];
 
-fn main() {
+fn main() -> ExitCode {
     // `cargo bench` passes --bench; what is left are words to choose by.
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let chosen: Vec<&Benchmark> =
         ALL.iter().filter(|b| words.is_empty() || words.iter().any(|w| b.name.contains(w.as_str()))).collect();
     if chosen.is_empty() {
         eprintln!("no benchmark is named so; there is: {}", ALL.iter().map(|b| b.name).collect::<Vec<_>>().join(", "));
-        std::process::exit(2);
+        return ExitCode::from(2);
     }
     let mut world: Option<World> = None;
     let with_agent = chosen.iter().any(|b| b.with_agent);
@@ -80,4 +82,10 @@ fn main() {
         figure::write(&figures);
     }
     figure::print(&figures);
+    let missed: Vec<String> = figures.iter().filter_map(Figure::miss).collect();
+    if missed.is_empty() {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("\nmissed: {}", missed.join(", "));
+    ExitCode::FAILURE
 }
