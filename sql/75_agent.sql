@@ -111,7 +111,8 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE FUNCTION coffer._agent_fence(rel regclass, tenant_column name, tenant text) RETURNS void
+-- event: ins, upd or del; NULL: all of them.
+CREATE FUNCTION coffer._agent_fence(rel regclass, tenant_column name, tenant text, event text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
@@ -135,20 +136,21 @@ BEGIN
         is_old := ''; is_new := ''; either := ''; calls := '_fence_path';
     END IF;
     FOR f IN
-        SELECT * FROM (VALUES ('ins', 'INSERT', is_new), ('upd', 'UPDATE', either), ('del', 'DELETE', is_old)) v (suffix, event, condition)
+        SELECT * FROM (VALUES ('ins', 'INSERT', is_new), ('upd', 'UPDATE', either), ('del', 'DELETE', is_old)) v (suffix, command, condition)
+        WHERE v.suffix = coalesce($4, v.suffix)
     LOOP
         PERFORM coffer._ddl(format('CREATE TRIGGER aaa_coffer_fence_%s BEFORE %s ON %s FOR EACH ROW %s EXECUTE FUNCTION coffer.%s(%L)',
-                       f.suffix, f.event, rel, f.condition, calls, coalesce(tenant, '')));
+                       f.suffix, f.command, rel, f.condition, calls, coalesce(tenant, '')));
     END LOOP;
 END $$;
 
-CREATE FUNCTION coffer._agent_unfence(rel regclass) RETURNS void
+CREATE FUNCTION coffer._agent_unfence(rel regclass, event text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$
 DECLARE
     suffix  text;
 BEGIN
-    FOREACH suffix IN ARRAY ARRAY['ins', 'upd', 'del'] LOOP
+    FOREACH suffix IN ARRAY CASE WHEN event IS NULL THEN ARRAY['ins', 'upd', 'del'] ELSE ARRAY[event] END LOOP
         PERFORM coffer._ddl(format('DROP TRIGGER IF EXISTS aaa_coffer_fence_%s ON %s', suffix, rel));
     END LOOP;
 END $$;

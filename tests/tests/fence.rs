@@ -3,7 +3,7 @@
 use crate::restores::{counts, protected, restore};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::{block_on, wait_for};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -124,56 +124,101 @@ fn readers_that_stay(major: u32) {
     });
 }
 
-/// The longest that a lock above ROW EXCLUSIVE is held or awaited, and a little for the time that looking takes.
-const STRONG_LOCK: Duration = Duration::from_millis(200 + 150);
+/// The longest that a lock above ROW EXCLUSIVE is waited for and held, together.
+const STRONG_LOCK: Duration = Duration::from_millis(200);
 
-/// The longest that a session of the restore was seen to hold, or to wait for, a lock above ROW EXCLUSIVE on a table of
-/// the application; and how often it was looked.
-async fn watch_locks(cluster: &Cluster, stop: Arc<AtomicBool>) -> (Duration, BTreeMap<String, Duration>, u64) {
+/// The longest that a transaction of a restore was seen to wait for, or to hold, a lock above ROW EXCLUSIVE on a table of
+/// the application, by table and mode; which of them were awaited; and how often it was looked.
+async fn watch_locks(cluster: &Cluster, stop: Arc<AtomicBool>) -> (BTreeMap<String, Duration>, BTreeSet<String>, u64) {
     let db = cluster.connect("shop").await;
-    let sql = "SELECT l.pid || ' ' || l.relation::regclass || ' ' || l.mode || CASE WHEN l.granted THEN '' ELSE ' awaited' END
+    let sql = "SELECT l.virtualtransaction, l.relation::regclass || ' ' || l.mode, l.granted
         FROM pg_locks l JOIN pg_stat_activity a USING (pid) JOIN pg_class c ON c.oid = l.relation
-        WHERE a.application_name = 'coffer restore' AND l.locktype = 'relation' AND c.relkind = 'r'
+        WHERE a.application_name IN ('coffer restore', 'coffer fences') AND l.locktype = 'relation' AND c.relkind IN ('r', 'p')
           AND c.relnamespace = 'public'::regnamespace
           AND l.mode NOT IN ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock')";
-    let (mut since, mut longest, mut looks): (BTreeMap<String, Instant>, BTreeMap<String, Duration>, u64) =
-        Default::default();
-    let mut last = Instant::now();
+    let (mut longest, mut awaited, mut looks) = (BTreeMap::new(), BTreeSet::new(), 0);
+    let mut since: BTreeMap<(String, String), Instant> = BTreeMap::new();
     while !stop.load(Ordering::Relaxed) {
         let before = Instant::now();
-        if before - last > Duration::from_millis(50) {
-            // Nobody saw whether it was given up meanwhile.
-            since.clear();
-        }
-        last = before;
-        let seen: Vec<String> = db.query(sql, &[]).await.expect("locks").iter().map(|r| r.get(0)).collect();
-        since.retain(|lock, _| seen.contains(lock));
-        for lock in seen {
-            let first = *since.entry(lock.clone()).or_insert(before);
-            let entry = longest.entry(lock.split_once(' ').map_or("", |l| l.1).to_owned()).or_default();
-            *entry = (*entry).max(before - first);
+        let rows = db.query(sql, &[]).await.expect("locks");
+        let after = Instant::now();
+        let seen: BTreeMap<(String, String), bool> = rows.iter().map(|r| ((r.get(0), r.get(1)), r.get(2))).collect();
+        since.retain(|lock, _| seen.contains_key(lock));
+        for (lock, is_granted) in seen {
+            if !is_granted {
+                awaited.insert(lock.1.clone());
+            }
+            // It was there by the end of the first look, and at the beginning of this one: for so long at least.
+            let first = *since.entry(lock.clone()).or_insert(after);
+            let entry: &mut Duration = longest.entry(lock.1).or_default();
+            *entry = (*entry).max(before.saturating_duration_since(first));
         }
         looks += 1;
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    (longest.values().max().copied().unwrap_or_default(), longest, looks)
+    (longest, awaited, looks)
+}
+
+/// Partitions that writers of another tenant keep from the restore, and for how long: each is short, all are not.
+const KEPT_PARTITIONS: u32 = 4;
+const KEPT: Duration = Duration::from_millis(120);
+
+/// Somebody who again and again writes to a partition, and commits a while after the restore began to wait for that.
+async fn keep_a_partition(cluster: &Cluster, n: u32, stop: Arc<AtomicBool>) -> u32 {
+    let (db, looks) = (cluster.connect("shop").await, cluster.connect("shop").await);
+    let held_up = format!(
+        "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+         WHERE a.application_name = 'coffer restore' AND NOT l.granted AND l.relation = 'part_{n}'::regclass"
+    );
+    let mut times = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let write = format!(
+            "BEGIN; INSERT INTO part (tenant, id, v) SELECT 3, coalesce(max(id) + 1, {n}000), 'kept' FROM part_{n}"
+        );
+        db.batch_execute(&write).await.expect("a write");
+        while !stop.load(Ordering::Relaxed) {
+            if looks.query_one(&held_up, &[]).await.expect("locks").get::<_, i64>(0) > 0 {
+                times += 1;
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(KEPT).await;
+        db.batch_execute("COMMIT").await.expect("commit");
+        tokio::time::sleep(KEPT * 5).await;
+    }
+    times
 }
 
 /// How long a restore is kept from a fence.
 const HELD_UP: Duration = Duration::from_secs(3);
 
+/// A table with forty partitions of a thousand ids.
+fn partitioned() -> String {
+    let mut ddl =
+        "CREATE TABLE part (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id)) PARTITION BY RANGE (id);\n"
+            .to_owned();
+    for n in 0..40 {
+        ddl.push_str(&format!("CREATE TABLE part_{n} PARTITION OF part FOR VALUES FROM ({n}000) TO ({}000);\n", n + 1));
+    }
+    ddl + "SELECT * FROM coffer.add_table('part', 'tenant')"
+}
+
 fn in_place_keeps_its_promises(major: u32) {
     block_on(async {
         let (cluster, agent) = protected(major);
         let cluster = Arc::new(cluster);
+        cluster.script("shop", &partitioned());
         cluster.script(
             "shop",
             "ALTER TABLE customer DISABLE TRIGGER noisy;
+             INSERT INTO part SELECT t, i, 'p' || i FROM generate_series(1, 3) t, generate_series(0, 39999, 500) i;
              INSERT INTO customer SELECT t, i, 'c' || i, 'ok' FROM generate_series(1, 3) t, generate_series(1000, 20000) i;
              INSERT INTO bill (tenant, customer, amount) SELECT t, i, i FROM generate_series(1, 3) t, generate_series(1000, 8000) i;
              SELECT coffer.restore_point('before');
              UPDATE customer SET name = name || '?' WHERE tenant = 2 AND id % 3 = 0;
              DELETE FROM bill WHERE tenant = 2 AND id % 4 = 0;
+             UPDATE part SET v = v || '?' WHERE tenant = 2 AND id % 1000 = 0;
              INSERT INTO trail VALUES (2, 700, 'later'), (2, 701, 'later');",
         );
         let stop = Arc::new(AtomicBool::new(false));
@@ -202,6 +247,12 @@ fn in_place_keeps_its_promises(major: u32) {
             let (cluster, stop) = (cluster.clone(), stop.clone());
             tokio::spawn(async move { watch_locks(&cluster, stop).await })
         };
+        let keepers: Vec<_> = (1..=KEPT_PARTITIONS)
+            .map(|n| {
+                let (cluster, stop) = (cluster.clone(), stop.clone());
+                tokio::spawn(async move { keep_a_partition(&cluster, n, stop).await })
+            })
+            .collect();
         // One that wrote, and is idle in its transaction: whoever comes behind the restore's attempts at a fence goes on.
         let idle = {
             let cluster = cluster.clone();
@@ -222,7 +273,11 @@ fn in_place_keeps_its_promises(major: u32) {
         let done = restore(&agent, "2", "name:before", "in-place", &[]);
         stop.store(true, Ordering::Relaxed);
         idle.await.expect("the idle writer");
-        let (longest, locks, looks) = watching.await.expect("the watcher");
+        let (locks, awaited, looks) = watching.await.expect("the watcher");
+        for k in keepers {
+            assert!(k.await.expect("whoever keeps a partition") > 0, "a partition was never waited for");
+        }
+        let longest = locks.values().max().copied().unwrap_or_default();
         let mut slowest = Duration::ZERO;
         for w in writers {
             let (n, longest) = w.await.expect("a writer");
@@ -234,8 +289,10 @@ fn in_place_keeps_its_promises(major: u32) {
         );
         assert!(looks > 20, "the locks were looked at {looks} times only");
         assert!(longest <= STRONG_LOCK, "a strong lock was seen for {longest:?}: {locks:#?}");
-        assert!(locks.keys().any(|l| l.ends_with("awaited")), "no lock was awaited: {locks:#?}");
+        assert!(awaited.iter().any(|l| l.starts_with("note ")), "no lock was awaited: {awaited:#?}");
+        assert!(awaited.iter().any(|l| l.starts_with("part_1 ")), "no partition was awaited: {awaited:#?}");
         assert!(slowest < HELD_UP / 2, "a writer of another tenant was held up for {slowest:?}");
+        assert_eq!(counts(&done, "public.part")[1], 40, "{done}");
         assert!(counts(&done, "public.customer")[1] > 6000 && counts(&done, "public.bill")[0] > 1500, "{done}");
         // Rows of the class audit stay, and the restore says so.
         assert_eq!(counts(&done, "public.trail")[2], 0);

@@ -1,7 +1,8 @@
 //! Fences: triggers that make the tenant's writers wait while a restore applies its difference.
 //!
-//! A fence is made and removed in a short transaction of its own, table by table, waiting at most 200 ms for the
-//! table's lock, so nobody queues behind it for longer. A restore holds one session lock from before its first fence
+//! Each of a fence's triggers is made and removed in a short transaction of its own. All that such a transaction waits
+//! for and does, with the locks of every partition, is over within 200 ms, so nobody queues behind it for longer: what is
+//! not done by then is given up and tried again. A restore holds one session lock from before its first fence
 //! until after the last is gone; whoever has that lock finds only fences of restores that died or gave up, and removes them.
 //! A fence that stands alone makes a writer of its tenant take a lock that nobody has, and no more.
 
@@ -18,7 +19,10 @@ const FENCE_LOCKS: i32 = 6_516_582;
 /// Held by a restore in place, whatever its tenant.
 const RESTORE_LOCK: i32 = 6_516_584;
 
-const LOCK_TIMEOUT_MS: u32 = 200;
+/// Locks above ROW EXCLUSIVE are waited for and held for 200 ms at most; the rest is for the commit, or for giving up.
+const ATTEMPT_MS: u32 = 150;
+/// What a fence has a trigger for. Each is made by itself: of a table with many partitions, all of them would take long.
+const EVENTS: [&str; 3] = ["ins", "upd", "del"];
 /// How long one table's fence is tried for before the restore gives up.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two attempts: whoever waited behind the first one goes on.
@@ -90,8 +94,12 @@ pub async fn make(client: &SqlClient, table: &LiveTable, tenant: &Tenant) -> Res
         TenantKind::Normal => literal(&tenant.key),
         _ => "NULL".to_owned(),
     };
-    let call = format!("SELECT coffer._agent_fence({}::oid::regclass, {column}, {key})", table.rule.relid);
-    patiently(client, &call, &format!("cannot fence {}", table.name())).await
+    for event in EVENTS {
+        let call =
+            format!("SELECT coffer._agent_fence({}::oid::regclass, {column}, {key}, '{event}')", table.rule.relid);
+        patiently(client, &call, &table.name()).await?;
+    }
+    Ok(())
 }
 
 /// Removes the fences of these tables, those first whose locks are free: a reader that stays in its transaction holds one
@@ -105,9 +113,12 @@ pub async fn remove(client: &SqlClient, tables: &[(u32, String)], patience: Dura
     loop {
         let mut busy = Vec::new();
         for table in left {
-            let call = format!("SELECT coffer._agent_unfence({}::oid::regclass)", table.0);
-            if !attempt(client, &call, &format!("cannot remove the fence of {}", table.1)).await? {
-                busy.push(table);
+            for event in EVENTS {
+                let call = format!("SELECT coffer._agent_unfence({}::oid::regclass, '{event}')", table.0);
+                if !attempt(client, &call, &format!("cannot remove the fence of {}", table.1)).await? {
+                    busy.push(table);
+                    break;
+                }
             }
         }
         if busy.is_empty() {
@@ -124,25 +135,36 @@ pub async fn remove(client: &SqlClient, tables: &[(u32, String)], patience: Dura
     }
 }
 
-async fn patiently(client: &SqlClient, call: &str, what: &str) -> Result<()> {
+async fn patiently(client: &SqlClient, call: &str, table: &str) -> Result<()> {
     let began = Instant::now();
-    while !attempt(client, call, what).await? {
+    let what = format!("cannot fence {table}");
+    while !attempt(client, call, &what).await? {
         if began.elapsed() > PATIENCE {
-            return Err(Error::new(Kind::Fenced, format!("{what}: its lock was not free for {PATIENCE:?}"))
-                .hint("a long transaction writes to the table: let it end, or end it, and restore again"));
+            let why =
+                format!("for {PATIENCE:?}, no attempt had the locks of it and of its partitions and was done in time");
+            return Err(Error::new(Kind::Fenced, format!("{what}: {why}")).hint(
+                "a long transaction writes there: let it end, or end it, and restore again; a table with thousands of \
+                 partitions can be restored to a schema",
+            ));
         }
         tokio::time::sleep(PAUSE).await;
     }
     Ok(())
 }
 
-/// Does something that needs a table's lock; whether it was to be had.
+/// Does something that needs locks of a table and of its partitions; whether it was done in time. The commit waits for no
+/// disk and no standby under these locks: a fence that a crash takes back had nobody behind it, and one that it brings
+/// back is left over.
 async fn attempt(client: &SqlClient, call: &str, what: &str) -> Result<bool> {
-    let statement = format!("BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {call}; COMMIT");
+    let statement = format!(
+        "BEGIN; SET LOCAL synchronous_commit = off; SET LOCAL statement_timeout = {ATTEMPT_MS}; {call}; COMMIT"
+    );
     let Err(e) = client.batch_execute(&statement).await else { return Ok(true) };
     client.batch_execute("ROLLBACK").await.sql(what)?;
+    const NOT_NOW: [SqlState; 3] =
+        [SqlState::QUERY_CANCELED, SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED];
     match e.code() {
-        Some(c) if *c == SqlState::LOCK_NOT_AVAILABLE || *c == SqlState::T_R_DEADLOCK_DETECTED => Ok(false),
+        Some(c) if NOT_NOW.contains(c) => Ok(false),
         _ => Err(sql::sql_error(e, what)),
     }
 }
