@@ -160,7 +160,7 @@ async fn watch_locks(cluster: &Cluster, stop: Arc<AtomicBool>) -> (BTreeMap<Stri
 }
 
 /// Partitions that writers of another tenant keep from the restore, and for how long: each is short, all are not.
-const KEPT_PARTITIONS: u32 = 4;
+const KEPT_PARTITIONS: u32 = 3;
 const KEPT: Duration = Duration::from_millis(120);
 
 /// Somebody who again and again writes to a partition, and commits a while after the restore began to wait for that.
@@ -185,7 +185,7 @@ async fn keep_a_partition(cluster: &Cluster, n: u32, stop: Arc<AtomicBool>) -> u
         }
         tokio::time::sleep(KEPT).await;
         db.batch_execute("COMMIT").await.expect("commit");
-        tokio::time::sleep(KEPT * 5).await;
+        tokio::time::sleep(KEPT * 20).await;
     }
     times
 }
