@@ -47,7 +47,11 @@ fn by_hand_and_by_schedule(major: u32) {
     agent.json(&["compact"]);
     let said = agent.json(&["verify", "--drill"]);
     let drills = said["drills"].as_array().expect("drills");
-    assert!(said["ok"] == true && drills.len() == 2, "{said}");
+    assert!(said["ok"] == true && drills.len() == 3, "{said}");
+    let shared = &drills[2];
+    assert_eq!((&shared["kind"], &shared["ok"]), (&"shared".into(), &true.into()), "{said}");
+    let kinds = serde_json::json!([{"relation": "public.kinds", "rows": 2, "restored": 2, "ok": true}]);
+    assert_eq!(shared["tables"], kinds, "{said}");
     let tables = drills[0]["tables"].as_array().expect("tables");
     let rows: Vec<(&str, &Value)> =
         tables.iter().map(|t| (t["relation"].as_str().expect("a name"), &t["restored"])).collect();
@@ -67,22 +71,34 @@ fn by_hand_and_by_schedule(major: u32) {
         said["failures"].as_array().expect("failures").iter().filter(|f| f["kind"] == "drill").collect();
     assert!(exit == 5 && failed.len() == 1 && failed[0]["object"] == "tenant 1", "{exit} {said}");
     let good: Vec<bool> = said["drills"].as_array().expect("drills").iter().map(|d| d["ok"] == true).collect();
-    assert_eq!((good.iter().filter(|g| **g).count(), good.len()), (1, 2), "{said}");
+    assert_eq!((good.iter().filter(|g| **g).count(), good.len()), (2, 3), "{said}");
     assert_eq!(left(&cluster), "0", "a drill that failed leaves nothing behind");
 
     // By schedule: a server is named for it, so it is every week.
     agent.stop();
     agent.env = vec![("COFFER_TEST_CLOCK".into(), "16d".into())];
     agent.start();
-    wait_for("the drills", 300, || (agent.metric("coffer_drills_total") == 2.0).then_some(()));
+    wait_for("the drills", 300, || (agent.metric("coffer_drills_total") == 3.0).then_some(()));
     let alarms = wait_for("the alarm", 60, || Some(agent.alarms("drill_failed")).filter(|a| !a.is_empty()));
     assert!(alarms.len() == 1 && alarms[0]["tenant"] == "1", "{alarms:?}");
     let newest = "SELECT DISTINCT ON (tenant) tenant, ok FROM coffer.verifications WHERE what = 'drill' ORDER BY tenant, verified_at DESC";
     wait_for("the records of it", 90, || (cluster.psql("shop", newest) == "1|f\n2|t").then_some(()));
     wait_for("the gauge", 10, || (agent.metric("coffer_drill_failing_tenants") == 1.0).then_some(()));
     assert!(agent.metric("coffer_last_drill_timestamp_seconds") > 1.7e9);
-    assert!(agent.page("/").contains("2 tenants, 1 of them failed"), "{}", agent.page("/"));
+    assert!(agent.page("/").contains("3 tenants, 1 of them failed"), "{}", agent.page("/"));
     assert_eq!(left(&cluster), "0");
+
+    // Reference data that cannot be restored, and with it nobody.
+    let reserved = agent.json(&["list"])["reserved"].clone();
+    let shared = reserved.as_array().expect("reserved").iter().find(|t| t["kind"] == "shared").expect("reference data");
+    let folder = format!("/t/{}/", shared["uid"].as_str().expect("a uid").replace('-', ""));
+    for f in files(&agent.repository()).into_iter().filter(|f| f.to_str().is_some_and(|f| f.contains(&folder))) {
+        std::fs::remove_file(f).expect("our store");
+    }
+    let (exit, said) = agent.json_err(&["verify", "--drill"]);
+    let failed: Vec<&Value> =
+        said["failures"].as_array().expect("failures").iter().filter(|f| f["kind"] == "drill").collect();
+    assert!(exit == 5 && failed.iter().any(|f| f["object"] == "tenant (shared)"), "{exit} {said}");
 }
 
 fn private_server(major: u32) {

@@ -7,12 +7,15 @@ use coffer_tests::restored;
 use coffer_tests::workload::{self, TENANTS, Workload};
 use coffer_tests::{block_on, seed, wait_for};
 use serde_json::Value;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 on_majors! {
     exact_under_load: exact_under_load;
     planted_damage: planted_damage;
     by_schedule: by_schedule;
+    reference_data: reference_data;
     what_was_not_compared: what_was_not_compared;
     noted_from_the_command_line: noted_from_the_command_line;
 }
@@ -218,6 +221,92 @@ fn planted_damage(major: u32) {
     // Without anybody who ships, nothing is said about the rows.
     let (exit, said) = agent.json_err(&["verify", "--tenant", "nobody", "--against-live"]);
     assert_eq!(exit, 3, "{said}");
+}
+
+/// Reference data, which is nobody's, is compared as a tenant's rows are.
+fn reference_data(major: u32) {
+    block_on(async {
+        let cluster = Arc::new(Cluster::start(major));
+        cluster.create_protected_db("shop");
+        cluster.script(
+            "shop",
+            "CREATE TABLE kinds (id int PRIMARY KEY, label text NOT NULL);
+             CREATE TABLE rates (at date, rate int) PARTITION BY RANGE (at);
+             CREATE TABLE rates_2026 PARTITION OF rates FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+             CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, v text, PRIMARY KEY (tenant, id));
+             INSERT INTO kinds SELECT i, 'kind ' || i FROM generate_series(1, 40) i;
+             SELECT * FROM coffer.add_shared('kinds'); SELECT * FROM coffer.add_shared('rates');
+             SELECT * FROM coffer.add_table('a', 'tenant');
+             INSERT INTO a VALUES (1, 1, 'one');
+             INSERT INTO rates SELECT '2026-01-01', 1 FROM generate_series(1, 3)",
+        );
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        restored::wait_windows(&mut agent, &["1"]);
+        let live = ["verify", "--against-live"];
+
+        // Sound, while somebody writes.
+        let stop = Arc::new(AtomicBool::new(false));
+        let writer = {
+            let (cluster, stop) = (cluster.clone(), stop.clone());
+            tokio::spawn(async move {
+                let db = cluster.connect("shop").await;
+                let mut n = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    n += 1;
+                    let id = 100 + n;
+                    let sql = format!(
+                        "BEGIN; UPDATE kinds SET label = 'written {n}' WHERE id = 1 + {n} % 40; INSERT INTO kinds VALUES ({id}, 'new');
+                         INSERT INTO rates VALUES ('2026-05-05', {n}); DELETE FROM kinds WHERE id = {id} - 5; COMMIT"
+                    );
+                    db.batch_execute(&sql).await.expect("a write");
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                n
+            })
+        };
+        for _ in 0..rounds() {
+            let said = agent.json(&live);
+            let all = said["live"].as_array().expect("live");
+            let shared = all.iter().find(|l| l["kind"] == "shared").unwrap_or_else(|| panic!("{said}"));
+            assert_eq!((&said["ok"], &shared["ok"]), (&true.into(), &true.into()), "{said}");
+            let same = |name: &str| {
+                let of = shared["tables"].as_array().expect("tables").iter().find(|t| t["relation"] == name);
+                of.and_then(|t| t["same"].as_u64()).unwrap_or_else(|| panic!("{name}: {said}"))
+            };
+            assert!(same("public.kinds") >= 40 && same("public.rates") >= 3, "{said}");
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(writer.await.expect("the writer") > 10);
+
+        unseen(&cluster, "kinds", "INSERT INTO kinds VALUES (99, 'new')");
+        unseen(&cluster, "kinds", "UPDATE kinds SET label = 'other secret' WHERE id = 7");
+        unseen(
+            &cluster,
+            "rates",
+            "DELETE FROM rates WHERE ctid = (SELECT min(ctid) FROM rates WHERE at = '2026-01-01')",
+        );
+        let (exit, said) = agent.json_err(&live);
+        assert_eq!(exit, 5, "{said}");
+        let want = [
+            "changed_value public.kinds id = 7",
+            "extra_row public.rates at = 2026-01-01, rate = 1",
+            "lost_row public.kinds id = 99",
+        ];
+        assert_eq!(found(&said), want, "{said}");
+        agent.stop();
+
+        // By schedule it has its turn, too.
+        agent.env = vec![("COFFER_TEST_CLOCK".into(), "8d".into())];
+        agent.start();
+        // What was found from the command line is no key's business; what the agent finds names them.
+        let (tenant, message) = wait_for("the agent's alarm", 60, || {
+            alarm(&agent, "validation_differs").filter(|(_, message)| message.contains("id = 7"))
+        });
+        assert_eq!(tenant, "(shared)");
+        assert!(message.contains("public.kinds: 1 rows with other values"), "{message}");
+        assert!(!message.contains("secret"), "{message}");
+    });
 }
 
 /// The tenant of an alarm of that code, and its words.

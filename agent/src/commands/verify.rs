@@ -37,10 +37,10 @@ pub struct VerifyArgs {
     /// Only this tenant's objects
     #[arg(long, value_name = "KEY")]
     pub tenant: Option<String>,
-    /// Compare the tenant's rows (of all tenants without --tenant) with those in the live database, too
+    /// Compare the tenant's rows (of all tenants and the reference data without --tenant) with those in the live database, too
     #[arg(long)]
     pub against_live: bool,
-    /// Restore the tenant (all tenants without --tenant) into a scratch database, compare, and drop it, too
+    /// Restore the tenant (all tenants and the reference data without --tenant) into a scratch database, compare, and drop it, too
     #[arg(long, conflicts_with = "from")]
     pub drill: bool,
     /// Only this store
@@ -320,6 +320,12 @@ async fn one_store(
     Ok(lost)
 }
 
+/// Whom a comparison or a drill was of.
+fn whom(of: &Value) -> String {
+    let said = |field: &str| of[field].as_str().unwrap_or_default().to_owned();
+    if of["kind"] == "normal" { said("tenant") } else { format!("({})", said("kind")) }
+}
+
 /// What a comparison or a drill left out.
 fn left_out(of: &Value) -> String {
     let s = |v: &Value| v.as_str().unwrap_or_default().to_owned();
@@ -338,7 +344,7 @@ fn text(d: &Value) -> String {
     }
     for l in d["live"].as_array().into_iter().flatten() {
         let same: u64 = l["tables"].as_array().into_iter().flatten().filter_map(|t| t["same"].as_u64()).sum();
-        out.push_str(&format!("tenant {}: {same} live rows are as archived, at {}\n", s(&l["tenant"]), s(&l["lsn"])));
+        out.push_str(&format!("tenant {}: {same} live rows are as archived, at {}\n", whom(l), s(&l["lsn"])));
         out.push_str(&left_out(l));
     }
     for l in d["drills"].as_array().into_iter().flatten() {
@@ -346,7 +352,7 @@ fn text(d: &Value) -> String {
         let tables = l["tables"].as_array().map_or(&[][..], Vec::as_slice);
         let same = !l["lsn"].is_null() && tables.iter().all(|t| t["ok"] == true);
         let verdict = if same { "as the repository has them" } else { "NOT as the repository has them" };
-        out.push_str(&format!("tenant {}: {rows} rows restored as of {}, {verdict}\n", s(&l["tenant"]), s(&l["lsn"])));
+        out.push_str(&format!("tenant {}: {rows} rows restored as of {}, {verdict}\n", whom(l), s(&l["lsn"])));
         out.push_str(&left_out(l));
     }
     let verdict = match exit_code(d) {

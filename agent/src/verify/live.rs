@@ -53,10 +53,9 @@ impl Compared {
     }
 }
 
-/// Whether a tenant's rows have a place that is theirs alone; those of reference data, and those that nobody could
-/// attribute, have none.
+/// Whether a tenant's rows have a place in the live tables; those that nobody could attribute have none.
 pub fn is_comparable(tenant: &Tenant) -> bool {
-    matches!(tenant.kind, TenantKind::Normal | TenantKind::Unassigned)
+    tenant.kind != TenantKind::Unresolved
 }
 
 /// Compares one tenant; a second time when something is found. What DDL made of a table while it was read (a label of an

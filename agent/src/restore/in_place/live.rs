@@ -145,8 +145,11 @@ fn equals(column: &Column, value: &str) -> String {
 
 /// `None`: no row of the table can be the tenant's.
 async fn condition(client: &SqlClient, rule: &Rule, relation: &Relation, tenant: &Tenant) -> Result<Option<String>> {
-    if rule.strategy == Strategy::Shared {
-        return Ok(None);
+    // Reference data is everybody's, and nothing else is.
+    match (rule.strategy == Strategy::Shared, tenant.kind == TenantKind::Shared) {
+        (true, true) => return Ok(Some("true".to_owned())),
+        (false, false) => {}
+        _ => return Ok(None),
     }
     if let Some(owner) = &rule.tenant {
         return Ok((tenant.kind == TenantKind::Normal && *owner == tenant.key).then(|| "true".to_owned()));
