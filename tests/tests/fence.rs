@@ -173,7 +173,7 @@ async fn keep_a_partition(cluster: &Cluster, n: u32, stop: Arc<AtomicBool>) -> u
     let mut times = 0;
     while !stop.load(Ordering::Relaxed) {
         let write = format!(
-            "BEGIN; INSERT INTO part (tenant, id, v) SELECT 3, coalesce(max(id) + 1, {n}000), 'kept' FROM part_{n}"
+            "BEGIN; INSERT INTO part_{n} (tenant, id, v) SELECT 3, coalesce(max(id) + 1, {n}000), 'kept' FROM part_{n}"
         );
         db.batch_execute(&write).await.expect("a write");
         while !stop.load(Ordering::Relaxed) {
