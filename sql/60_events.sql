@@ -19,6 +19,7 @@ DECLARE
     gone   oid;
     below  text;
     above  oid[];
+    up     oid;
 BEGIN
     -- A foreign key that leads to a single partition is no way to a tenant: the rows below would be nobody's.
     SELECT r.parent, string_agg(r.relid::regclass::text, ', ' ORDER BY r.relid) INTO gone, below
@@ -38,8 +39,16 @@ BEGIN
         -- Its own triggers beside the clones would have the root's made anew, and the root locked against its readers.
         PERFORM coffer._drop_triggers(gone);
     END LOOP;
-    -- What their parents did for them alone.
-    PERFORM coffer._sync_parent(p) FROM unnest(above) p;
+    -- What their parents did for them alone goes if nobody is at those: what stays does nothing, and a wait might be a deadlock.
+    FOREACH up IN ARRAY coalesce(above, '{}') LOOP
+        BEGIN
+            IF EXISTS (SELECT FROM pg_class c WHERE c.oid = up) THEN
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', up::regclass);
+                PERFORM coffer._sync_parent(up);
+            END IF;
+        EXCEPTION WHEN lock_not_available THEN NULL;
+        END;
+    END LOOP;
     DELETE FROM coffer.exclusions e USING coffer._tree(root) t WHERE e.relid = t.relid AND t.relid <> root;
 END $$;
 

@@ -150,7 +150,8 @@ AS $$
 DECLARE
     suffix  text;
 BEGIN
-    FOREACH suffix IN ARRAY CASE WHEN event IS NULL THEN ARRAY['ins', 'upd', 'del'] ELSE ARRAY[event] END LOOP
+    FOREACH suffix IN ARRAY ARRAY['ins', 'upd', 'del'] LOOP
+        CONTINUE WHEN suffix <> event;
         PERFORM coffer._ddl(format('DROP TRIGGER IF EXISTS aaa_coffer_fence_%s ON %s', suffix, rel));
     END LOOP;
 END $$;

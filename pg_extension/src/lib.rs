@@ -22,10 +22,3 @@ mod tuple;
 mod wal_message;
 
 pgrx::pg_module_magic!();
-
-/// # Safety
-/// Called by the server when it loads the library.
-#[pgrx::pg_guard]
-pub unsafe extern "C-unwind" fn _PG_init() {
-    claim::define();
-}

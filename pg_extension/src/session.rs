@@ -11,7 +11,6 @@ use crate::spi::Plan;
 use coffer_wire::tag::TagOp;
 use pgrx::pg_guard;
 use pgrx::pg_sys;
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt::Write;
 use std::rc::Rc;
@@ -76,7 +75,7 @@ pub unsafe extern "C-unwind" fn coffer_session(fcinfo: pg_sys::FunctionCallInfo)
             keep(&call, first, second);
             return pg_sys::Datum::from(0usize);
         };
-        let owner = if op == TagOp::Insert { Owner::of(said()) } else { archived(&call, first) };
+        let owner = if op == TagOp::Insert { Owner::of(claim::tenant()) } else { archived(&call, first) };
         let (old, new) = match op {
             TagOp::Insert => (None, Some(&owner)),
             TagOp::Update => (Some(&owner), Some(&owner)),
@@ -85,10 +84,6 @@ pub unsafe extern "C-unwind" fn coffer_session(fcinfo: pg_sys::FunctionCallInfo)
         call.write_tag(op, first, old, new);
         pg_sys::Datum::from(if op == TagOp::Update { second } else { first })
     }
-}
-
-fn said() -> Option<Vec<u8>> {
-    claim::tenant().map(Cow::into_owned)
 }
 
 /// Whose an old row is. A session that says something else is told on.
@@ -108,7 +103,7 @@ unsafe fn keep(call: &Call<'_>, first: pg_sys::HeapTuple, second: pg_sys::HeapTu
     // SAFETY: by the caller.
     unsafe {
         if call.is_for(false, pg_sys::TRIGGER_EVENT_INSERT) {
-            match said() {
+            match claim::tenant() {
                 Some(tenant) => plans.put.change(&[relid, key(call, first), tenant]),
                 // An older row with this key may have gone without a trigger, with its partition.
                 None => plans.remove.change(&[relid, key(call, first)]),

@@ -219,7 +219,7 @@ fn unattributed(major: u32) {
     let world = World::new(major);
     let cluster = &world.cluster;
     let mut agent = Agent::new(&Setup::of(cluster, "shop"));
-    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-horizon@2=sleep(5000)".into())];
+    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-horizon@2=sleep(12000)".into())];
     agent.start();
     restored::wait_windows(&mut agent, &["victim", "mallory"]);
     let point = |name: &str| cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));

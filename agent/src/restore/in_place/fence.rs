@@ -94,10 +94,11 @@ pub async fn make(client: &SqlClient, table: &LiveTable, tenant: &Tenant) -> Res
         TenantKind::Normal => literal(&tenant.key),
         _ => "NULL".to_owned(),
     };
+    let began = Instant::now();
     for event in EVENTS {
         let call =
             format!("SELECT coffer._agent_fence({}::oid::regclass, {column}, {key}, '{event}')", table.rule.relid);
-        patiently(client, &call, &table.name()).await?;
+        patiently(client, &call, &table.name(), began).await?;
     }
     Ok(())
 }
@@ -135,8 +136,7 @@ pub async fn remove(client: &SqlClient, tables: &[(u32, String)], patience: Dura
     }
 }
 
-async fn patiently(client: &SqlClient, call: &str, table: &str) -> Result<()> {
-    let began = Instant::now();
+async fn patiently(client: &SqlClient, call: &str, table: &str, began: Instant) -> Result<()> {
     let what = format!("cannot fence {table}");
     while !attempt(client, call, &what).await? {
         if began.elapsed() > PATIENCE {

@@ -109,5 +109,18 @@ RESET coffer.tenant;
 UPDATE notes SET body = '12' WHERE org = 1;
 SELECT * FROM said();
 
+-- Where nobody sets it, it is not there: neither before the library is loaded nor after, nor in between.
+\c
+SET search_path = cl;
+CREATE TABLE asked (id int PRIMARY KEY, org int REFERENCES orgs, said text DEFAULT current_setting('coffer.tenant', true));
+INSERT INTO asked (id, org) VALUES (0, 1);
+SELECT strategy FROM coffer.add_table('asked', parent => 'orgs');
+\c
+SET search_path = cl;
+INSERT INTO asked (id, org) VALUES (1, 1), (2, 1), (3, 4);
+UPDATE asked SET org = 1, said = 'changed' WHERE current_setting('coffer.tenant', true) IS NULL;
+SELECT id, said, current_setting('coffer.tenant', true) IS NULL AS unset FROM asked ORDER BY id;
+SELECT count(*) FROM said();
+
 SELECT count(*) FROM pg_drop_replication_slot('regress_claims');
 DROP SCHEMA cl CASCADE;
