@@ -429,7 +429,10 @@ fn a_failover_slot() {
             restored::wait_windows(&mut agent, &TENANTS);
             write(&first, 1);
             let before = take(&first, "before").await;
-            wait_for("the slot on the standby", 60, || {
+            // The slot has to pass the horizon that the standby began with: it does with records of the running transactions,
+            // which an idle server writes seldom. The standby looks every half minute after a while.
+            wait_for("the slot on the standby", 180, || {
+                first.psql("postgres", "SELECT pg_log_standby_snapshot()");
                 let sql = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'coffer_shop' AND synced AND NOT temporary";
                 (second.psql("postgres", sql) == "1").then_some(())
             });

@@ -11,7 +11,7 @@ use coffer_tests::agent::{Agent, Setup};
 use coffer_tests::cluster::Cluster;
 use coffer_tests::restored;
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const DB: &str = "load";
 const BRANCHES: u32 = 10;
@@ -148,13 +148,13 @@ fn pgbench(cluster: &Cluster, clients: u32) -> Took {
     let out = c.output().expect("pgbench starts");
     let seconds = begun.elapsed().as_secs_f64();
     assert!(out.status.success(), "pgbench: {}", String::from_utf8_lossy(&out.stderr));
-    // The postmaster has reaped the backends a moment after pgbench ended.
-    std::thread::sleep(std::time::Duration::from_millis(200));
     Took { seconds, cpu: backends_cpu(cluster) - cpu }
 }
 
 /// Processor seconds of the postmaster's children that have ended: the clients' backends are the only ones that end.
 pub fn backends_cpu(cluster: &Cluster) -> f64 {
+    // A backend is reaped a moment after its client has ended, those of the client before included.
+    std::thread::sleep(Duration::from_millis(200));
     let pid = std::fs::read_to_string(cluster.data().join("postmaster.pid")).expect("a running server");
     let pid = pid.lines().next().expect("a line").trim().to_owned();
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the postmaster");

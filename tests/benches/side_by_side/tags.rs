@@ -3,7 +3,6 @@
 use crate::figure::{Figure, Took, Unit};
 use crate::load::backends_cpu;
 use crate::world::{DB, REPETITIONS, World};
-use std::time::Duration;
 
 const ROWS: u32 = 200_000;
 const PER: f64 = 1e6 / ROWS as f64;
@@ -77,7 +76,6 @@ fn added(
     let time = |table: &str| {
         let before = backends_cpu(&world.cluster);
         world.cluster.script(DB, &format!("BEGIN; {}; ROLLBACK;", statement(table)));
-        std::thread::sleep(Duration::from_millis(200));
         backends_cpu(&world.cluster) - before
     };
     let mut ours_runs = Vec::new();
