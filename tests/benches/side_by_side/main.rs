@@ -49,7 +49,6 @@ const ALL: &[Benchmark] = &[
     Benchmark { name: "decode-tag", with_agent: false, run: Run::In(decode::tag) },
     Benchmark { name: "path-insert", with_agent: false, run: Run::In(tags::path_insert) },
     Benchmark { name: "path-update", with_agent: false, run: Run::In(tags::path_update) },
-    Benchmark { name: "path-update-in-all", with_agent: false, run: Run::In(tags::path_update_in_all) },
     Benchmark { name: "tag-delete", with_agent: false, run: Run::In(tags::tag_delete) },
     Benchmark { name: "in-place", with_agent: false, run: Run::Own(in_place::run) },
     Benchmark { name: "one-of-100", with_agent: false, run: Run::Own(one_of_many::restore) },
