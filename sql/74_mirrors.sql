@@ -94,12 +94,12 @@ COMMENT ON VIEW coffer.recovery_window IS
 'The spans that each tenant can be restored to, and the gaps between them with their reason (restorable false), as the agent read them from the repository at as_of.';
 
 CREATE VIEW coffer.verifications WITH (security_barrier) AS
-SELECT t.tenant, v.backup, v.ok, v.what, v.message, v.verified_at, (SELECT m.as_of FROM coffer.mirror_state m) AS as_of
+SELECT t.tenant, v.backup, v.ok, v.what, v.message, v.verified_at, (SELECT m.as_of FROM coffer.mirror_state m) AS as_of, t.kind
 FROM coffer.verification_entries v JOIN coffer.tenant_entries t ON t.uid = v.tenant_uid
-WHERE t.kind = 'normal' AND (pg_has_role('coffer_auditor', 'USAGE')
-   OR t.tenant IN (SELECT g.tenant FROM coffer.tenant_grants g WHERE pg_has_role(g.roleid, 'USAGE')));
+WHERE pg_has_role('coffer_auditor', 'USAGE')
+   OR t.kind = 'normal' AND t.tenant IN (SELECT g.tenant FROM coffer.tenant_grants g WHERE pg_has_role(g.roleid, 'USAGE'));
 COMMENT ON VIEW coffer.verifications IS
-'What verifications found: of which backup, in which way (read_back, live, drill), and when.';
+'What verifications found: of which backup, in which way (read_back, live, drill), and when; of the reference data, too (kind shared).';
 
 CREATE VIEW coffer.holds WITH (security_barrier) AS
 SELECT h.hold, h.tenant, h.reason, h.from_time, h.to_time,

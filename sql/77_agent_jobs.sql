@@ -129,7 +129,8 @@ AS $$ SELECT (d ->> 'uid')::uuid, d ->> 'tenant', d FROM jsonb_array_elements(do
 
 -- What the repository has of some tenants, each whole:
 -- [{"uid", "tenant", "backups": [...], "windows": [...], "verifications": [...], "holds": [...], "policy": {...}}].
--- Only rows that differ are written.
+-- Of a reserved tenant the verifications alone: an application's tenant may have a key like its name. Only rows that differ are
+-- written.
 CREATE FUNCTION coffer._agent_mirror(docs jsonb) RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, coffer, pg_temp
 AS $$

@@ -306,6 +306,11 @@ fn reference_data(major: u32) {
         assert_eq!(tenant, "(shared)");
         assert!(message.contains("public.kinds: 1 rows with other values"), "{message}");
         assert!(!message.contains("secret"), "{message}");
+        let seen = "SELECT DISTINCT tenant, kind, ok, message FROM coffer.verifications WHERE what = 'live' AND NOT ok";
+        let want = "(shared)|shared|f|public.kinds: 1 rows that are not in the repository; \
+            public.kinds: 1 rows with other values in the repository; \
+            public.rates: 1 rows in the repository that are not in the database";
+        wait_for("the view to say so", 90, || (cluster.psql("shop", seen) == want).then_some(()));
     });
 }
 

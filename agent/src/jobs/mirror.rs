@@ -161,11 +161,11 @@ impl Mirror {
     /// Sends what changed, and as of when that is all. `is_new`: the history was read anew.
     async fn round(&self, client: &SqlClient, history: &mut History, known: &mut Known, is_new: bool) -> Result<()> {
         let began_us = self.ctx.clock.now_us();
-        let mut tenants = self.ctx.keyring.tenants(self.ctx.source_uid);
-        tenants.retain(|t| t.tenant.kind == TenantKind::Normal);
+        let tenants = self.ctx.keyring.tenants(self.ctx.source_uid);
         let (read, whole) = self.refresh(&tenants, known, began_us).await?;
         // Whichever worker made them: of each tenant the newest, and of these the oldest.
-        let last_full = tenants.iter().filter_map(|t| known.tenants.get(&t.uid)?.last_full_us).min();
+        let normal = tenants.iter().filter(|t| t.tenant.kind == TenantKind::Normal);
+        let last_full = normal.filter_map(|t| known.tenants.get(&t.uid)?.last_full_us).min();
         if let Some(us) = last_full {
             self.ctx.status.full_complete(us);
         }
@@ -300,10 +300,18 @@ fn time(us: i64) -> String {
     rfc3339(us.clamp(FIRST_US, LAST_US))
 }
 
-/// Everything that the views show of a tenant, as `coffer._agent_mirror()` takes it.
+/// Everything that the views show of a tenant, as `coffer._agent_mirror()` takes it; of a reserved one that is its checks.
 fn document(history: &History, t: &TenantEntry) -> Value {
     let none = State::default();
     let catalog = history.catalog(t.uid).unwrap_or(&none);
+    let checks: Vec<Value> = catalog
+        .checks
+        .iter()
+        .map(|c| json!({"backup": c.backup, "ok": c.ok, "what": c.what, "message": c.message, "verified_at": time(c.at_us)}))
+        .collect();
+    if t.tenant.kind != TenantKind::Normal {
+        return json!({"uid": t.uid, "tenant": t.tenant.to_string(), "verifications": checks});
+    }
     let (end, _) = history.end();
     let lsn = |l: Lsn| l.to_string();
     let mut windows: Vec<Value> = Vec::new();
@@ -328,11 +336,6 @@ fn document(history: &History, t: &TenantEntry) -> Value {
             "point_lsn": lsn(b.point), "point_time": time(b.time_us), "rows": b.rows, "bytes": b.bytes,
             "verified_at": verified(b.id).max(b.verified_us).map(time)}));
     }
-    let checks: Vec<Value> = catalog
-        .checks
-        .iter()
-        .map(|c| json!({"backup": c.backup, "ok": c.ok, "what": c.what, "message": c.message, "verified_at": time(c.at_us)}))
-        .collect();
     let holds: Vec<Value> = catalog
         .holds
         .iter()

@@ -186,7 +186,11 @@ SELECT args - 'id' - 'hold' AS args FROM coffer.job_entries WHERE kind = 'hold' 
 SELECT backup, cardinality(holds) AS holds FROM coffer.backups ORDER BY point_lsn;
 ROLLBACK;
 SELECT tenant, restorable, from_lsn, to_lsn, from_time, to_time IS NOT NULL AS to_time, reason FROM coffer.recovery_window ORDER BY from_lsn;
-SELECT tenant, backup, ok, what, message, verified_at FROM coffer.verifications;
+-- What was found of the reference data is nobody's, and auditors see it.
+SELECT coffer._agent_tenant('(shared)', '00000000-0000-0000-0000-0000000000dd', 'shared');
+SELECT coffer._agent_mirror('[{"uid": "00000000-0000-0000-0000-0000000000dd", "tenant": "(shared)",
+    "verifications": [{"backup": "00000000-0000-0000-0000-000000000b09", "ok": false, "what": "live", "message": "public.kinds: 1 rows", "verified_at": "2026-02-01T00:02:00Z"}]}]');
+SELECT tenant, kind, backup, ok, what, message, verified_at FROM coffer.verifications ORDER BY verified_at;
 SELECT tenant, reason, state, held_by FROM coffer.holds ORDER BY hold;
 SELECT coffer.release(:hold);
 SELECT coffer.release(:hold);
