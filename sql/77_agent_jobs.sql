@@ -163,10 +163,12 @@ BEGIN
     SELECT x.id, d.tenant, x.reason, x.from_time, x.to_time, x.held_by, x.held_at, x.ends_at, true
     FROM coffer._mirrored($1) d CROSS JOIN LATERAL jsonb_populate_recordset(NULL::coffer.hold_entries, d.doc -> 'holds') x
     ON CONFLICT (id) DO UPDATE SET is_recorded = true WHERE NOT h.is_recorded;
-    UPDATE coffer.hold_entries h SET is_dropped = true, released_at = coalesce(h.released_at, now()),
-        -- The time that the agent went by is that of the mirror.
-        released_by = coalesce(h.released_by, CASE WHEN h.ends_at <= greatest(now(), (SELECT m.as_of FROM coffer.mirror_state m)) THEN 'its end'
-                                              ELSE 'the command line' END)
+    UPDATE coffer.hold_entries h SET is_dropped = true, (released_at, released_by) = (
+        -- Whose release failed released nothing. The time that the agent went by is that of the mirror.
+        SELECT coalesce(r.released_at, now()), coalesce(r.released_by,
+            CASE WHEN h.ends_at <= greatest(now(), (SELECT m.as_of FROM coffer.mirror_state m)) THEN 'its end' ELSE 'the command line' END)
+        FROM (SELECT) one LEFT JOIN LATERAL (SELECT h.released_at, h.released_by
+            WHERE NOT EXISTS (SELECT FROM coffer.job_entries j WHERE j.job = h.job AND j.state = 'failed')) r ON true)
     FROM coffer._mirrored($1) d WHERE d.tenant = h.tenant AND d.doc ? 'holds' AND h.is_recorded AND NOT h.is_dropped
         AND NOT EXISTS (SELECT FROM jsonb_array_elements(d.doc -> 'holds') x WHERE (x ->> 'id')::uuid = h.id);
 

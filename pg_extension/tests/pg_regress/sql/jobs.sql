@@ -225,12 +225,15 @@ SELECT policy, state, in_force, error FROM coffer.policies WHERE tenant = 'acme'
 SELECT coffer.hold('acme', 'in vain') AS hold \gset
 SELECT args ->> 'reason' AS reason FROM coffer._agent_claim_job(ARRAY['hold'], '00000000-0000-0000-0000-000000000009', 'regress');
 SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000009', 'failed', NULL, 'no room') FROM coffer.jobs WHERE kind = 'hold';
--- One whose release failed is held, and can be released again. One that is over was released by nobody.
+-- One whose release failed is held, and can be released again. One that is over was released by nobody, whoever tried before.
 SELECT coffer._agent_mirror('[{"uid": "00000000-0000-0000-0000-0000000000aa", "tenant": "acme", "windows": [], "verifications": [], "policy": {"daily": 7},
     "backups": [{"backup": "00000000-0000-0000-0000-000000000b01", "kind": "full", "trigger": "manual", "point_lsn": "0/10", "point_time": "2026-02-01T00:00:00Z", "rows": 5, "bytes": 50}],
     "holds": [{"id": "00000000-0000-0000-0000-000000000d04", "reason": "an undo", "held_by": "x", "held_at": "2020-01-01T00:00:00Z", "ends_at": "2020-02-01T00:00:00Z"},
               {"id": "00000000-0000-0000-0000-000000000d05", "reason": "another undo", "held_by": "x", "held_at": "2020-01-01T00:00:00Z", "ends_at": "9999-02-01T00:00:00Z"},
               {"id": "00000000-0000-0000-0000-000000000d06", "reason": "kept", "held_by": "x", "held_at": "2026-01-01T00:00:00Z", "ends_at": null}]}]');
+SELECT coffer.release(hold) FROM coffer.holds WHERE reason = 'an undo';
+SELECT kind FROM coffer._agent_claim_job(ARRAY['release'], '00000000-0000-0000-0000-000000000009', 'regress');
+SELECT coffer._agent_finish_job(max(job), '00000000-0000-0000-0000-000000000009', 'failed', NULL, 'no room') FROM coffer.jobs WHERE kind = 'release';
 SELECT coffer.release(hold) FROM coffer.holds WHERE reason = 'kept';
 SELECT reason, state, released_by, error FROM coffer.holds WHERE tenant = 'acme' ORDER BY hold;
 SELECT kind FROM coffer._agent_claim_job(ARRAY['release'], '00000000-0000-0000-0000-000000000009', 'regress');
