@@ -1,8 +1,9 @@
 //! The fence of a restore in place: the tenant's writers wait while it is applied, and nobody else does.
 
 use crate::restores::{counts, protected, restore};
+use coffer_tests::agent::Agent;
 use coffer_tests::cluster::Cluster;
-use coffer_tests::{block_on, wait_for};
+use coffer_tests::{block_on, restored, wait_for};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -101,6 +102,7 @@ fn readers_that_stay(major: u32) {
         let sql = |s: &str| cluster.psql("shop", s);
         sql("ALTER TABLE customer DISABLE TRIGGER noisy; SELECT coffer.restore_point('before')");
         sql("UPDATE customer SET name = name || '?' WHERE tenant = 2");
+        cancelled(&cluster, &agent).await;
         let reader = cluster.connect("shop").await;
         let reads = "BEGIN; SELECT FROM customer; SELECT FROM bill; SELECT FROM line; SELECT FROM note; SELECT FROM trail; SELECT FROM never";
         reader.batch_execute(reads).await.expect("reads");
@@ -122,6 +124,28 @@ fn readers_that_stay(major: u32) {
         assert_eq!(cluster.psql("shop", "SELECT name FROM customer WHERE tenant = 2 AND id = 11"), "on top");
         drop(agent);
     });
+}
+
+/// A restore whose attempt at a fence somebody cancels is over, and does not take that for a table that is busy.
+async fn cancelled(cluster: &Cluster, agent: &Agent) {
+    let (busy, db) = (cluster.connect("shop").await, cluster.connect("shop").await);
+    busy.batch_execute("BEGIN; INSERT INTO customer VALUES (3, 9999, 'busy', 'ok')").await.expect("a write");
+    let canceller = tokio::spawn(async move {
+        let attempt = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'coffer restore' \
+            AND query LIKE '%coffer.\\_agent\\_fence(%' AND wait_event_type = 'Lock'";
+        loop {
+            db.batch_execute(attempt).await.expect("a cancel");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let begun = Instant::now();
+    let (code, said) = agent.json_err(&restored::in_place("2", "name:before"));
+    canceller.abort();
+    let message = said["error"]["message"].as_str().unwrap_or_default();
+    assert!(code == 1 && message.contains("cannot fence") && message.contains("57014"), "{code} {said}");
+    assert!(begun.elapsed() < Duration::from_secs(40), "it went on for {:?}", begun.elapsed());
+    assert_eq!(cluster.psql("shop", FENCES), "0");
+    busy.batch_execute("ROLLBACK").await.expect("rollback");
 }
 
 /// The longest that a lock above ROW EXCLUSIVE is waited for and held, together.

@@ -159,8 +159,14 @@ async fn attempt(client: &SqlClient, call: &str, what: &str) -> Result<bool> {
     let statement = format!(
         "BEGIN; SET LOCAL synchronous_commit = off; SET LOCAL statement_timeout = {ATTEMPT_MS}; {call}; COMMIT"
     );
+    let began = Instant::now();
     let Err(e) = client.batch_execute(&statement).await else { return Ok(true) };
+    let took = began.elapsed();
     client.batch_execute("ROLLBACK").await.sql(what)?;
+    // Before its time is over it is no timeout that ends a statement, but somebody who wants it to end.
+    if e.code() == Some(&SqlState::QUERY_CANCELED) && took < Duration::from_millis(ATTEMPT_MS.into()) {
+        return Err(sql::sql_error(e, what));
+    }
     const NOT_NOW: [SqlState; 3] =
         [SqlState::QUERY_CANCELED, SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED];
     match e.code() {
