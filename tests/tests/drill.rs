@@ -55,7 +55,7 @@ fn by_hand_and_by_schedule(major: u32) {
     let tables = drills[0]["tables"].as_array().expect("tables");
     let rows: Vec<(&str, &Value)> =
         tables.iter().map(|t| (t["relation"].as_str().expect("a name"), &t["restored"])).collect();
-    assert_eq!(rows, [("public.a", &100.into()), ("public.c", &6.into())], "{said}");
+    assert_eq!(rows, [("public.a", &100.into()), ("public.c", &6.into()), ("public.kinds", &2.into())], "{said}");
     assert_eq!(left(&cluster), "0");
     let seen = "SELECT tenant, ok FROM coffer.verifications WHERE what = 'drill' ORDER BY kind, tenant, verified_at";
     wait_for("the records of it", 90, || (cluster.psql("shop", seen) == "1|t\n2|t\n(shared)|t").then_some(()));

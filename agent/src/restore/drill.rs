@@ -6,7 +6,7 @@
 
 use super::database;
 use super::request::{Means, Place, Request};
-use super::run::{Prepared, blocking, leased, run};
+use super::run::{Prepared, blocking, leased, run, shared};
 use crate::crypto::Sha256;
 use crate::dsn::Dsn;
 use crate::error::{Error, Kind, Result};
@@ -77,7 +77,9 @@ pub async fn drill(means: &Means<'_>, tenant: &Tenant, to: &When, dsn: &Dsn) -> 
     let asked = Request { wait: Some(DEFINITIONS_WAIT), ..Request::new(tenant.clone(), to.clone(), place()) };
     leased(means, &asked, async {
         let started = Instant::now();
-        let Prepared { target, at, .. } = Prepared::new(means, &asked).await?;
+        let Prepared { target, at, mut history, .. } = Prepared::new(means, &asked).await?;
+        // The reference data comes along, and is looked at as the tenant's rows are.
+        let (shared, _) = shared(means.opened, means.source.1, &mut history, &target, &at).await?;
         // The very same point, whatever is shipped meanwhile.
         let to = match to {
             When::Latest => When::Lsn(target.lsn),
@@ -88,7 +90,9 @@ pub async fn drill(means: &Means<'_>, tenant: &Tenant, to: &When, dsn: &Dsn) -> 
             let watch = means.watch.clone();
             let merged = blocking(move || {
                 let mut digests = Digests::default();
-                at.read(&mut Watched(&mut digests, &watch))?;
+                for rows in std::iter::once(at).chain(shared.map(|(_, rows)| rows)) {
+                    rows.read(&mut Watched(&mut digests, &watch))?;
+                }
                 Ok(digests.tables)
             })
             .await?;

@@ -395,7 +395,7 @@ async fn to_schema(
 }
 
 /// The shared tables at the same point, when there are any; and a warning for each that there may be and that is not known.
-async fn shared(
+pub(super) async fn shared(
     opened: &Opened,
     source: Uuid,
     history: &mut History,
