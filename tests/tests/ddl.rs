@@ -316,6 +316,20 @@ fn locks_that_are_not_free(major: u32) {
         cluster.psql("shop", "SELECT coffer.restore_point('attached')");
         let db = Database::restore(&agent, &cluster, "2", "name:attached");
         assert_eq!(cluster.psql(&db.name, "SELECT string_agg(id || v, ' ' ORDER BY id) FROM t"), "1b 2c");
+
+        // Nor does ATTACH wait for who is at the table that was the partition's way to its tenants.
+        cluster.script(
+            "shop",
+            "CREATE TABLE orgs (org int PRIMARY KEY, tenant int NOT NULL); CREATE TABLE t_3 (LIKE t INCLUDING ALL, FOREIGN KEY (id) REFERENCES orgs);
+             SELECT coffer.remove_table('t_3'); SELECT coffer.add_table('t_3', parent => 'orgs');",
+        );
+        assert_eq!(rules(), "orgs t t_3 tagged");
+        reader.batch_execute("BEGIN; LOCK TABLE orgs IN ACCESS SHARE MODE").await.expect("a lock");
+        let attach = "ALTER TABLE t ATTACH PARTITION t_3 FOR VALUES IN (3)";
+        // A lock timeout would be caught where the lock is asked for.
+        cluster.psql("shop", &format!("SET statement_timeout = '5s'; {attach}"));
+        assert_eq!(rules(), "orgs t tagged");
+        reader.batch_execute("COMMIT").await.expect("ok");
     });
 }
 
