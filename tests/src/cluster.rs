@@ -183,6 +183,13 @@ impl Cluster {
         let _ = std::fs::remove_file(self.data().join("postmaster.pid"));
     }
 
+    /// Runs a server program upon the stopped cluster's folder.
+    pub fn program(&self, name: &str, args: &[&str]) {
+        let mut c = as_postgres(&self.bin.join(name));
+        c.args(args).arg("-D").arg(self.data());
+        run(c);
+    }
+
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
     }

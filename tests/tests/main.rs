@@ -58,6 +58,7 @@ mod retention;
 mod rules;
 mod scrub;
 mod side;
+mod source;
 mod spelling;
 mod thread;
 mod types;
