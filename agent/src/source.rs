@@ -24,6 +24,7 @@ use crate::sequences::{self, SequenceNotes};
 use crate::ship::{Anchors, CLOCK_MARGIN_US, Shipper};
 use crate::snapshot::BaseTaker;
 use crate::spool::Spool;
+use crate::sql::{self, SqlContext};
 use crate::verify::{self, rounds::Look};
 use coffer_wire::Lsn;
 use std::sync::Arc;
@@ -35,6 +36,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 const PLUGIN: &str = "pg_coffer";
 /// Creating a slot waits for running transactions; after this long it is given up, said, and tried again.
 const CREATE_LOCK_TIMEOUT: &str = "SET lock_timeout = '20s'";
+/// How often it is asked meanwhile whom the creation of a slot waits for.
+const CREATE_LOOK: Duration = Duration::from_secs(3);
 /// First and longest wait before the next connection.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 /// A stream that held for so long makes the next wait the first again.
@@ -217,6 +220,12 @@ async fn first_record(ctx: &AgentContext) -> Result<()> {
     note_failover(ctx, found.as_ref());
     let from = match found {
         Some(s) if s.is_lost() => recreate(ctx, &mut client).await?,
+        // A server notices only when its wait is over that who asked for the slot is gone.
+        Some(s) if s.confirmed == Lsn::ZERO => {
+            let what =
+                format!("slot {} is still being made for another session, which waits for transactions", ctx.slot);
+            return Err(Error::new(Kind::Unreachable, what));
+        }
         // Made by hand, or by an agent that was killed before it wrote the record.
         Some(s) => s.confirmed,
         None => create(ctx, &mut client).await?,
@@ -524,22 +533,56 @@ fn note_failover(ctx: &AgentContext, slot: Option<&Slot>) {
 
 async fn create(ctx: &AgentContext, client: &mut ReplicationClient) -> Result<Lsn> {
     client.query(CREATE_LOCK_TIMEOUT).await?;
-    let r = client.create_slot(&ctx.slot, PLUGIN, ctx.is_failover_slot.load(Ordering::Relaxed)).await;
+    let pid = client.query("SELECT pg_catalog.pg_backend_pid()").await?;
+    let pid = pid.into_iter().flatten().next().flatten().unwrap_or_default();
+    let mut waits = format!("slot {} waits for transactions that were running when its creation began", ctx.slot);
+    let r = {
+        let made = client.create_slot(&ctx.slot, PLUGIN, ctx.is_failover_slot.load(Ordering::Relaxed));
+        tokio::pin!(made);
+        loop {
+            tokio::select! {
+                r = &mut made => break r,
+                () = tokio::time::sleep(CREATE_LOOK) => match held_up_by(ctx, &pid).await {
+                    Ok(Some(who)) => {
+                        waits = format!("slot {} can be made once a transaction has ended: {who}", ctx.slot);
+                        ctx.alarms.raise(alarms::SOURCE_DOWN, &ctx.source, waits.clone());
+                    }
+                    Ok(None) => {}
+                    Err(e) => tracing::debug!("whom the slot waits for is not known: {e}"),
+                },
+            }
+        }
+    };
     match r {
         Ok(at) => {
             tracing::info!(source = ctx.source, slot = ctx.slot, "slot created at {at}");
             client.query("SET lock_timeout = 0").await?;
             Ok(at)
         }
-        Err(e) if e.is_code("lock_timeout") => Err(Error::new(
-            Kind::Unreachable,
-            format!("slot {} waits for transactions that were running when its creation began", ctx.slot),
-        )
-        .hint("SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start")),
+        Err(e) if e.is_code("lock_timeout") => Err(Error::new(Kind::Unreachable, waits).hint(
+            "SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start",
+        )),
         Err(e) => Err(e.during(format_args!("cannot create slot {}", ctx.slot)).hint(
             "needs wal_level = logical, CREATE EXTENSION pg_coffer, and coffer.setup_agent(role) for the agent's role",
         )),
     }
+}
+
+/// The transaction that the session `pid` waits for, as far as the agent's role may know it.
+async fn held_up_by(ctx: &AgentContext, pid: &str) -> Result<Option<String>> {
+    let client = sql::connect(&ctx.source_dsn().await?).await?;
+    let row = client
+        .query_one(
+            "SELECT pg_catalog.string_agg(CASE b WHEN 0 THEN 'a prepared one, see pg_prepared_xacts' ELSE \
+                pg_catalog.concat_ws(' ', 'pid', b, 'in database', a.datname, '(' || a.state || ')', \
+                    'for ' || pg_catalog.date_trunc('second', pg_catalog.now() - a.xact_start)) END, ', ') \
+             FROM pg_catalog.unnest(pg_catalog.pg_blocking_pids($1::text::int4)) b \
+             LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = b",
+            &[&pid],
+        )
+        .await
+        .sql("cannot look for the transaction")?;
+    Ok(row.get(0))
 }
 
 async fn recreate(ctx: &AgentContext, client: &mut ReplicationClient) -> Result<Lsn> {

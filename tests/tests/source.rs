@@ -1,4 +1,4 @@
-//! What goes on in the server beside the rows: the log of other databases, transaction ids that begin anew.
+//! What goes on in the server beside the rows: a slot that waits, the log of other databases, transaction ids that begin anew.
 
 use crate::isolation::files;
 use coffer_tests::agent::{Agent, Setup};
@@ -8,8 +8,10 @@ use coffer_tests::restored::{self, Scratch};
 use coffer_tests::truth::{self, Watched};
 use coffer_tests::wait_for;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 on_majors! {
+    a_slot_that_waits: a_slot_that_waits;
     log_of_other_databases: log_of_other_databases;
     ids_that_wrap: ids_that_wrap;
 }
@@ -28,6 +30,37 @@ fn protect(cluster: &Cluster) {
          INSERT INTO a SELECT t, i, 'a' || i FROM generate_series(1, 2) t, generate_series(1, 20) i;
          INSERT INTO b SELECT i, 1 + i % 2, 'b' || i FROM generate_series(1, 40) i;",
     );
+}
+
+/// A transaction anywhere in the server holds up the first start: the agent names it, stops when told to, and goes on when it ends.
+fn a_slot_that_waits(major: u32) {
+    block_on(async {
+        let cluster = Cluster::start(major);
+        protect(&cluster);
+        let writer = cluster.connect("postgres").await;
+        writer.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.expect("a transaction");
+        let pid: i32 = writer.query_one("SELECT pg_backend_pid()", &[]).await.expect("a row").get(0);
+        let told = |agent: &Agent, what: &str| {
+            let says = || agent.alarms("source_down").iter().any(|a| a.to_string().contains(what)).then_some(());
+            wait_for(what, 30, says);
+        };
+        let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+        agent.start();
+        let named = format!("pid {pid} in database postgres");
+        told(&agent, &named);
+        assert!(agent.log().contains(&named), "{}", agent.log());
+        let begun = Instant::now();
+        assert_eq!(agent.stop(), Some(0));
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        // In the server the wait goes on: what is there of the slot is no place to begin at.
+        agent.start();
+        told(&agent, "still being made for another session");
+        writer.batch_execute("COMMIT").await.expect("ok");
+        restored::wait_windows(&mut agent, &["1", "2"]);
+        wait_for("the alarm to end", 10, || agent.alarms("source_down").is_empty().then_some(()));
+        assert!(agent.alarms("gap").is_empty());
+        assert_eq!(agent.stop(), Some(0));
+    });
 }
 
 /// Where only other databases write, the slot follows, and nothing is archived for it.
