@@ -1,7 +1,7 @@
 //! Every named point where a test can stop, delay or fail the agent, in one file.
 //!
-//! `COFFER_FAILPOINTS="name=abort;other=sleep(500);third=error;fourth=panic"`; a name may be followed by `@n` (the n-th hit only,
-//! counted from 1). Only in builds with the feature `failpoints`; otherwise [`hit`] is nothing.
+//! `COFFER_FAILPOINTS="name=abort;other=sleep(500);third=error;fourth=panic;fifth=hold(FILE)"`: held until there is such a file. A
+//! name may be followed by `@n` (the n-th hit only, counted from 1). Only in builds with the feature `failpoints`; otherwise [`hit`] is nothing.
 
 /// A changeset's object is in the stores, its record is not.
 pub const SHIP_AFTER_OBJECTS: &str = "ship-after-objects";
@@ -103,6 +103,12 @@ pub fn hit(name: &str) -> crate::error::Result<()> {
                 {
                     eprintln!("failpoint {name}: sleep {ms} ms");
                     std::thread::sleep(std::time::Duration::from_millis(ms));
+                }
+                if let Some(file) = a.strip_prefix("hold(").and_then(|s| s.strip_suffix(')')) {
+                    eprintln!("failpoint {name}: hold");
+                    while !std::path::Path::new(file).exists() {
+                        std::thread::sleep(std::time::Duration::from_millis(20));
+                    }
                 }
             }
         }

@@ -163,6 +163,14 @@ fn forged(major: u32) {
     cluster.psql("shop", "SELECT coffer.wait_durable(timeout => '1min')");
     assert_eq!(state(), before, "{}", agent.log());
     assert!(agent.alarms("claim_contradicted").is_empty());
+    // Bases come in the log's order: one that is asked for behind all this is the first, and has the rows of its table only.
+    cluster.psql("shop", "CREATE TABLE late AS SELECT 'victim' AS tenant, i AS id FROM generate_series(1, 7) i");
+    let bases = wait_for("the base of a new table", 60, || {
+        let log = agent.log();
+        let bases: Vec<_> = log.lines().filter(|l| l.contains("bases are recorded")).skip(before.0).collect();
+        (!bases.is_empty()).then(|| bases.join("\n"))
+    });
+    assert!(bases.lines().count() == 1 && bases.contains(r#""rows":7}"#), "{bases}");
     cluster.psql("shop", "SELECT coffer.restore_point('unharmed')");
     let (code, said) = agent.json_err(&restored::args_now("victim", "name:forged", "/nonexistent/forged"));
     assert!(matches!(code, 3 | 4), "{code} {said}");
@@ -219,7 +227,8 @@ fn unattributed(major: u32) {
     let world = World::new(major);
     let cluster = &world.cluster;
     let mut agent = Agent::new(&Setup::of(cluster, "shop"));
-    agent.env = vec![("COFFER_FAILPOINTS".into(), "base-after-horizon@2=sleep(12000)".into())];
+    let release = agent.dir().join("release");
+    agent.env = vec![("COFFER_FAILPOINTS".into(), format!("base-after-horizon@2=hold({})", release.display()))];
     agent.start();
     restored::wait_windows(&mut agent, &["victim", "mallory"]);
     let point = |name: &str| cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
@@ -241,6 +250,7 @@ fn unattributed(major: u32) {
         let (code, said) = agent.json_err(&restored::args_now(tenant, "name:between", "/nonexistent/between"));
         assert!(code == 4, "{code} {said}");
     }
+    std::fs::write(release, "").expect("our folder");
     wait_for("the window to open again", 60, || {
         let spans = |t| restored::listed(&agent, t)["window"].as_array().map(Vec::len);
         (spans("victim") == Some(2) && spans("mallory") == Some(2)).then_some(())
