@@ -10,6 +10,7 @@ on_majors! {
     edge_values: edge_values;
     shapes: shapes;
     encodings: encodings;
+    tenants_of_no_encoding: tenants_of_no_encoding;
     tenant_columns: tenant_columns;
 }
 
@@ -611,6 +612,46 @@ fn back_to_the_streets(cluster: &Cluster, agent: &Agent, db: &str, text: &str) {
     }
     let live = agent.json(&["verify", "--against-live"]);
     assert_eq!(live["ok"], true, "{db}: {live}");
+}
+
+/// Tenants that are not UTF-8, where the server does not ask: nobody's, under an alarm; what is others' is exact.
+fn tenants_of_no_encoding(major: u32) {
+    let cluster = Cluster::start_with(major, "", &["--locale=C", "-E", "SQL_ASCII"]);
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE t (tenant text NOT NULL, id int, PRIMARY KEY (tenant, id)); SELECT coffer.add_table('t', 'tenant');
+         INSERT INTO t VALUES ('a', 1), ('b', 1), (E'a\\xff', 1);",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["a", "b"]);
+    let point = |name: &str| cluster.psql("shop", &format!("SELECT coffer.restore_point('{name}')"));
+    point("before");
+    cluster.psql("shop", "INSERT INTO t VALUES ('a', 2), ('b', 2), (E'a\\xff', 2), (E'\\xff', 2)");
+    coffer_tests::wait_for("the alarm", 60, || (!agent.alarms("unresolved_rows").is_empty()).then_some(()));
+    coffer_tests::wait_for("the window to open again", 60, || {
+        let spans = |t| restored::listed(&agent, t)["window"].as_array().map(Vec::len);
+        (spans("a") == Some(2) && spans("b") == Some(2)).then_some(())
+    });
+    cluster.psql("shop", "INSERT INTO t VALUES ('a', 3)");
+    point("after");
+    for (tenant, name, want) in [("a", "before", "1"), ("a", "after", "1 2 3"), ("b", "after", "1 2")] {
+        let made = Database::restore(&agent, &cluster, tenant, &format!("name:{name}"));
+        let ids = cluster.psql(&made.name, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM t");
+        assert_eq!(ids, want, "{tenant} {name}");
+    }
+    agent.json(&restored::in_place("a", "name:before"));
+    let rows =
+        "SELECT string_agg(encode(convert_to(tenant, 'SQL_ASCII'), 'hex') || id, ' ' ORDER BY tenant, id) FROM t";
+    assert_eq!(cluster.psql("shop", rows), "611 61ff1 61ff2 621 622 ff2");
+    let live = agent.json(&["verify", "--against-live"]);
+    assert_eq!(live["ok"], true, "{live}");
+    let list = agent.json(&["list"]);
+    let names: Vec<_> =
+        list["tenants"].as_array().expect("tenants").iter().filter_map(|t| t["tenant"].as_str()).collect();
+    assert!(!names.iter().any(|n| n.contains('\u{fffd}')) && names.contains(&"a") && names.contains(&"b"), "{list}");
+    assert_eq!(agent.stop(), Some(0));
 }
 
 /// Databases that are not UTF-8.

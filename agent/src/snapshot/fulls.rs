@@ -489,7 +489,8 @@ impl Groups {
         if let Some(g) = known.get(key) {
             return Ok(*g);
         }
-        let text = String::from_utf8(key.to_vec()).map_err(|_| Error::other("a tenant's key is not UTF-8"))?;
+        // Nobody can name such a tenant: the row is kept as the stream keeps it, and holds no other tenant's base up.
+        let Ok(text) = String::from_utf8(key.to_vec()) else { return self.of(TenantKind::Unresolved, b"") };
         let g = u32::try_from(self.tenants.len()).map_err(|_| Error::other("more than 2^32 tenants"))?;
         known.insert(key.to_vec(), g);
         self.tenants.push(Tenant { kind, key: text });
@@ -513,8 +514,11 @@ mod tests {
         let empty = g.of(TenantKind::Normal, b"").unwrap();
         assert_eq!(g.of(TenantKind::Normal, b"a").unwrap(), a);
         assert_ne!(none, empty);
+        let nameless = g.of(TenantKind::Normal, b"a\xff").unwrap();
+        assert_eq!(g.of(TenantKind::Normal, b"\xfe").unwrap(), nameless);
         let tenants = g.into_tenants();
         assert_eq!(tenants[none as usize], Tenant::reserved(TenantKind::Unassigned));
-        assert_eq!(tenants.len(), 3);
+        assert_eq!(tenants[nameless as usize], Tenant::reserved(TenantKind::Unresolved));
+        assert_eq!(tenants.len(), 4);
     }
 }

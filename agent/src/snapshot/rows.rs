@@ -37,7 +37,7 @@ pub struct RowShape {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cut<'a> {
     pub kind: TenantKind,
-    /// The tenant's key, UTF-8.
+    /// The tenant's key: UTF-8, but for bytes of a database without an encoding.
     pub tenant: Cow<'a, [u8]>,
     pub image: &'a [u8],
 }
