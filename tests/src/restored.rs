@@ -237,6 +237,33 @@ pub fn wait_windows<T: AsRef<str>>(agent: &mut Agent, tenants: &[T]) {
     });
 }
 
+/// `coffer.recovery_window` comes to have the windows and the gaps of `coffer list`.
+pub fn shown_in_sql(cluster: &Cluster, agent: &Agent, tenant: &str) {
+    let sql = format!(
+        "SELECT from_lsn, CASE WHEN to_lsn = (SELECT durable_lsn FROM coffer.status) THEN 'open' ELSE to_lsn::text END, \
+         reason FROM coffer.recovery_window WHERE tenant = '{tenant}' AND restorable = (reason IS NULL) AND as_of IS NOT NULL \
+         ORDER BY from_lsn, to_lsn"
+    );
+    wait_for("the same windows and gaps in coffer.recovery_window", 90, || {
+        let listed = listed(agent, tenant);
+        let (windows, gaps) = (listed["window"].as_array()?, listed["gaps"].as_array()?);
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let mut spans: Vec<[String; 3]> = Vec::new();
+        for (n, w) in windows.iter().enumerate() {
+            // The end of what goes on is what is durable by now.
+            let to = if n + 1 == windows.len() { "open".to_owned() } else { text(&w["to_lsn"]) };
+            spans.push([text(&w["from_lsn"]), to, String::new()]);
+        }
+        spans.extend(gaps.iter().map(|g| ["from_lsn", "to_lsn", "reason"].map(|f| text(&g[f]))));
+        let seen = cluster.psql("shop", &sql);
+        let mut seen: Vec<&str> = seen.lines().collect();
+        let mut want: Vec<String> = spans.iter().map(|s| s.join("|")).collect();
+        seen.sort_unstable();
+        want.sort_unstable();
+        (seen == want).then_some(())
+    });
+}
+
 /// One tenant's entry of `coffer list`.
 pub fn listed(agent: &Agent, tenant: &str) -> Value {
     let doc = agent.json(&["list", "--tenant", tenant]);

@@ -136,8 +136,17 @@ fn finds_damage(major: u32) {
         ORDER BY verified_at DESC LIMIT 1";
     wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|f|read_back|f").then_some(()));
     assert_eq!(last_good(&agent, "2"), [false, true]);
+    // Points that only they lead to are promised to nobody; those from the next full on are.
+    let gaps = |tenant: &str| restored::listed(&agent, tenant)["gaps"].as_array().cloned().expect("gaps");
+    let all = gaps("2");
+    let reason = all.first().and_then(|g| g["reason"].as_str()).unwrap_or_default();
+    assert!(all.len() == 1 && reason.starts_with("damaged: ") && reason.ends_with(name(&copies[0].1)), "{all:?}");
+    assert_eq!(gaps("1"), Vec::<Value>::new());
+    restored::shown_in_sql(&cluster, &agent, "2");
     copies.iter().for_each(|(whole, f)| std::fs::write(f, whole).expect("our store"));
     wait_for("the record of it", 60, || (cluster.psql("shop", check) == "2|t|read_back|f").then_some(()));
+    assert_eq!(gaps("2"), Vec::<Value>::new());
+    restored::shown_in_sql(&cluster, &agent, "2");
     wait_for("the alarms to be gone", 60, || agent.alarms("damaged_object").is_empty().then_some(()));
 
     // An older full in the place of the newer one, both sound in themselves.

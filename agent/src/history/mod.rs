@@ -6,6 +6,7 @@
 //! A target is never rounded: a position that is not known in full is refused, with the window in the error.
 
 mod archived;
+mod damage;
 mod facts;
 mod floor;
 mod incrementals;
@@ -507,14 +508,18 @@ impl History {
         Ok(full.map_or_else(|| self.line.time_before(at), |f| f.point_time_us))
     }
 
+    /// The spans, both ends in, in which a tenant's (`None`: anybody's) rows were archived and kept.
+    fn kept(&self, tenant: Option<Uuid>) -> Vec<(Lsn, Lsn)> {
+        let floor = tenant.and_then(|t| self.floor(t)).unwrap_or_default();
+        let open = self.line.open(&self.facts, tenant).into_iter();
+        open.map(|(from, to)| (from.max(floor), to)).filter(|(from, to)| from <= to).collect()
+    }
+
     /// What a tenant (`None`: any) can be restored to.
     pub fn windows(&self, tenant: Option<Uuid>) -> Vec<WindowSpan> {
-        let floor = tenant.and_then(|t| self.floor(t)).unwrap_or_default();
-        self.line
-            .open(&self.facts, tenant)
+        let damaged = tenant.map(|t| self.damaged(t)).unwrap_or_default();
+        damage::without(self.kept(tenant), &damaged)
             .into_iter()
-            .map(|(from, to)| (from.max(floor), to))
-            .filter(|(from, to)| from <= to)
             .map(|(from, to)| {
                 let to_us = self.line.time_before(to);
                 WindowSpan {
@@ -532,6 +537,16 @@ impl History {
         let Some(first) = self.line.open(&self.facts, tenant).first().map(|w| w.0) else { return Vec::new() };
         let first = first.max(tenant.and_then(|t| self.floor(t)).unwrap_or_default());
         let mut gaps = self.line.all_closed(&self.facts, tenant);
+        for d in tenant.map(|t| self.damaged(t)).unwrap_or_default() {
+            // Where rows were never archived, that is why.
+            let rest = damage::without(vec![(d.from, Lsn(d.to.0 - 1))], &gaps);
+            gaps.extend(rest.into_iter().map(|(from, to)| Closed {
+                from,
+                to: Lsn(to.0 + 1),
+                reason: d.reason.clone(),
+            }));
+        }
+        gaps.sort_by_key(|c| c.from);
         gaps.retain(|c| c.to > first && c.from <= self.line.end);
         for g in &mut gaps {
             g.from = g.from.max(first);
@@ -576,7 +591,7 @@ impl History {
                 .hint("write it as schema.name"));
             }
             // Every table that could have rows of the tenant was dropped or left out before: there is nothing of it then.
-            if self.windows(Some(tenant)).iter().any(|w| w.from_lsn <= target.lsn && target.lsn <= w.to_lsn) {
+            if self.kept(Some(tenant)).iter().any(|(from, to)| *from <= target.lsn && target.lsn <= *to) {
                 return Ok(tables);
             }
             return Err(outside(format!("{} ({}) is before the first base, or in a gap", target.asked, target.lsn)));
@@ -594,8 +609,30 @@ impl History {
 
     /// The same from a full and incrementals at or before `begin`.
     pub async fn inputs_from(&self, tenant: Uuid, begin: Lsn, target: Lsn, known: Vec<TableAt>) -> Result<Inputs> {
+        let Some((mut inputs, from_it)) = self.sources(tenant, begin, target, known) else {
+            // What was removed is never left out in silence.
+            let target = Target { asked: target.to_string(), lsn: target, time_us: 0 };
+            return Err(self.below_floor(&target, Some(tenant)));
+        };
+        if let Some(f) = &inputs.full
+            && let Some(m) = &f.manifest
+        {
+            inputs.parts = manifest::read(&self.repo, m, &f.objects, self.from_store()).await?;
+            check_rows(f, m, &inputs.parts)?;
+            inputs.parts.retain(|p| from_it.contains(&p.relid));
+        }
+        Ok(inputs)
+    }
+
+    /// The same without the parts of the full, and the tables that are read from these. `None`: something of it was removed.
+    fn sources(
+        &self,
+        tenant: Uuid,
+        begin: Lsn,
+        target: Lsn,
+        mut known: Vec<TableAt>,
+    ) -> Option<(Inputs, BTreeSet<u32>)> {
         let definitions: Vec<usize> = known.iter().filter_map(|t| t.base).collect();
-        let mut known = known;
         // What another tenant alone has rows of is in none of this one's fulls.
         known.retain(|t| self.line.concerns(t.relid, &self.facts, Some(tenant)));
         // Whether the tenant's part of the base that a table is read from was removed.
@@ -630,19 +667,9 @@ impl History {
         let mut usable = self.fulls(tenant).into_iter().rev().filter(follows);
         let full = usable.find(|f| is_there(&from(f).0)).cloned();
         let (tables, from_it) = full.as_ref().map_or_else(|| (known.clone(), BTreeSet::new()), from);
-        let mut parts = Vec::new();
-        if let Some(f) = &full
-            && let Some(m) = &f.manifest
-        {
-            parts = manifest::read(&self.repo, m, &f.objects, self.from_store()).await?;
-            check_rows(f, m, &parts)?;
-            parts.retain(|p| from_it.contains(&p.relid));
-        }
         let fulls = self.line.fulls(&tables, tenant);
-        // What was removed is never left out in silence.
         if !is_there(&tables) {
-            let target = Target { asked: target.to_string(), lsn: target, time_us: 0 };
-            return Err(self.below_floor(&target, Some(tenant)));
+            return None;
         }
         let least = least(&tables);
         let mut ships = Vec::new();
@@ -663,7 +690,8 @@ impl History {
         // A table's own base may be the only one there is: its schema is younger than some of its tables' cuts.
         let of_tables = || definitions.iter().map(|b| self.line.bases[*b].base());
         let (schema, schema_warning) = self.schema_at(target, &mut of_tables().map(|b| b.schema.as_ref()));
-        Ok(Inputs { target, tables, fulls, parts, full, ships, schema, schema_warning })
+        let inputs = Inputs { target, tables, fulls, parts: Vec::new(), full, ships, schema, schema_warning };
+        Some((inputs, from_it))
     }
 
     /// Where the sequences stood at the target: of each the newest state that was read at or before it, by bases, by

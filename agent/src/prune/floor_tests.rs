@@ -402,6 +402,45 @@ async fn a_floor_whose_full_was_found_damaged_is_the_next_fulls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_only_a_damaged_object_leads_to_is_a_gap_and_no_window() {
+    let mut d = Days::new(&[("a", true)]).await;
+    d.live(1).await;
+    let (changes, fulls, tenant) = (d.changes.clone(), d.fulls.clone(), d.life.tenant.uid);
+    let seen = async |d: &Days| {
+        let h = d.history().await;
+        let windows: Vec<(u64, u64)> = h.windows(Some(tenant)).iter().map(|w| (w.from_lsn.0, w.to_lsn.0)).collect();
+        let gaps: Vec<_> = h.gaps(Some(tenant)).into_iter().map(|g| (g.from.0, g.to.0, g.reason)).collect();
+        (windows, gaps)
+    };
+    let read_back = async |d: &Days, backup: Uuid, ok: bool| {
+        let entry = Entry::Verified { backup, ok, what: "read_back".into(), message: None };
+        d.life.catalog().await.append(entry).await.unwrap();
+    };
+    let damaged = |o: &ObjectRef| format!("damaged: {}", o.path);
+    assert_eq!(seen(&d).await, (vec![(50, 1100)], vec![]));
+    // The full at the day's end stands for it; without that one, the next.
+    read_back(&d, changes[3].object, false).await;
+    assert_eq!(seen(&d).await, (vec![(50, 400), (500, 1100)], vec![(401, 500, damaged(&changes[3]))]));
+    read_back(&d, fulls[3].id, false).await;
+    assert_eq!(seen(&d).await, (vec![(50, 400), (600, 1100)], vec![(401, 600, damaged(&changes[3]))]));
+    // The rows of a base, up to the first full.
+    read_back(&d, d.base.object, false).await;
+    let gaps = vec![(50, 200, damaged(&d.base)), (401, 600, damaged(&changes[3]))];
+    assert_eq!(seen(&d).await, (vec![(200, 400), (600, 1100)], gaps));
+    // Of the last day nothing stands for anything; a comparison with live rows says nothing of objects.
+    for backup in [d.base.object, changes[3].object, fulls[3].id] {
+        read_back(&d, backup, true).await;
+    }
+    let entry = Entry::Verified { backup: changes[5].object, ok: false, what: "live".into(), message: None };
+    d.life.catalog().await.append(entry).await.unwrap();
+    read_back(&d, changes[9].object, false).await;
+    read_back(&d, fulls[9].id, false).await;
+    assert_eq!(seen(&d).await, (vec![(50, 1000)], vec![(1001, 1100, damaged(&changes[9]))]));
+    // What another tenant lost is no gap of this one.
+    assert_eq!(d.history().await.gaps(Some(Uuid::from_u128(7))), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn changes_below_a_floor_stay_while_its_full_is_not_there() {
     let mut d = Days::new(&[("a", true), ("b", true)]).await;
     d.live(1).await;

@@ -8,6 +8,7 @@ use super::rounds::Look;
 use crate::catalog;
 use crate::catalog::model::READ_BACK;
 use crate::catalog::{Catalog, Entry};
+use crate::crypto::ObjectKind;
 use crate::error::{Kind, Result};
 use crate::history::History;
 use crate::jobs::Mirror;
@@ -174,8 +175,10 @@ fn marks(state: &catalog::State, lost: &BTreeMap<&str, &Failure>, all_good: bool
     let mut all: Vec<(Uuid, Option<String>)> = state.fulls.iter().map(|f| (f.id, f.needs().find_map(wrong))).collect();
     all.extend(state.incrementals.iter().map(|i| (i.id, i.object.as_ref().and_then(wrong))));
     let of_backups: HashSet<&str> = state.objects().map(|o| o.path.as_str()).collect();
+    // The rows of a base are a backup by the uid of their object, whatever else refers to it.
+    let by_uid = |o: &&ObjectRef| o.kind == ObjectKind::Full || !of_backups.contains(o.path.as_str());
     let copies = lost.values().filter_map(|f| f.copy.as_ref());
-    all.extend(copies.filter(|o| !of_backups.contains(o.path.as_str())).map(|o| (o.object, wrong(o))));
+    all.extend(copies.filter(by_uid).map(|o| (o.object, wrong(o))));
     // What was wrong before and is not by now.
     let known: HashSet<Uuid> = all.iter().map(|(id, _)| *id).collect();
     let mended = state.checks.iter().filter(|c| c.what == READ_BACK && !known.contains(&c.backup));
@@ -211,7 +214,6 @@ mod tests {
     use super::*;
     use crate::catalog::model::Check;
     use crate::catalog::{FullEntry, IncrementalEntry};
-    use crate::crypto::ObjectKind;
     use crate::error::Error;
     use coffer_wire::Lsn;
 
@@ -219,7 +221,7 @@ mod tests {
     fn damage_is_noted_where_it_is() {
         let object = |path: &str| ObjectRef {
             path: path.to_owned(),
-            kind: ObjectKind::Full,
+            kind: if path == "i" { ObjectKind::Incremental } else { ObjectKind::Full },
             tenant: Uuid::nil(),
             object: Uuid::nil(),
             key_version: 1,
@@ -255,20 +257,23 @@ mod tests {
             found.into_iter().map(|(id, what)| (id.as_u128(), what.is_none())).collect()
         };
         let failure = |path: &str| {
-            let copy = ObjectRef { object: Uuid::from_u128(77), ..object(path) };
+            let copy = match path {
+                "a changeset" => ObjectRef { object: Uuid::from_u128(77), kind: ObjectKind::Changeset, ..object(path) },
+                _ => ObjectRef { object: Uuid::from_u128(78), ..object(path) },
+            };
             Failure::of_copy(&copy, "eu", Error::other("is missing"))
         };
         let found = |state: &catalog::State, path: &str| ids(marks(state, &[(path, &failure(path))].into(), false));
         assert_eq!(ids(marks(&state, &BTreeMap::new(), true)), [(3, true)]);
         assert_eq!(ids(marks(&state, &BTreeMap::new(), false)), [], "not all is well, and every full is");
-        assert_eq!(found(&state, "b"), [(2, false)], "the newest is sound");
-        assert_eq!(found(&state, "a"), [(1, false), (2, false)]);
+        assert_eq!(found(&state, "b"), [(2, false), (78, false)], "the newest is sound; the rows may be a base's");
+        assert_eq!(found(&state, "a"), [(1, false), (2, false), (78, false)]);
         assert_eq!(found(&state, "i"), [(4, false)], "an incremental");
         assert_eq!(found(&state, "a changeset"), [(77, false)], "no backup is the worse for it");
         let check =
             |n| Check { backup: Uuid::from_u128(n), what: READ_BACK.into(), ok: false, message: None, at_us: 0 };
         state.checks = vec![check(2), check(77)];
-        assert_eq!(found(&state, "b"), [(77, true)], "the one is known, the other is mended");
+        assert_eq!(found(&state, "b"), [(78, false), (77, true)], "the one is known, the other is mended");
         assert_eq!(found(&state, "a changeset"), [(2, true)]);
         assert_eq!(ids(marks(&state, &BTreeMap::new(), true)), [(2, true), (3, true), (77, true)], "all is mended");
     }
