@@ -452,7 +452,7 @@ fn the_slot_is_dropped(major: u32) {
             (gaps >= 1 && windows >= 2).then_some(listed)
         });
         assert_eq!(listed["gaps"][0]["reason"], "slot_lost", "{listed}");
-        shown_in_sql(&scene.cluster, &agent);
+        restored::shown_in_sql(&scene.cluster, &agent, "1");
         load.after(100).await;
         let after = scene.take("after").await;
         load.stop().await;
@@ -470,27 +470,79 @@ fn the_slot_is_dropped(major: u32) {
     });
 }
 
-/// `coffer.recovery_window` comes to have the windows and the gaps of `coffer list`.
-fn shown_in_sql(cluster: &Cluster, agent: &Agent) {
-    let sql = "SELECT from_lsn, CASE WHEN to_lsn = (SELECT durable_lsn FROM coffer.status) THEN 'open' ELSE to_lsn::text END, \
-        reason FROM coffer.recovery_window WHERE tenant = '1' AND restorable = (reason IS NULL) AND as_of IS NOT NULL \
-        ORDER BY from_lsn, to_lsn";
-    wait_for("the same windows and gaps in coffer.recovery_window", 90, || {
-        let listed = restored::listed(agent, "1");
-        let (windows, gaps) = (listed["window"].as_array()?, listed["gaps"].as_array()?);
-        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-        let mut spans: Vec<[String; 3]> = Vec::new();
-        for (n, w) in windows.iter().enumerate() {
-            // The end of what goes on is what is durable by now.
-            let to = if n + 1 == windows.len() { "open".to_owned() } else { text(&w["to_lsn"]) };
-            spans.push([text(&w["from_lsn"]), to, String::new()]);
+/// Each reason of a gap that the log gives, in the order of the list, and the same in SQL. What is damaged the scrub finds.
+#[test]
+fn every_reason_of_a_gap() {
+    let cluster = Cluster::start(Scene::any());
+    cluster.create_protected_db("shop");
+    cluster.script(
+        "shop",
+        "CREATE TABLE a (tenant int NOT NULL, id int NOT NULL, PRIMARY KEY (tenant, id));
+         CREATE TABLE b (tenant int NOT NULL, owner int NOT NULL, id int NOT NULL, PRIMARY KEY (tenant, owner, id));
+         CREATE TABLE tagged (id int PRIMARY KEY, tenant int NOT NULL);
+         SELECT coffer.add_table('a', 'tenant'), coffer.add_table('b', 'tenant'), coffer.add_table('tagged', 'tenant');
+         INSERT INTO a SELECT 1, i FROM generate_series(1, 9) i; INSERT INTO b SELECT 1, 1, i FROM generate_series(1, 9) i;
+         INSERT INTO tagged SELECT i, 1 FROM generate_series(1, 9) i;",
+    );
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1"]);
+    let tag = |enabled| {
+        format!(
+            "UPDATE pg_trigger SET tgenabled = '{enabled}' WHERE tgrelid = 'tagged'::regclass AND tgname = 'zzz_coffer_tag_delete';
+             SELECT coffer._invalidate('tagged'::regclass);"
+        )
+    };
+    let drop_slot = "SELECT pg_drop_replication_slot('coffer_shop');";
+    // Whether the agent is away, what happens, and why that is a gap.
+    let all: [(bool, String, &str); 6] = [
+        (
+            true,
+            format!("{drop_slot} SELECT coffer.remove_table('a'); SELECT coffer.add_table('a', 'tenant');"),
+            "registration_changed: public.a",
+        ),
+        (
+            false,
+            "CREATE TABLE late (tenant int, id int, PRIMARY KEY (tenant, id)); INSERT INTO late VALUES (1, 1);
+             SELECT coffer.add_table('late', 'tenant');"
+                .to_owned(),
+            "first_base_pending: public.late",
+        ),
+        (false, "SELECT coffer.add_table('b', 'owner');".to_owned(), "new_base_pending: public.b"),
+        (
+            false,
+            format!("{} DELETE FROM tagged WHERE id = 1; {}", tag('D'), tag('A')),
+            "unresolved_rows: public.tagged",
+        ),
+        (true, drop_slot.to_owned(), "slot_lost"),
+        (
+            true,
+            "INSERT INTO a VALUES (1, 50); SELECT pg_replication_slot_advance('coffer_shop', pg_current_wal_flush_lsn());"
+                .to_owned(),
+            "slot_ahead",
+        ),
+    ];
+    for (n, (is_away, sql, reason)) in all.iter().enumerate() {
+        if *is_away {
+            assert_eq!(agent.stop(), Some(0), "{}", agent.log());
+            wait_for("the slot to be free", 30, || {
+                let free = "SELECT NOT active FROM pg_replication_slots";
+                (cluster.psql("shop", free) == "t").then_some(())
+            });
         }
-        spans.extend(gaps.iter().map(|g| ["from_lsn", "to_lsn", "reason"].map(|f| text(&g[f]))));
-        let seen = cluster.psql("shop", sql);
-        let mut seen: Vec<&str> = seen.lines().collect();
-        let mut want: Vec<String> = spans.iter().map(|s| s.join("|")).collect();
-        seen.sort_unstable();
-        want.sort_unstable();
-        (seen == want).then_some(())
-    });
+        cluster.script("shop", sql);
+        if *is_away {
+            agent.start();
+        }
+        let open =
+            |listed: &Value| (listed["gaps"].as_array().map(Vec::len), listed["window"].as_array().map(Vec::len));
+        wait_for(&format!("the end of the gap {reason}"), 60, || {
+            assert_eq!(agent.ended(), None, "{}", agent.log());
+            (open(&restored::listed(&agent, "1")) == (Some(n + 1), Some(n + 2))).then_some(())
+        });
+    }
+    let listed = restored::listed(&agent, "1");
+    let reasons = listed["gaps"].as_array().expect("gaps").iter().map(|g| g["reason"].as_str().expect("a reason"));
+    assert_eq!(reasons.collect::<Vec<_>>(), all.each_ref().map(|(.., reason)| *reason), "{listed}");
+    restored::shown_in_sql(&cluster, &agent, "1");
 }

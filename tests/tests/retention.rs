@@ -287,6 +287,10 @@ fn readers_beside_pruning(major: u32) {
     let (cluster, mut agent) =
         begin(major, "[retention]\npitr = \"0s\"\ndaily = 1\nweekly = 0\nmonthly = 0\nannual = 0\n", "");
     let other = agent.twin();
+    let known = "SELECT count(*) FROM coffer.tenants WHERE tenant = '2'";
+    wait_for("the tenant to be known", 60, || (cluster.psql("shop", known) == "1").then_some(()));
+    let hold = cluster.psql("shop", "SELECT coffer.hold('2', 'without an end')");
+    wait_for("the hold", 60, || (cluster.psql("shop", "SELECT state FROM coffer.holds") == "held").then_some(()));
     // Fulls until one lies so far behind another that no point of the window needs it.
     wait_for("a full that may go", 60, || {
         cluster.psql("shop", "UPDATE a SET v = v || '.'");
@@ -296,6 +300,23 @@ fn readers_beside_pruning(major: u32) {
         let backups = of(&plan, "1")["backups"].as_array().expect("backups").clone();
         backups.iter().any(|b| b["keep"] == false).then_some(())
     });
+    // The other tenant had the same fulls, all of them after its hold was placed.
+    let held = prune(&other, &["--tenant", "2", "--confirm", "--grace", "0s"]);
+    let backups = of(&held, "2")["backups"].as_array().expect("backups");
+    let by_hold = |b: &Value| b["keep"] == true && b["reasons"].to_string().contains("without an end");
+    assert!(backups.len() > 2 && backups.iter().all(by_hold), "{held}");
+    assert_eq!(of(&held, "2")["deleted"]["objects"], 0, "{held}");
+    let listed = format!(
+        "SELECT count(*), bool_and(holds = ARRAY[{hold}::bigint]) FROM coffer.backups WHERE tenant = '2' AND trigger = 'schedule'"
+    );
+    let want = format!("{}|t", backups.len());
+    wait_for("the fulls to be listed as held", 90, || (cluster.psql("shop", &listed) == want).then_some(()));
+    cluster.psql("shop", &format!("SELECT coffer.release({hold})"));
+    wait_for("the release", 60, || {
+        (cluster.psql("shop", "SELECT state FROM coffer.holds") == "released").then_some(())
+    });
+    let plan = prune(&other, &["--tenant", "2", "--grace", "0s"]);
+    assert!(of(&plan, "2")["backups"].as_array().expect("backups").iter().any(|b| b["keep"] == false), "{plan}");
     set(&mut agent, "COFFER_FAILPOINTS", "verify-after-list=sleep(5000)");
     std::thread::scope(|scope| {
         let verified = scope.spawn(|| agent.json(&["verify", "--tenant", "1"]));
