@@ -543,7 +543,8 @@ fn killed_at_any_moment(major: u32) {
         );
         let catalogs = |s: &PathBuf| {
             // What a writer that was killed had begun to put is no object.
-            let all = files(s).into_iter().filter(|f| f.to_str().is_some_and(|f| f.contains("/k/") && !f.contains('#')));
+            let all =
+                files(s).into_iter().filter(|f| f.to_str().is_some_and(|f| f.contains("/k/") && !f.contains('#')));
             all.map(|f| f.strip_prefix(s).expect("in the store").to_owned()).collect::<Vec<_>>()
         };
         assert_eq!(catalogs(&stores[0]), catalogs(&stores[1]), "SEED={seed}");
