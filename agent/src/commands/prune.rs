@@ -20,7 +20,7 @@ pub struct PruneArgs {
     /// Record what goes, and delete what was recorded a grace ago; without it, only the plan
     #[arg(long)]
     pub confirm: bool,
-    /// Between the record and the deletion; default: [retention] grace
+    /// Between the record and the deletion; default: the configuration's, `retention.grace`
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub grace: Option<Duration>,
 }

@@ -233,7 +233,7 @@ impl ReplicationClient {
     }
 
     /// Reads more of the connection. Cancelling it loses nothing: bytes are in `self.buf` or still in the socket.
-    pub(super) async fn fill(&mut self) -> Result<()> {
+    pub(super) async fn fill(&mut self) -> Result<usize> {
         if self.buf.capacity() - self.buf.len() < READ_BYTES / 4 {
             self.buf.reserve(READ_BYTES);
         }
@@ -242,7 +242,7 @@ impl ReplicationClient {
         if n == 0 {
             return Err(Error::new(Kind::Unreachable, format!("{} closed the replication connection", self.server)));
         }
-        Ok(())
+        Ok(n)
     }
 
     /// The next whole raw message in the buffer: its tag and body. Notices are logged on the way.
@@ -365,7 +365,9 @@ impl ReplicationClient {
                     Message::ParameterStatus(_) => {}
                     _ => return Err(self.unexpected("in answer to START_REPLICATION")),
                 },
-                None => self.fill().await?,
+                None => {
+                    self.fill().await?;
+                }
             }
         }
     }

@@ -4,7 +4,7 @@
 //! 1. being told to stop;
 //! 2. feedback, on a timer of at most a third of `wal_sender_timeout`, at once when the server asks, and when the durable
 //!    position has moved;
-//! 3. reading, only while the sink has room.
+//! 3. reading, only while the sink has room, and in a calm stream only after messages had a moment to gather.
 //!
 //! So a sink that stands still (a store is away, the spool is full) stops the reading, which holds the server's sender
 //! back by TCP, and never stops the feedback, which would make the server drop the connection and send everything again.
@@ -16,9 +16,18 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use coffer_wire::Lsn;
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Microseconds from 1970-01-01 to 2000-01-01, where PostgreSQL's timestamps begin.
 const PG_EPOCH_US: i64 = 946_684_800_000_000;
+
+/// How long a calm stream's messages gather in the socket. A server under load sends a message for each commit, and waking
+/// for each one costs it and us more than the message itself.
+const GATHER: Duration = Duration::from_millis(10);
+
+/// A stream that brought less than this in the last [`GATHER`] is calm. Fits into any socket's buffer, so the server's
+/// sender never waits for us because of it.
+const CALM_BYTES: usize = 64 << 10;
 
 /// How long the end of the copy is waited for.
 const CLOSE_WAIT: Duration = Duration::from_secs(5);
@@ -56,6 +65,30 @@ impl Pace {
     }
 }
 
+/// Decides after each read whether to leave the socket alone for a while.
+struct Gathering {
+    since: Instant,
+    bytes: usize,
+    /// Not before this is the socket to be read.
+    until: Option<Instant>,
+}
+
+impl Gathering {
+    fn new() -> Self {
+        Self { since: Instant::now(), bytes: 0, until: None }
+    }
+
+    /// `n` bytes were read.
+    fn read(&mut self, n: usize, now: Instant) {
+        self.bytes += n;
+        if now.duration_since(self.since) < GATHER {
+            return;
+        }
+        self.until = (self.bytes < CALM_BYTES).then(|| now + GATHER);
+        (self.since, self.bytes) = (now, 0);
+    }
+}
+
 /// Streams until told to close or until the connection or the sink fails.
 pub async fn run<S: Sink>(
     mut client: ReplicationClient,
@@ -67,7 +100,8 @@ pub async fn run<S: Sink>(
     let mut received = Lsn::ZERO;
     let mut timer = tokio::time::interval(pace.feedback);
     timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut last_heard = tokio::time::Instant::now();
+    let mut last_heard = Instant::now();
+    let mut gathering = Gathering::new();
     loop {
         let now = *phase.borrow_and_update();
         if now == Phase::Close {
@@ -101,11 +135,14 @@ pub async fn run<S: Sink>(
             }
             () = sink.room(), if now == Phase::Stream && !reading => {
                 // The silence was ours.
-                last_heard = tokio::time::Instant::now();
+                last_heard = Instant::now();
             }
-            got = client.fill(), if reading => {
-                got?;
-                last_heard = tokio::time::Instant::now();
+            () = tokio::time::sleep_until(gathering.until.unwrap_or(last_heard)), if gathering.until.is_some() => {
+                gathering.until = None;
+            }
+            got = client.fill(), if reading && gathering.until.is_none() => {
+                gathering.read(got?, Instant::now());
+                last_heard = Instant::now();
                 let mut asked = false;
                 while let Some((tag, body)) = client.next_raw()? {
                     match tag {
@@ -233,6 +270,19 @@ mod tests {
         assert!(matches!(seen.0[1], Packet::Position { upto: Lsn(0x30), urgent: true }));
         for cut in [&w[..24], &k[..17], &[][..], b"x"] {
             assert!(packet(Bytes::copy_from_slice(cut), &mut at, &mut seen).is_err());
+        }
+    }
+
+    #[test]
+    fn a_calm_stream_gathers_and_a_busy_one_is_read_at_once() {
+        let mut g = Gathering::new();
+        let mut now = g.since;
+        g.read(100, now);
+        assert_eq!(g.until, None);
+        for (bytes, calm) in [(0, true), (CALM_BYTES, false), (CALM_BYTES, false), (CALM_BYTES - 1, true)] {
+            now += GATHER;
+            g.read(bytes, now);
+            assert_eq!(g.until, calm.then(|| now + GATHER));
         }
     }
 
