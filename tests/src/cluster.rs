@@ -238,6 +238,12 @@ impl Cluster {
         format!("postgres://{user}@127.0.0.1:{}/{db}", self.port)
     }
 
+    /// The same by the Unix-domain socket.
+    pub fn socket_url(&self, user: &str, db: &str) -> String {
+        let dir = self.dir.display().to_string().replace('/', "%2F");
+        format!("postgres://{user}@{dir}:{}/{db}", self.port)
+    }
+
     pub async fn connect(&self, db: &str) -> tokio_postgres::Client {
         let url = self.url("postgres", db);
         let (client, connection) =

@@ -109,6 +109,8 @@ fn measure(clients: u32) -> Runs {
     let strategies = "SELECT string_agg(strategy, ' ' ORDER BY relation::text) FROM coffer.discover('bid', true)";
     assert_eq!(protected.psql(DB, strategies), "identity identity full_row identity");
     let mut setup = Setup::of(&protected, DB);
+    // As a sidecar does it that runs beside the server.
+    setup.source_url = protected.socket_url("coffer_agent", DB);
     setup.ship_interval = "10s".into();
     let mut agent = Agent::new(&setup);
     agent.start();
