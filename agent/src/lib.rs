@@ -12,6 +12,7 @@ pub mod commands;
 pub mod compact;
 pub mod config;
 pub mod crypto;
+pub mod damage;
 pub mod demux;
 pub mod dial;
 pub mod dsn;

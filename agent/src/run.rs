@@ -5,6 +5,7 @@
 use crate::alarms::Alarms;
 use crate::clock::{SharedClock, SystemClock};
 use crate::config::Config;
+use crate::damage::Damage;
 use crate::dial;
 use crate::dsn::{Dsn, Server};
 use crate::error::{Context, Error, Kind, Result};
@@ -111,6 +112,7 @@ pub struct AgentContext {
     /// True when the agent is stopping.
     pub stop: watch::Receiver<bool>,
     pub(crate) system: watch::Sender<System>,
+    pub(crate) damage: Damage,
     /// The slot was last seen as one that standbys keep up.
     pub(crate) is_failover_slot: AtomicBool,
 }
@@ -247,6 +249,7 @@ pub async fn run(config: Config) -> Result<()> {
             status,
             stop: stop.clone(),
             system: watch::Sender::new(system),
+            damage: Damage::default(),
             is_failover_slot: AtomicBool::new(false),
         }));
     }

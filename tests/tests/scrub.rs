@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 on_majors! {
     finds_damage: finds_damage;
+    brings_a_base: brings_a_base;
     goes_on: goes_on;
     no_faster_than_it_may: no_faster_than_it_may;
 }
@@ -252,4 +253,68 @@ fn no_faster_than_it_may(major: u32) {
     // A second may be saved up, and an object is counted when all of it was read.
     assert!(took > Duration::from_secs(4), "{read} bytes were read in {took:?}");
     assert!(took < Duration::from_secs(30), "{read} bytes took {took:?}");
+}
+
+/// What no store has any more, and nothing later stands for, would be in the way of every full and every restore to come:
+/// whoever meets it says so, and a new base is taken.
+fn brings_a_base(major: u32) {
+    let cluster = database(major);
+    let mut agent = Agent::new(&Setup::of(&cluster, "shop"));
+    agent.start();
+    restored::wait_windows(&mut agent, &["1", "2"]);
+    cluster.psql("shop", "UPDATE a SET v = v || '!'");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
+    let store = agent.repository();
+    let changeset = of_tenant(&agent, &store, "1", "c").pop().expect("a changeset");
+    std::fs::remove_file(&changeset).expect("our store");
+    cluster.psql("shop", "UPDATE a SET v = v || '?' WHERE id > 100");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
+    let bases = || {
+        let log = agent.log();
+        log.matches("bases are recorded").count()
+    };
+    assert_eq!(bases(), 1, "nobody has read it yet");
+
+    let backup = |tenant: &str| {
+        let job = cluster.psql("shop", &format!("SELECT coffer.backup('{tenant}', 'before a migration')"));
+        let state = format!("SELECT state, error FROM coffer.jobs WHERE job = {job}");
+        wait_for("the job to end", 60, || {
+            Some(cluster.psql("shop", &state)).filter(|r| r.starts_with("done") || r.starts_with("failed"))
+        })
+    };
+    let said = backup("1");
+    assert!(said.starts_with("failed|") && said.contains(name(&changeset)), "{said}");
+    wait_for("the alarm", 60, || alarm(&agent, "main").filter(|m| m.contains(name(&changeset))));
+    wait_for("a new base", 60, || (bases() == 2).then_some(()));
+    cluster.psql("shop", "DELETE FROM a WHERE id > 190");
+    cluster.psql("shop", "SELECT coffer.wait_durable()");
+    for tenant in ["1", "2"] {
+        assert!(backup(tenant).starts_with("done"), "of tenant {tenant}");
+    }
+    let rows = |tenant: &str, to: &str| {
+        let out = restored::to_files(&agent, tenant, to);
+        let manifest = out.manifest();
+        let file = manifest["tables"][0]["file"].as_str().expect("a file").to_owned();
+        let text = std::fs::read_to_string(out.dir.join(file)).expect("rows");
+        let mut rows: Vec<String> = text.lines().map(str::to_owned).collect();
+        rows.sort();
+        rows
+    };
+    for tenant in ["1", "2"] {
+        let live = cluster.psql("shop", &format!("COPY (SELECT * FROM a WHERE tenant = {tenant}) TO STDOUT"));
+        let mut live: Vec<&str> = live.lines().collect();
+        live.sort_unstable();
+        assert_eq!(rows(tenant, "latest"), live);
+    }
+
+    // What lay between is lost to one, and to nobody else.
+    let gaps = |tenant: &str| restored::listed(&agent, tenant)["gaps"].as_array().cloned().expect("gaps");
+    let of_one = gaps("1");
+    let reason = of_one.first().and_then(|g| g["reason"].as_str()).unwrap_or_default();
+    assert!(of_one.len() == 1 && reason.starts_with("damaged: ") && reason.ends_with(name(&changeset)), "{of_one:?}");
+    assert_eq!(gaps("2"), Vec::<Value>::new());
+    for tenant in ["1", "2"] {
+        restored::shown_in_sql(&cluster, &agent, tenant);
+    }
+    assert_eq!(bases(), 2, "one base is enough");
 }

@@ -200,6 +200,7 @@ async fn incrementals(
             Ok(Outcome::Unchanged | Outcome::Elsewhere) => {}
             Err(e) => {
                 failed += 1;
+                ctx.damage.complain(&e);
                 tracing::warn!(tenant_uid = %t.uid, "the scheduled incremental failed: {e}");
             }
         }
@@ -227,6 +228,7 @@ async fn fulls(ctx: &AgentContext, history: &History, compactor: &Compactor, ten
                 // A table that waits for its base is an alarm of its own.
                 let possible = e.kind() != Kind::OutsideWindow;
                 failed += u64::from(possible);
+                ctx.damage.complain(&e);
                 let level = if possible { "failed" } else { "not possible now" };
                 tracing::warn!(tenant_uid = %t.uid, "the scheduled full is {level}: {e}");
             }

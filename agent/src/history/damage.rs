@@ -12,9 +12,20 @@ use coffer_wire::Lsn;
 use std::collections::BTreeSet;
 use uuid::Uuid;
 
+/// An object that no store has as it was written.
+struct Lost<'a> {
+    object: &'a ObjectRef,
+    /// The first position that cannot do without it, …
+    from: Lsn,
+    /// … the first that could, …
+    end: Lsn,
+    /// … and the first that does.
+    to: Option<Lsn>,
+}
+
 impl History {
-    /// The spans that only damaged objects lead to, ascending and apart from one another.
-    pub(super) fn damaged(&self, tenant: Uuid) -> Vec<Closed> {
+    /// What is lost of a tenant's rows.
+    fn lost(&self, tenant: Uuid) -> Vec<Lost<'_>> {
         let checks = self.catalogs.get(&tenant).map_or(&[][..], |c| &c.checks);
         let bad: BTreeSet<Uuid> = checks.iter().filter(|c| c.what == READ_BACK && !c.ok).map(|c| c.backup).collect();
         if bad.is_empty() {
@@ -30,13 +41,24 @@ impl History {
             let objects = b.base().fulls.iter().filter(is_bad);
             objects.filter_map(move |o| Some((first?, Lsn(first?.0 + 1), o)))
         });
-        let mut all: Vec<Closed> = of_ships
+        of_ships
             .chain(of_bases)
-            .map(|(from, end, o)| {
-                let to = self.first_without(tenant, end, o.object).unwrap_or(Lsn::MAX);
-                Closed { from, to, reason: format!("damaged: {}", o.path) }
-            })
-            .collect();
+            .map(|(from, end, object)| Lost { from, end, to: self.first_without(tenant, end, object.object), object })
+            .collect()
+    }
+
+    /// The first position at which a new base would stand for what is lost of a tenant's rows, if nothing else does yet.
+    pub fn wants_base_from(&self, tenant: Uuid) -> Option<Lsn> {
+        self.lost(tenant).iter().filter(|l| l.to.is_none()).map(|l| l.end).max()
+    }
+
+    /// The spans that only damaged objects lead to, ascending and apart from one another.
+    pub(super) fn damaged(&self, tenant: Uuid) -> Vec<Closed> {
+        let closed = |l: &Lost<'_>| {
+            let reason = format!("damaged: {}", l.object.path);
+            Closed { from: l.from, to: l.to.unwrap_or(Lsn::MAX), reason }
+        };
+        let mut all: Vec<Closed> = self.lost(tenant).iter().map(closed).collect();
         all.sort_by_key(|c| (c.from, c.to));
         let mut merged: Vec<Closed> = Vec::new();
         for c in all {

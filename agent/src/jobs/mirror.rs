@@ -22,7 +22,7 @@ use futures::{FutureExt, StreamExt, stream};
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -47,6 +47,8 @@ pub struct Mirror {
     /// Tenants whose catalogs this agent has written to since the last round.
     changed: Mutex<BTreeSet<Uuid>>,
     woken: Notify,
+    /// The history that the session goes by may not know yet what was found damaged.
+    is_stale: AtomicBool,
     /// Sessions that ended since the last round.
     failures: AtomicU32,
 }
@@ -83,13 +85,25 @@ impl Kept {
 
 impl Mirror {
     pub fn new(ctx: Arc<AgentContext>) -> Self {
-        Self { ctx, changed: Mutex::default(), woken: Notify::new(), failures: AtomicU32::new(0) }
+        Self {
+            ctx,
+            changed: Mutex::default(),
+            woken: Notify::new(),
+            is_stale: AtomicBool::new(false),
+            failures: AtomicU32::new(0),
+        }
     }
 
     /// A tenant's catalog has a new entry: the views say so soon.
     pub fn tenant_changed(&self, tenant: Uuid) {
         self.lock().insert(tenant);
         self.woken.notify_one();
+    }
+
+    /// What a tenant has was found damaged: whether something later stands for it is looked at soon.
+    pub fn tenant_damaged(&self, tenant: Uuid) {
+        self.is_stale.store(true, Ordering::Relaxed);
+        self.tenant_changed(tenant);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<Uuid>> {
@@ -123,6 +137,7 @@ impl Mirror {
         let mut history = self.history().await?;
         let (mut is_stale, mut is_new) = (false, true);
         loop {
+            is_stale |= self.is_stale.swap(false, Ordering::Relaxed);
             if std::mem::take(&mut is_stale) {
                 history = self.history().await?;
                 is_new = true;
@@ -174,6 +189,9 @@ impl Mirror {
             let Some(kept) = known.tenants.get(&t.uid) else { continue };
             history.set_catalog(t.uid, unpack(&kept.packed)?);
             let doc = document(history, t);
+            if let Some(from) = history.wants_base_from(t.uid) {
+                self.ctx.damage.want_bases(from);
+            }
             history.set_catalog(t.uid, State::default());
             let hash = sha256(doc.to_string().as_bytes());
             if kept.sent != Some(hash) {

@@ -222,6 +222,7 @@ impl Lane {
                 job.give_back(client, AGAIN, &format!("{e}; trying again")).await
             }
             Err(e) => {
+                self.ctx.damage.complain(&e);
                 tracing::warn!(source = self.ctx.source, job = job.job, kind = job.kind, "failed: {e}");
                 let document = e.to_json();
                 job.finish(client, "failed", Some(&document), Some(&claim::error_text(&e))).await

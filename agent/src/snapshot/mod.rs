@@ -28,6 +28,7 @@ use crate::snapshot::plan::Seen;
 use crate::snapshot::progress::{BaseProgress, Phase};
 use crate::sql::{self, SqlClient, SqlContext};
 use crate::tenant::Tenant;
+use crate::verify::objects::is_finding;
 use coffer_wire::{Lsn, Relation, TenantKind};
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -35,6 +36,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -63,6 +65,8 @@ pub struct BaseTaker {
     breaks: u64,
     /// After the last of them some table may still lack a base.
     is_broken: bool,
+    /// From where on bases have to lie because of what no store has any more.
+    wanted: watch::Receiver<Lsn>,
     /// Definitions changed after the newest dump of them; the agent may have been away when they did.
     new_definitions: bool,
     /// Where they changed last, as far as this process knows.
@@ -87,6 +91,7 @@ impl BaseTaker {
         tokio::spawn(async move {
             let taker = Self {
                 progress: ctx.status.bases.clone(),
+                wanted: ctx.damage.bases_from(),
                 ctx,
                 durable,
                 seen: Seen::default(),
@@ -175,16 +180,26 @@ impl BaseTaker {
     }
 
     /// Finds out which tables the rows are from that could not be attributed.
-    async fn read_unresolved(&mut self) -> Result<()> {
+    async fn read_unresolved(&mut self, rules: &[catalog::Rule]) -> Result<()> {
         for (at, object) in self.seen.take_unread() {
+            let path = object.path.clone();
             let (repo, rt) = (self.ctx.repo.clone(), self.ctx.rt.clone());
             let relids = tokio::task::spawn_blocking(move || {
                 let mut plain = repo.open_object(&rt, &object, None)?;
                 relations_of(&mut plain).map_err(|e| e.during(format_args!("object {}", object.path)))
             })
             .await
-            .map_err(|e| Error::other(format!("reading what could not be attributed broke off: {e}")))??;
-            self.seen.doubt(at, &relids);
+            .map_err(|e| Error::other(format!("reading what could not be attributed broke off: {e}")))?;
+            match relids {
+                Ok(relids) => self.seen.doubt(at, &relids),
+                // Nobody will ever know: they may be of any table.
+                Err(e) if is_finding(&e) => {
+                    tracing::warn!("what could not be attributed is lost ({path}), every table gets a new base: {e}");
+                    self.ctx.damage.complain(&e);
+                    self.seen.doubt(at, &rules.iter().map(|r| r.relid).collect());
+                }
+                Err(e) => return Err(e),
+            }
         }
         Ok(())
     }
@@ -203,6 +218,7 @@ impl BaseTaker {
         while !self.asked {
             let ctx = self.ctx.clone();
             tokio::select! {
+                Ok(()) = self.wanted.changed() => self.asked = true,
                 () = tokio::time::sleep_until(until) => break,
                 () = ctx.stopped() => break,
                 () = finished(&mut self.objects) => break,
@@ -284,8 +300,13 @@ impl BaseTaker {
             }
             catalog::rules(&client).await?
         };
-        self.read_unresolved().await?;
-        let missing = self.seen.missing(rules);
+        self.read_unresolved(&rules).await?;
+        let lost = *self.wanted.borrow_and_update();
+        // As long as a snapshot may not see the end of what was lost, a base would have to be merged with it.
+        if !self.seen.may_miss(lost) {
+            self.seen.doubt(lost, &rules.iter().map(|r| r.relid).collect());
+        }
+        let missing = self.seen.missing(rules.clone());
         if missing.is_empty() {
             return Ok(true);
         }
@@ -309,7 +330,7 @@ impl BaseTaker {
             cut = self.wait_for_marker(read.session()).await?;
             crate::failpoints::hit(crate::failpoints::BASE_AFTER_MARKER)?;
             let ships = self.seen.ships(read.xmin(), cut);
-            self.read_unresolved().await?;
+            self.read_unresolved(&rules).await?;
             read.leave_out(|t| {
                 let at = self.seen.doubtful(t.rule.relid)?;
                 let meanwhile = ships.iter().any(|r| r.from_lsn < at && at <= r.upto_lsn);

@@ -125,6 +125,11 @@ impl Seen {
         self.doubtful.get(&relid).copied()
     }
 
+    /// Whether snapshots from now on may not see all that was shipped up to this position (see [`Self::prune`]).
+    pub fn may_miss(&self, at: Lsn) -> bool {
+        self.ships.iter().any(|r| r.from_lsn < at)
+    }
+
     /// Drops ships whose every transaction any snapshot from now on sees. `xmin`: of a snapshot taken now.
     pub fn prune(&mut self, xmin: u64) {
         self.ships.retain(|r| matches!(&r.body, Body::Ship(s) if s.max_xid >= xmin));

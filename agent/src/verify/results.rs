@@ -108,6 +108,9 @@ impl Results<'_> {
             let entry = Entry::Verified { backup, ok: message.is_none(), what: READ_BACK.into(), message };
             catalog.append_if(entry, |s| s.full(backup).is_some() || before.full(backup).is_none()).await?;
         }
+        if !lost.is_empty() {
+            self.mirror.tenant_damaged(tenant);
+        }
         if failures.is_empty() && before.fulls.is_empty() {
             self.record(tenant, READ_BACK, true, None).await?;
         }

@@ -205,6 +205,7 @@ impl Watcher {
             Err(e) => {
                 self.waits.insert(tenant.uid, soon_us);
                 count(self.look, &self.ctx.source, "not_made");
+                self.ctx.damage.complain(&e);
                 tracing::warn!(tenant_uid = %tenant.uid, "not checked ({}), and tried again: {e}", self.look.what());
                 self.failures += 1;
                 if self.failures >= FAILURES {

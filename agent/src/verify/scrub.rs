@@ -7,7 +7,8 @@
 //! object that is made behind the place where the round is was read back when it was written, and waits for the next.
 //!
 //! Before each piece of a round the chains of every store are read, which is their check, and what was found before is
-//! looked at again: an alarm stands until its object is what it was, or is named no more.
+//! looked at again: an alarm stands until its object is what it was, or is named no more. An object that other work
+//! complained of is read out of its turn.
 
 use super::listing::{Listed, adds_up, list, needed};
 use super::objects::{Failure, is_finding, one_object};
@@ -98,7 +99,11 @@ pub async fn watch(ctx: Arc<AgentContext>, mirror: Arc<Mirror>) {
         if s.ctx.is_stopping() {
             return;
         }
-        if let Err(e) = s.piece().await {
+        let done = match s.complaints().await {
+            Ok(()) => s.piece().await,
+            e => e,
+        };
+        if let Err(e) = done {
             tracing::debug!(source = s.ctx.source, "the scrub waits: {e}");
             tokio::time::sleep(AGAIN.min(s.config.scrub_period / 4)).await;
         }
@@ -138,6 +143,24 @@ fn due(began_us: i64, now_us: i64, period: Duration) -> u64 {
 }
 
 impl Scrub {
+    /// Reads what other work complained of.
+    async fn complaints(&mut self) -> Result<()> {
+        let said = self.ctx.damage.take_complaints();
+        if said.is_empty() {
+            return Ok(());
+        }
+        let stores = self.list().await?;
+        let is_meant = |o: &ObjectRef| said.iter().any(|text| text.contains(&o.path));
+        for (store, listed) in &stores {
+            for object in listed.objects.iter().filter(|o| is_meant(o)) {
+                self.check(store, object, &stores).await?;
+            }
+        }
+        self.tell();
+        self.save();
+        Ok(())
+    }
+
     /// Reads what is due; nothing, most of the time.
     async fn piece(&mut self) -> Result<()> {
         let now_us = self.ctx.clock.now_us();
@@ -220,22 +243,13 @@ impl Scrub {
         for (p, store, object) in all {
             // What is before this place was read.
             self.state.place = p;
-            if self.state.found.iter().any(|f| f.store == store && f.object == object.path) {
+            if !self.check(store, object, stores).await? {
                 continue;
-            }
-            let mut failure = self.read(store, object).await?;
-            if failure.is_none()
-                && let Some(full) = stores[store].full_of(object)
-            {
-                failure = adds_up(&self.ctx.repo, full, object, store).await?;
             }
             self.state.objects += 1;
             self.state.bytes += object.bytes;
             metrics::counter!("coffer_scrub_objects_total", "store" => store.to_owned()).increment(1);
             metrics::counter!("coffer_scrub_bytes_total", "store" => store.to_owned()).increment(object.bytes);
-            if let Some(e) = failure {
-                self.damaged(store, object, &e, stores).await?;
-            }
             if self.saved.elapsed() > SAVE {
                 self.tell();
                 self.save();
@@ -243,6 +257,23 @@ impl Scrub {
         }
         self.state.place = upto;
         Ok(())
+    }
+
+    /// Reads an object in a store, and notes what is wrong with it. False: that is known already.
+    async fn check(&mut self, store: &str, object: &ObjectRef, stores: &BTreeMap<String, Listed>) -> Result<bool> {
+        if self.state.found.iter().any(|f| f.store == store && f.object == object.path) {
+            return Ok(false);
+        }
+        let mut failure = self.read(store, object).await?;
+        if failure.is_none()
+            && let Some(full) = stores[store].full_of(object)
+        {
+            failure = adds_up(&self.ctx.repo, full, object, store).await?;
+        }
+        if let Some(e) = failure {
+            self.damaged(store, object, &e, stores).await?;
+        }
+        Ok(true)
     }
 
     /// Reads an object in a store to its end; what is wrong with it.
@@ -317,7 +348,11 @@ impl Scrub {
             }
             let entry = Entry::Verified { backup, ok, what: what.into(), message: message.map(str::to_owned) };
             catalog.append(entry).await?;
-            self.mirror.tenant_changed(tenant);
+            if ok {
+                self.mirror.tenant_changed(tenant);
+            } else {
+                self.mirror.tenant_damaged(tenant);
+            }
         }
         Ok(())
     }
